@@ -1,0 +1,66 @@
+# What a newcomer needs: `make mnist` and `make test`. Every target that needs the environment makes .venv itself.
+PYTHON ?= python3
+VENV ?= .venv
+PRESET ?= default
+OUT ?=
+DATA ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OPTIONS = --preset $(PRESET) $(if $(OUT),--out "$(OUT)") $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+# A newer Python than that of .venv, for test-latest; the newest that runs.
+PYTHON_LATEST ?= $(shell for v in 3.14 3.13 3.12; do for p in python$$v "$$HOME"/.pyenv/versions/$$v*/bin/python; do \
+  "$$p" -c '' 2>/dev/null && echo "$$p" && exit; done; done)
+VENV_LATEST ?= .venv-latest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup mnist bench test test-all test-latest check lock clean
+
+help:  ## show this list
+	@echo 'lplr-jax: which hypotheses of local Polyak-Lojasiewicz theory hold on a training run'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
+	@echo '  variables: PRESET=smoke|default|paper  OUT=folder  DATA=file-or-folder  ARGS="--width 256 ..."'
+
+setup: $(STAMP)  ## make .venv from requirements.lock
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("lplr-jax needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
+	@echo 'installing the locked packages into $(VENV) (1 to 2 minutes) ...'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+mnist: $(STAMP)  ## digits 3 against 8: train, measure every latent variable, draw figures/mnist.png
+	@$(BIN)/lplr mnist $(OPTIONS)
+
+test: $(STAMP)  ## the quick test suite
+	@$(BIN)/python -m pytest
+
+test-all: $(STAMP)  ## the whole test suite, slow tests included
+	@$(BIN)/python -m pytest -m ''
+
+test-latest:  ## the quick suite on a newer Python with the newest JAX it gets
+	@set -e; if [ -z "$(PYTHON_LATEST)" ]; then echo 'test-latest: skipped, no Python newer than 3.11 found (name one: make test-latest PYTHON_LATEST=...)'; exit 0; fi; \
+	echo "test-latest: $$($(PYTHON_LATEST) --version)"; \
+	$(PYTHON_LATEST) -m venv $(VENV_LATEST); \
+	$(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock; \
+	$(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade jax jaxlib flax optax; \
+	$(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
+	$(VENV_LATEST)/bin/python -m pip list 2>/dev/null | grep -E '^(jax|jaxlib|flax|optax) '; \
+	$(VENV_LATEST)/bin/python -m pytest
+
+check: $(STAMP)  ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+lock: $(STAMP)  ## make requirements.lock anew
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --override requirements.overrides \
+	  --no-header --no-annotate --no-emit-package lplr-jax --upgrade -o requirements.lock requirements.in
+
+clean:  ## remove environments, caches and build products; runs/ and figures/ stay
+	rm -rf $(VENV) $(VENV_LATEST) build dist .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
