@@ -1,0 +1,57 @@
+"""The smallest eigenvalue of the empirical kernel, for notebooks and for runs."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from lplr_jax import linalg
+from lplr_jax.models import ApplyFn, Params
+from lplr_jax.ntk.empirical import empirical_ntk
+
+
+def empirical_ntk_min_eig(
+    apply_fn: ApplyFn, params: Params, x: Any, *, kernel: str = "auto", memory_budget: int | None = None
+) -> linalg.MinEig:
+    """Compute λ_min of the full (n c, n c) empirical kernel in float64, whatever the global float64 flag.
+
+    Args:
+        apply_fn: pure function from parameters and inputs (n, ...) to outputs (n, c) or (n,).
+        params: pytree of floating arrays.
+        x: inputs with leading axis n.
+        kernel: one of `lplr_jax.ntk.KERNELS`.
+        memory_budget: bytes for the assembly beside the kernel itself.
+
+    Returns:
+        The eigenvalue, in squared units of the output per squared unit of the parameters, with its interval.
+
+    Raises:
+        ValueError: for empty, non-finite or wrongly shaped input, or an `apply_fn` that is not a deterministic
+        function of each
+            sample alone.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> float(empirical_ntk_min_eig(lambda w, x: x @ w, jnp.ones((2, 1)), jnp.array([[1.0, 0.0], [0.0, 2.0]])))
+        1.0
+    """
+    theta = empirical_ntk(apply_fn, params, x, kernel=kernel, memory_budget=memory_budget)
+    return linalg.min_eig(np.asarray(theta))
+
+
+def subset_ids(n: int, size: int, *, seed: int) -> Int[np.ndarray, " k"]:
+    """Draw the fixed random subset on which the paper measures λ_min: sorted sample numbers, shape (min(size, n),)."""
+    if size < 1:
+        raise ValueError(f"subset_size must be >= 1, got {size}")
+    return np.sort(np.random.default_rng(seed).permutation(n)[:size]).astype(np.int64)
+
+
+def principal_block(
+    theta: Float[np.ndarray, "nc nc"], ids: Int[np.ndarray, " k"], c: int
+) -> Float[np.ndarray, "kc kc"]:
+    """Return the rows and columns of a full kernel that belong to the samples `ids`.
+
+    By Cauchy interlacing its smallest eigenvalue is an upper bound of that of the full kernel.
+    """
+    rows = (ids[:, None] * c + np.arange(c)).reshape(-1)
+    return theta[np.ix_(rows, rows)]
