@@ -1,0 +1,66 @@
+"""What a record says in a few numbers, worked out once for tables, figures and verdicts."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from lplr_jax.diagnostics import (
+    RateReport,
+    loss_floor,
+    middle_half,
+    pl_bracket,
+    rate_report,
+    stable_regime,
+)
+from lplr_jax.records import Record
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Quantities derived from a record.
+
+    Attributes:
+        floor: proxy for L*, the least recorded loss, in units of L.
+        regime: the stable regime, empty when there is none.
+        bracket: lower and upper end of the PL ratio at every epoch, in units of L.
+        envelope: least lower and least upper end over the regime, (NaN, NaN) when there is none.
+        regime_rate: the decay over the regime.
+        middle_rate: the decay over the middle half of the run, where the linear rate is usually read off.
+    """
+
+    floor: float
+    regime: slice
+    bracket: tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]
+    envelope: tuple[float, float]
+    regime_rate: RateReport
+    middle_rate: RateReport
+
+
+def summarise(record: Record) -> Summary:
+    """Derive the summary of a record, with the regime that its config overrides, if it does.
+
+    Raises:
+        ValueError: if the record's loss has no finite value, or its config names a regime outside the run.
+    """
+    loss, last = record["loss"], record["epoch"].size - 1
+    start, stop = record.config.get("regime_start"), record.config.get("regime_stop")
+
+    def window(curve: Float[np.ndarray, " t"]) -> slice:
+        # An override is given in epochs of the whole run; the same share of a shorter one is meant.
+        share = (curve.size - 1) / last
+        ends = {name: None if end is None else round(end * share) for name, end in (("start", start), ("stop", stop))}
+        return stable_regime(curve, **ends)
+
+    floor = loss_floor(loss)
+    bracket = pl_bracket(loss, record["grad_sq_norm"], floor)
+    regime = window(loss)
+    envelope = tuple(float(end[regime].min()) if end[regime].size else float("nan") for end in bracket)
+    return Summary(
+        floor=floor,
+        regime=regime,
+        bracket=bracket,
+        envelope=(envelope[0], envelope[1]),
+        regime_rate=rate_report(loss, window=window),
+        middle_rate=rate_report(loss, window=middle_half),
+    )
