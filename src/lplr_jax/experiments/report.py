@@ -1,0 +1,169 @@
+"""What a run shows on screen: progress while it goes on, a short table at its end."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lplr_jax.diagnostics import Decay, RateReport
+from lplr_jax.experiments.run import Observer
+from lplr_jax.records import Record
+from lplr_jax.summary import summarise
+
+
+class _Plain:
+    """One line per probe, for logs and pipes."""
+
+    def __init__(self, console: Console, epochs: int) -> None:
+        self._console, self._epochs, self._loss, self._began = console, epochs, np.nan, time.monotonic()
+
+    def chunk(self, epoch: int, loss: float) -> None:
+        """Keep the loss for the line that the probe writes."""
+        self._loss = loss
+
+    def probe(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Write the line."""
+        spent = time.monotonic() - self._began
+        left = f"{spent / epoch * (self._epochs - epoch):.0f} s left" if epoch else "time left unknown"
+        line = f"epoch {epoch}/{self._epochs}  loss {self._loss:.6g}  λ_min {values['ntk_min_eig']:.4g}  {left}"
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+
+class _Bar:
+    """A live bar, for terminals."""
+
+    def __init__(self, progress: Progress, epochs: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("training", total=epochs, loss="-", min_eig="-")
+
+    def chunk(self, epoch: int, loss: float) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, completed=epoch, loss=f"{loss:.5g}")
+
+    def probe(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Show λ_min."""
+        self._progress.update(self._task, min_eig=f"{values['ntk_min_eig']:.4g}")
+
+
+@contextmanager
+def progress(console: Console, epochs: int) -> Iterator[Observer]:
+    """Yield an observer that shows epoch, loss, λ_min and time left: a bar on a terminal, plain lines elsewhere."""
+    if not console.is_terminal:
+        yield _Plain(console, epochs)
+        return
+    columns = (
+        TextColumn("epoch"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]}  λ_min {task.fields[min_eig]}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield _Bar(bar, epochs)
+
+
+def summary_table(record: Record) -> Table:
+    """Return the short table at the end of a run: what the record says, with units."""
+    summary = summarise(record)
+    table = Table(
+        "quantity", "value", "what it says", title=f"{record.experiment}: what the run says", title_justify="left"
+    )
+    last = int(np.flatnonzero(np.isfinite(record["loss"]))[-1])
+    if record.diverged_at is not None:
+        table.add_row("diverged", f"epoch {record.diverged_at}", "the loss is not finite from there on")
+    if "ntk_min_eig" in record:
+        for row in _kernel_rows(record):
+            table.add_row(*row)
+    drift = record["drift"]
+    table.add_row(
+        "drift ‖θ_T - θ_0‖", f"{drift[last]:.4g}", f"largest {np.nanmax(drift):.4g}, in units of the parameters"
+    )
+    table.add_row(
+        "L_T",
+        f"{record['loss'][last]:.5g}",
+        f"epoch {last}; L_0 = {record['loss'][0]:.5g}, s = {float(record['loss_scale']):g}",
+    )
+    regime = summary.regime
+    if regime.stop:
+        span = f"epochs {regime.start} to {regime.stop - 1}"
+        table.add_row("stable regime", span, "past the transient, before the proxy decides the PL ratio")
+        low, high = summary.envelope
+        table.add_row(
+            "PL envelope", f"{low:.4g} (L* = 0)", f"{high:.4g} with the proxy L* = {summary.floor:.4g}; units of L"
+        )
+        if "ntk_min_eig" in record:
+            inside = (record["probe_epoch"] >= regime.start) & (record["probe_epoch"] < regime.stop)
+            pointwise = record["ntk_min_eig"][inside] / float(record["loss_scale"])
+            if pointwise.size and np.nanmin(pointwise) > 0:
+                factor = low / np.nanmin(pointwise)
+                table.add_row(
+                    "envelope / (λ_min/s)",
+                    f"{factor:.3g}",
+                    "how far the guaranteed PL constant lies below the measured one",
+                )
+    else:
+        table.add_row("stable regime", "none", "no epochs past the transient are clear of the proxy for L*")
+    for name, report in (("stable regime", summary.regime_rate), ("middle half", summary.middle_rate)):
+        for row in _rate_rows(name, report):
+            table.add_row(*row)
+    return table
+
+
+def _kernel_rows(record: Record) -> Iterator[tuple[str, str, str]]:
+    min_eig, epochs = record["ntk_min_eig"], record["probe_epoch"]
+    measured = np.flatnonzero(np.isfinite(min_eig))
+    if not measured.size:
+        return
+    end = measured[-1]
+    least = measured[np.argmin(min_eig[measured])]
+    yield (
+        "λ_0",
+        f"{min_eig[0]:.4g}",
+        f"λ_min of the full kernel at epoch 0; λ_max / λ_min = {record['ntk_max_eig'][0] / min_eig[0]:.2g}",
+    )
+    yield (
+        "λ_T",
+        f"{min_eig[end]:.4g}",
+        f"epoch {epochs[end]}; least at any probe {min_eig[least]:.4g} (epoch {epochs[least]})",
+    )
+    if "ntk_min_eig_subset" in record:
+        subset = record["ntk_min_eig_subset"]
+        flattery = (
+            f"{subset[0] / min_eig[0]:.3g} times the full one at epoch 0" if min_eig[0] > 0 else "above the full one"
+        )
+        yield (
+            "λ_min, subset",
+            f"{subset[0]:.4g}, {subset[end]:.4g}",
+            f"{record['subset_ids'].size} images, both ends; {flattery}",
+        )
+    if "ntk_shift" in record:
+        shift = record["ntk_shift"][end]
+        yield "‖Θ_T - Θ_0‖₂", f"{shift:.3g}", f"{shift / abs(min_eig[0]):.2g} times |λ_0|: L_Θ r(R) is at least this"
+
+
+def _rate_rows(name: str, report: RateReport) -> Iterator[tuple[str, str, str]]:
+    if report.zero.epochs == 0:
+        return
+    yield f"{name}, L* = 0", *_decay_cells(report.zero)
+    yield f"{name}, proxy", *_decay_cells(report.proxy)
+    cuts = ", ".join(f"{decay.factor:.6f} (T = {cut})" for cut, decay in report.refits if decay.epochs)
+    words = {
+        True: f"set by the proxy: rates differ by {report.spread:.0%}",
+        False: f"rates differ by {report.spread:.0%}",
+        None: "a rate is missing",
+    }
+    yield f"{name}, cut earlier", cuts or "none", words[report.set_by_proxy]
+
+
+def _decay_cells(decay: Decay) -> tuple[str, str]:
+    low, high = decay.local_factors
+    better = {"undecided": "exponential and power law fit alike"}.get(decay.law, f"{decay.law} fits better")
+    return (
+        f"{decay.factor:.6f} per epoch",
+        f"{better} (R² {decay.exponential_r2:.3f} against {decay.power_r2:.3f}); local factors {low:.5f} to {high:.5f}",
+    )
