@@ -22,7 +22,8 @@ OK, BAD_INPUT, DIVERGED, IO_FAILED, INTERRUPTED = 0, 2, 4, 5, 130
 
 Preset = Literal["smoke", "default", "paper"]
 
-CONSOLE = Console()
+# Files and pipes have no width of their own; 80 columns break every row of the table.
+CONSOLE = Console() if sys.stdout.isatty() else Console(width=130)
 
 
 def _mnist(preset: Preset, config: mnist_experiment.MnistConfig) -> int:
@@ -117,7 +118,7 @@ def _parse_and_run(argv: Sequence[str]) -> int:
 
 def _use_compilation_cache() -> None:
     """Keep compiled programs in the user's cache directory, so that a second run starts at once."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "lplr-jax" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -56,9 +57,9 @@ class MLP(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "n ..."]) -> Float[Array, "n c"]:
+    def __call__(self, x: Float[Array | np.ndarray, "n ..."]) -> Float[Array, "n c"]:
         """Map inputs (n, ...), flattened per sample, to outputs (n, c)."""
-        h = x.reshape(x.shape[0], -1)
+        h = jnp.reshape(x, (x.shape[0], -1))
         for layer in range(self.depth):
             last = layer == self.depth - 1
             h = nn.Dense(

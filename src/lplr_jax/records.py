@@ -199,7 +199,8 @@ def load(path: str | os.PathLike[str]) -> Record:
     if not path.exists():
         raise RecordError(f"there is no record at {path}; `lplr mnist --out DIR` writes DIR/record.npz")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # NumPy leaves a file that it opened itself and could not read to the garbage collector.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             members = {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise RecordError(f"{path} is no readable record ({error}); expected an npz without pickled objects") from error

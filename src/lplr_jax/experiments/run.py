@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ Probe = Callable[[Params, int], Mapping[str, float]]
 """Measures at one epoch: parameters and epoch to values by record name."""
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Follows a run while it goes on."""
 

@@ -1,0 +1,35 @@
+"""Strict numerics for every test: nothing promotes or broadcasts silently, and the float64 flag is left alone."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jaxtyping
+import pytest
+from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first example of a property compiles, so no deadline; derandomised, so that a red run can be repeated.
+settings.register_profile(
+    "lplr", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("lplr")
+
+
+@pytest.fixture(autouse=True)
+def _x64_flag_is_left_alone():
+    before = jax.config.jax_enable_x64
+    yield
+    assert jax.config.jax_enable_x64 == before, "the global float64 flag was changed"
+
+
+@pytest.fixture
+def without_type_checks():
+    """Call the library as users do, who have no run-time type checker in front of its own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
