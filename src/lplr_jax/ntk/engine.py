@@ -1,0 +1,435 @@
+"""The exact empirical NTK of any pure function: Θ = Σ J_leaf J_leafᵀ over parameter leaves, block by block.
+
+The function is traced once for one sample. Of each leaf only the features that its rule needs are kept (`rules`, chosen in
+`plan`): operands h and cotangents δ come from one forward and c backward sweeps, without any weight gradient. Blocks of
+Θ are formed from features of two blocks of samples; without x2 only those on and below the diagonal, then mirrored.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Inexact
+
+from lplr_jax.ntk.explain import Explanation, LeafExplanation
+from lplr_jax.ntk.jaxpr import Program, flatten
+from lplr_jax.ntk.memory import Group, budget, bytes_of, make_groups, sweep_bytes
+from lplr_jax.ntk.plan import Plan, Workload, make_plan
+
+Outputs = Literal["full", "trace", "diagonal"]
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A function of one sample as a program, with the positions of its parameters.
+
+    Attributes:
+        program: Flat program; its parameters are the array leaves.
+        arrays: Positions of the array leaves among all leaves.
+        leaves: Indices among the array leaves of those that are differentiated (inexact dtype).
+        c: Outputs per sample.
+        dtype: Dtype of the outputs.
+        paths: Name of each array leaf.
+    """
+
+    program: Program
+    arrays: tuple[int, ...]
+    leaves: tuple[int, ...]
+    c: int
+    dtype: np.dtype
+    paths: tuple[str, ...]
+
+
+def kernel(
+    apply_fn: Callable[[Any, Any], Any],
+    params: Any,
+    x1: Any,
+    x2: Any = None,
+    *,
+    outputs: Outputs = "full",
+    memory_budget: int | None = None,
+) -> Inexact[Array, "..."]:
+    """The empirical NTK of `apply_fn` at `params`, undivided, in the dtype of its outputs.
+
+    Args:
+        apply_fn: Pure function; `apply_fn(params, x)` has shape (n, c) or (n,), and row i depends on sample i alone.
+        params: Pytree of parameters; leaves that are not inexact arrays are left out.
+        x1: Samples: an array (n1, ...) or a pytree of such arrays.
+        x2: Samples of the other axis, or None for x1; then the result is exactly symmetric.
+        outputs: "full" for (n1 c, n2 c), sample-major; "trace" for (n1, n2), the sum over outputs; "diagonal" for
+            (n1, c), the diagonal of the full kernel.
+        memory_budget: Bytes to use beside the result; a quarter of the device's or machine's memory if None.
+
+    Returns:
+        The kernel.
+
+    Raises:
+        ValueError: If the output does not have one row for each sample, or the budget is too small for two samples.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    first, xdef = jax.tree.flatten(x1)
+    second, xdef2 = (first, xdef) if x2 is None else jax.tree.flatten(x2)
+    if xdef2 != xdef:
+        raise ValueError(f"x1 and x2 must have the same tree structure, got {xdef} and {xdef2}")
+    n1 = int(np.shape(first[0])[0])
+    n2 = n1 if x2 is None else int(np.shape(second[0])[0])
+    if outputs == "diagonal" and n1 != n2:
+        raise ValueError(f'outputs="diagonal" pairs sample i of x1 with sample i of x2; got {n1} and {n2} samples')
+    shapes = tuple((np.shape(a)[1:], jnp.result_type(a)) for a in first)
+    call = _Call(
+        apply_fn=apply_fn,
+        treedef=treedef,
+        leaves=tuple(_describe(leaf) for leaf in leaves),
+        xdef=xdef,
+        samples=shapes,
+        n1=n1,
+        n2=None if x2 is None else n2,
+        outputs=outputs,
+        budget=budget(memory_budget),
+        x64=bool(jax.config.jax_enable_x64),
+    )
+    run = _cached(call) if _hashable(call) else _Run(call)
+    arrays = [jnp.asarray(leaf) for leaf in leaves if _is_array(leaf)]
+    first = [jnp.asarray(a) for a in first]
+    return run(arrays, first, None if x2 is None else [jnp.asarray(a) for a in second])
+
+
+def explain(
+    apply_fn: Callable[[Any, Any], Any],
+    params: Any,
+    x: Any,
+    *,
+    outputs: Outputs = "full",
+    memory_budget: int | None = None,
+) -> Explanation:
+    """Which rule serves each leaf, at what cost, and why a leaf fell back to its Jacobian; nothing is computed.
+
+    Args:
+        apply_fn: As for `kernel`.
+        params: As for `kernel`.
+        x: As `x1` for `kernel`.
+        outputs: As for `kernel`; the choice of rules depends on it.
+        memory_budget: As for `kernel`.
+
+    Returns:
+        The explanation; print it.
+    """
+    traced = trace(apply_fn, params, x)
+    n = int(np.shape(jax.tree.leaves(x)[0])[0])
+    plan, groups = prepare(traced, outputs, (n,), budget(memory_budget))
+    leaves = []
+    for part in plan.leaves:
+        shape = traced.program.avals[traced.program.params[part.leaf]].shape
+        path = traced.paths[part.leaf]
+        cost, size = part.multiply_adds, part.bytes_per_sample * n
+        leaves.append(LeafExplanation(path, shape, part.rule, cost, size, part.reason))
+    return Explanation(tuple(leaves), outputs, n, traced.c, tuple(group.block for group in groups))
+
+
+def prepare(traced: Traced, outputs: str, sides: tuple[int, ...], memory_budget: int) -> tuple[Plan, tuple[Group, ...]]:
+    """Chooses rules and block sizes for the kernel of one (n,) or two sets (n1, n2) of samples."""
+    plan = make_plan(traced.program, traced.leaves, workload(outputs, traced.c, sides))
+    groups = make_groups(
+        plan.terms,
+        [bytes_of(shape) for shape in feature_shapes(traced, plan)],
+        sweep_bytes(traced.program, traced.c),
+        outputs=outputs,
+        c=traced.c,
+        sides=sides,
+        item=traced.dtype.itemsize,
+        memory_budget=memory_budget,
+    )
+    return plan, groups
+
+
+def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Traced:
+    """Traces `apply_fn` for one sample of x.
+
+    Raises:
+        ValueError: If the output for one sample is not an array (1,) or (1, c).
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    samples, xdef = jax.tree.flatten(x)
+    specs = tuple((np.shape(a)[1:], jnp.result_type(a)) for a in samples)
+    return _trace(apply_fn, treedef, tuple(_describe(leaf) for leaf in leaves), xdef, specs)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def _describe(leaf: Any) -> Any:
+    """Shape and dtype of an array leaf; any other leaf itself."""
+    return (tuple(leaf.shape), leaf.dtype) if _is_array(leaf) else _Static(leaf)
+
+
+@dataclass(frozen=True)
+class _Static:
+    """A leaf that is no array: a function, a string, a Python number."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class _Call:
+    """All that a compiled kernel depends on."""
+
+    apply_fn: Callable[[Any, Any], Any]
+    treedef: Any
+    leaves: tuple[Any, ...]
+    xdef: Any
+    samples: tuple[Any, ...]
+    n1: int
+    n2: int | None
+    outputs: Outputs
+    budget: int
+    x64: bool
+
+
+def _hashable(call: Hashable) -> bool:
+    try:
+        hash(call)
+    except TypeError:
+        return False
+    return True
+
+
+def _trace(apply_fn: Any, treedef: Any, leaves: tuple[Any, ...], xdef: Any, samples: tuple[Any, ...]) -> Traced:
+    arrays = tuple(i for i, leaf in enumerate(leaves) if not isinstance(leaf, _Static))
+    specs = [jax.ShapeDtypeStruct(*leaves[i]) for i in arrays]
+    xs = [jax.ShapeDtypeStruct((1, *shape), dtype) for shape, dtype in samples]
+
+    def flat(values: list[Any], inputs: list[Any]) -> Any:
+        whole = [leaf.value if isinstance(leaf, _Static) else None for leaf in leaves]
+        for i, value in zip(arrays, values, strict=True):
+            whole[i] = value
+        return apply_fn(jax.tree.unflatten(treedef, whole), jax.tree.unflatten(xdef, inputs))
+
+    with jax.default_matmul_precision("highest"):
+        closed, out = jax.make_jaxpr(flat, return_shape=True)(specs, xs)
+    if not isinstance(out, jax.ShapeDtypeStruct):
+        raise ValueError(f"apply_fn must return one array (n, c) or (n,), got {jax.tree.structure(out)}")
+    if out.shape[:1] != (1,) or len(out.shape) > 2:
+        raise ValueError(f"apply_fn must return one row per sample, (n, c) or (n,); for one sample it gave {out.shape}")
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise ValueError(f"apply_fn must return real floating-point outputs, got dtype {out.dtype}")
+    inexact = tuple(i for i, spec in enumerate(specs) if jnp.issubdtype(spec.dtype, jnp.inexact))
+    names = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(treedef, list(range(len(leaves)))))[0]
+    paths = tuple(jax.tree_util.keystr(names[i][0]) for i in arrays)
+    c = 1 if len(out.shape) == 1 else out.shape[1]
+    return Traced(flatten(closed, len(arrays)), arrays, inexact, c, np.dtype(out.dtype), paths)
+
+
+def sample_features(traced: Traced, plan: Plan, chosen: tuple[int, ...]) -> Callable[..., tuple[Any, ...]]:
+    """Function (arrays, consts, one sample) -> features of the chosen terms."""
+    program = traced.program
+    cuts = sorted({slot for t in chosen for slot in plan.cuts[t]})
+    needs = sorted({slot for t in chosen for slot in plan.needs[t]})
+    reverse = sorted({leaf for t in chosen for leaf in plan.reverse[t]})
+    forward = sorted({leaf for t in chosen for leaf in plan.forward[t]})
+
+    def features(arrays: list[Any], consts: list[Any], sample: list[Any]) -> tuple[Any, ...]:
+        inputs = [value[None] for value in sample]
+
+        def outputs(shifts: dict[int, Any], moving: dict[int, Any]) -> tuple[Any, Any]:
+            values = [moving.get(i, array) for i, array in enumerate(arrays)]
+            env = program.run(values, inputs, consts, shifts)
+            out = env[program.output] if isinstance(program.output, int) else jnp.asarray(program.output.val)
+            return out.reshape(traced.c), {slot: env[slot] for slot in needs}
+
+        zeros = {slot: jnp.zeros(program.avals[slot].shape, program.avals[slot].dtype) for slot in cuts}
+        out, pull, env = jax.vjp(outputs, zeros, {leaf: arrays[leaf] for leaf in reverse}, has_aux=True)
+        deltas, gradients = jax.vmap(pull)(jnp.eye(traced.c, dtype=out.dtype))
+        if forward:
+            jacobian = jax.jacfwd(lambda moving: outputs({}, moving)[0])
+            gradients = {**gradients, **jacobian({leaf: arrays[leaf] for leaf in forward})}
+        return tuple(plan.terms[t].features(env, deltas, gradients) for t in chosen)
+
+    return features
+
+
+class _Run:
+    """A compiled kernel: traced once, called with arrays of the shapes it was made for."""
+
+    def __init__(self, call: _Call):
+        self.call = call
+        self.traced = _trace(call.apply_fn, call.treedef, call.leaves, call.xdef, call.samples)
+        self.sides = (call.n1,) if call.n2 is None else (call.n1, call.n2)
+        self.consts = [jnp.asarray(value) for _, value in self.traced.program.consts]
+        self.dtype = self.traced.dtype
+        self.rows = self.traced.c if call.outputs == "full" else 1
+        self.plan, self.groups = prepare(self.traced, call.outputs, self.sides, call.budget)
+        self._whole = jax.jit(self._compute_whole)
+        self._features = jax.jit(self._compute_features, static_argnums=0)
+        self._block = jax.jit(self._add_block, static_argnums=(0, 1), donate_argnums=2)
+        self._diagonal_block = jax.jit(self._diagonal, static_argnums=0)
+
+    def __call__(self, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
+        fits = len(self.groups) == 1 and self.groups[0].block == max(self.sides)
+        if fits:
+            return self._whole(arrays, self.consts, first, second)
+        if self.call.outputs == "diagonal":
+            return self._run_diagonal(arrays, first, second)
+        return self._run_blocks(arrays, first, second)
+
+    def _zeros(self) -> jax.Array:
+        n1, n2 = self.sides[0], self.sides[-1]
+        if self.call.outputs == "diagonal":
+            return jnp.zeros((n1, self.traced.c), self.dtype)
+        return jnp.zeros((n1 * self.rows, n2 * self.rows), self.dtype)
+
+    def _compute_features(self, group: Group, arrays: Any, consts: Any, samples: Any) -> Any:
+        one = sample_features(self.traced, self.plan, group.terms)
+        count = samples[0].shape[0]
+        if group.chunk >= count:
+            return jax.vmap(lambda sample: one(arrays, consts, sample))(samples)
+        return lax.map(lambda sample: one(arrays, consts, sample), samples, batch_size=group.chunk)
+
+    def _compute_whole(self, arrays: Any, consts: Any, first: Any, second: Any) -> jax.Array:
+        """Everything at once, when the features of all samples fit."""
+        (group,) = self.groups
+        one = self._compute_features(group, arrays, consts, first)
+        two = one if second is None else self._compute_features(group, arrays, consts, second)
+        if self.call.outputs == "diagonal":
+            return self._diagonal(group, one, two)
+        return self._add_block(group, second is None, self._zeros(), one, two, 0, 0, 0, 0)
+
+    def _run_blocks(self, arrays: Any, first: Any, second: Any) -> jax.Array:
+        """Group by group and block by block; features of a block of columns are made again for each block of rows."""
+        theta = self._zeros()
+        for group in self.groups:
+            for row, own_row in blocks(self.sides[0], group.block):
+                one = self._features(group, arrays, self.consts, _cut(first, row, group.block))
+                for col, own_col in blocks(self.sides[-1], group.block):
+                    if second is None and col > row:
+                        break
+                    same = second is None and own_col == own_row
+                    other = first if second is None else second
+                    two = one if same else self._features(group, arrays, self.consts, _cut(other, col, group.block))
+                    theta = self._block(group, same, theta, one, two, row, col, own_row, own_col)
+        return theta
+
+    def _run_diagonal(self, arrays: Any, first: Any, second: Any) -> jax.Array:
+        total = self._zeros()
+        for group in self.groups:
+            parts = []
+            for row, own in blocks(self.sides[0], group.block):
+                one = self._features(group, arrays, self.consts, _cut(first, row, group.block))
+                two = (
+                    one
+                    if second is None
+                    else self._features(group, arrays, self.consts, _cut(second, row, group.block))
+                )
+                parts.append(self._diagonal_block(group, one, two)[own - row :])
+            total = total + jnp.concatenate(parts)
+        return total
+
+    def _diagonal(self, group: Group, one: Any, two: Any) -> jax.Array:
+        parts = [self.plan.terms[t].diagonal(a, b) for t, a, b in zip(group.terms, one, two, strict=True)]
+        return sum((part.astype(self.dtype) for part in parts[1:]), parts[0].astype(self.dtype))
+
+    def _add_block(
+        self, group: Group, same: bool, theta: Any, one: Any, two: Any, row: Any, col: Any, own_row: Any, own_col: Any
+    ) -> jax.Array:
+        """Adds the block of Θ between two blocks of samples, tile by tile; `same` says that they are the same samples.
+
+        Blocks and tiles all have one shape, so the last may begin before the previous one ends: then the entries before
+        `own_row` and `own_col` have been counted already.
+        """
+        mirrored = self.call.n2 is None
+        count1, count2 = (jax.tree.leaves(f)[0].shape[0] for f in (one, two))
+        tile1, tile2 = min(group.tile, count1), min(group.tile, count2)
+        rows, cols = list(blocks(count1, tile1)), list(blocks(count2, tile2))
+        pairs = [(*r, *c) for r in rows for c in cols if not same or c[1] <= r[1]]
+        accumulate = len(self.groups) > 1
+        starts = jnp.asarray(np.array(pairs, np.int32))
+        base = [jnp.asarray(value, jnp.int32) for value in (row, col, own_row, own_col)]
+
+        def tile(step: Any, theta: jax.Array) -> jax.Array:
+            r, mine_r, c, mine_c = (starts[step, k] for k in range(4))
+            f1 = one if tile1 == count1 else _cut(one, r, tile1)
+            f2 = two if tile2 == count2 else _cut(two, c, tile2)
+            value = self._tile(group, f1, f2)
+            if same:
+                value = _symmetric(value) if len(pairs) == 1 else jnp.where(r == c, _symmetric(value), value)
+            r0, c0 = base[0] + r, base[1] + c
+            if accumulate:
+                above = jnp.maximum(base[2], base[0] + mine_r) - r0
+                left = jnp.maximum(base[3], base[1] + mine_c) - c0
+                value = _keep(value, above * self.rows, left * self.rows)
+            theta = self._write(theta, value, r0, c0, accumulate)
+            if not mirrored or (same and len(pairs) == 1):
+                return theta
+            if not same:
+                return self._write(theta, value.T, c0, r0, accumulate)
+            if accumulate:  # a tile on the diagonal is its own mirror image and counts once
+                return self._write(theta, jnp.where(mine_r == mine_c, jnp.zeros_like(value), value).T, c0, r0, True)
+            return self._write(theta, value.T, c0, r0, False)
+
+        if len(pairs) == 1:
+            return tile(0, theta)
+        return lax.fori_loop(0, len(pairs), tile, theta)
+
+    def _tile(self, group: Group, one: Any, two: Any) -> jax.Array:
+        total = None
+        for t, first, second in zip(group.terms, one, two, strict=True):
+            term = self.plan.terms[t]
+            part = (term.full if self.call.outputs == "full" else term.trace)(first, second).astype(self.dtype)
+            total = part if total is None else total + part
+        return jnp.asarray(total)
+
+    def _write(self, theta: jax.Array, value: jax.Array, row: Any, col: Any, accumulate: bool) -> jax.Array:
+        at = (row * self.rows, col * self.rows)
+        if accumulate:
+            value = value + lax.dynamic_slice(theta, at, value.shape)
+        return lax.dynamic_update_slice(theta, value, at)
+
+
+_cached = lru_cache(maxsize=32)(_Run)
+
+
+def workload(outputs: str, c: int, sides: tuple[int, ...]) -> Workload:
+    """Samples and pairs of samples that the kernel of one (n,) or two sets (n1, n2) of samples takes."""
+    if outputs == "diagonal":
+        return Workload(outputs, c, sum(sides), sides[0])
+    pairs = sides[0] * (sides[0] + 1) // 2 if len(sides) == 1 else sides[0] * sides[1]
+    return Workload(outputs, c, sum(sides), pairs)
+
+
+def feature_shapes(traced: Traced, plan: Plan) -> tuple[Any, ...]:
+    """Shapes of the features of one sample, term by term."""
+    program = traced.program
+    arrays = [program.avals[slot] for slot in program.params]
+    consts = [program.avals[slot] for slot, _ in program.consts]
+    samples = [jax.ShapeDtypeStruct(program.avals[i].shape[1:], program.avals[i].dtype) for i in program.inputs]
+    return jax.eval_shape(sample_features(traced, plan, tuple(range(len(plan.terms)))), arrays, consts, samples)
+
+
+def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """Start of each block of one size, the last moved back to end at `total`; and where its own entries begin."""
+    for own in range(0, total, size):
+        yield min(own, max(total - size, 0)), own
+
+
+def _cut(tree: Any, start: Any, size: int) -> Any:
+    """Rows [start, start + size) of every array (all rows where there are fewer)."""
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, min(size, a.shape[0])), tree)
+
+
+def _symmetric(block: jax.Array) -> jax.Array:
+    """The lower triangle and its mirror image."""
+    lower = lax.broadcasted_iota(jnp.int32, block.shape, 0) >= lax.broadcasted_iota(jnp.int32, block.shape, 1)
+    return jnp.where(lower, block, block.T)
+
+
+def _keep(block: jax.Array, row: Any, col: Any) -> jax.Array:
+    """Zeros in the rows before `row` and the columns before `col`."""
+    inside = (lax.broadcasted_iota(jnp.int32, block.shape, 0) >= row) & (
+        lax.broadcasted_iota(jnp.int32, block.shape, 1) >= col
+    )
+    return jnp.where(inside, block, jnp.zeros_like(block))

@@ -1,0 +1,124 @@
+"""Matrix products and convolutions brought to one form: operand h[b, s, k] and cotangent δ[b, s, m] of a sample.
+
+b counts batch entries or feature groups, s positions, k contracted and m free entries of the leaf.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lplr_jax.ntk.jaxpr import Program
+from lplr_jax.ntk.walk import Use
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """Sizes b, s, k, m of a use, and how its operand and its cotangent are laid out in that form."""
+
+    b: int
+    s: int
+    k: int
+    m: int
+    operand: Callable[[Any], jax.Array]
+    cotangent: Callable[[Any], jax.Array]
+
+
+def geometry(program: Program, use: Use) -> Geometry | None:
+    """Form of the use, or None where its primitive is neither a matrix product nor a convolution."""
+    if use.op.name == "dot_general":
+        return _matrix_product(program, use)
+    if use.op.name == "conv_general_dilated":
+        return _convolution(program, use)
+    return None
+
+
+def _shape(program: Program, atom: Any) -> tuple[int, ...]:
+    return program.avals[atom].shape if isinstance(atom, int) else jnp.shape(atom.val)
+
+
+def _matrix_product(program: Program, use: Use) -> Geometry:
+    contract, batch = use.op.params["dimension_numbers"]
+    at = use.position
+    mine, other = _shape(program, use.op.ins[at]), _shape(program, use.op.ins[1 - at])
+    free = tuple(d for d in range(len(mine)) if d not in (*contract[at], *batch[at]))
+    there = tuple(d for d in range(len(other)) if d not in (*contract[1 - at], *batch[1 - at]))
+    b = math.prod(mine[d] for d in batch[at])
+    k = math.prod(mine[d] for d in contract[at])
+    m = math.prod(mine[d] for d in free)
+    s = math.prod(other[d] for d in there)
+
+    def operand(h: Any) -> jax.Array:
+        return jnp.transpose(h, (*batch[1 - at], *there, *contract[1 - at])).reshape(b, s, k)
+
+    def cotangent(delta: Any) -> jax.Array:  # the result has batch axes, then those of the left operand, then the right
+        return jnp.swapaxes(delta.reshape(b, m, s), 1, 2) if at == 0 else delta.reshape(b, s, m)
+
+    return Geometry(b, s, k, m, operand, cotangent)
+
+
+def _convolution(program: Program, use: Use) -> Geometry:
+    params = use.op.params
+    numbers = params["dimension_numbers"]
+    lhs, rhs = numbers.lhs_spec, numbers.rhs_spec
+    out_spec = numbers.out_spec
+    groups = params["feature_group_count"]
+    kernel = _shape(program, use.op.ins[1])
+    result = program.avals[use.op.outs[0]].shape
+    images = _shape(program, use.op.ins[0])[lhs[0]]
+    window = tuple(kernel[d] for d in rhs[2:])
+    spatial = tuple(result[d] for d in out_spec[2:])
+    depth, features = kernel[rhs[1]], kernel[rhs[0]] // groups
+    s = images * math.prod(spatial)
+    k = depth * math.prod(window)
+
+    def operand(h: Any) -> jax.Array:
+        h = jnp.transpose(h, lhs)
+        padding = [(0, 0, 0), (0, 0, 0)]
+        padding += [(*p, d - 1) for p, d in zip(params["padding"], params["lhs_dilation"], strict=True)]
+        h = lax.pad(h, jnp.zeros((), h.dtype), padding)
+        parts = []
+        for offset in product(*(range(size) for size in window)):
+            start = [o * d for o, d in zip(offset, params["rhs_dilation"], strict=True)]
+            strides = params["window_strides"]
+            stop = [a + (size - 1) * st + 1 for a, size, st in zip(start, spatial, strides, strict=True)]
+            parts.append(lax.slice(h, (0, 0, *start), (*h.shape[:2], *stop), (1, 1, *strides)))
+        patches = jnp.stack(parts, axis=2).reshape(images, groups, k, math.prod(spatial))
+        return jnp.transpose(patches, (1, 0, 3, 2)).reshape(groups, s, k)
+
+    def cotangent(delta: Any) -> jax.Array:
+        delta = jnp.transpose(delta, out_spec).reshape(images, groups, features, math.prod(spatial))
+        return jnp.transpose(delta, (1, 0, 3, 2)).reshape(groups, s, features)
+
+    return Geometry(groups, s, k, features, operand, cotangent)
+
+
+def row_lookup(program: Program, use: Use) -> Callable[[Any], jax.Array] | None:
+    """For a gather of whole rows of a table: the function from its indices to row numbers (−1 where a row is filled in).
+
+    Returns:
+        The function, whose result has one entry for each gathered row; or None for any other gather.
+    """
+    numbers, mode = use.op.params["dimension_numbers"], str(use.op.params["mode"])
+    table, indices = (_shape(program, atom) for atom in use.op.ins)
+    rows = numbers.start_index_map == (0,) and numbers.collapsed_slice_dims == (0,)
+    whole = tuple(use.op.params["slice_sizes"]) == (1, *table[1:])
+    last = len(program.avals[use.op.outs[0]].shape)
+    trailing = numbers.offset_dims == tuple(range(len(indices) - 1, last))
+    if not (rows and whole and trailing) or numbers.operand_batching_dims:
+        return None
+
+    def numbers_of(index: Any) -> jax.Array:
+        index = index.reshape(-1)
+        inside = (index >= 0) & (index < table[0])
+        if "CLIP" in mode.upper():
+            return jnp.clip(index, 0, table[0] - 1)
+        return jnp.where(inside, index, np.array(-1, index.dtype))
+
+    return numbers_of

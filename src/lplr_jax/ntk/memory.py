@@ -1,0 +1,134 @@
+"""How Θ is cut into blocks so that everything beside the result fits a memory budget."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lplr_jax.ntk.jaxpr import Program
+from lplr_jax.ntk.rules import Term
+
+# Rows and columns of a tile of Θ: large enough for fast matrix products, small enough for its temporaries to stay in
+# cache (calibrated on two x86 cores: 192 to 320 are within 10 % of each other).
+TILE = 256
+
+
+@dataclass(frozen=True)
+class Group:
+    """Terms whose features are kept together.
+
+    Attributes:
+        terms: Indices of the terms.
+        block: Samples whose features are kept at a time, on each side; all of them where they fit.
+        chunk: Samples whose forward and backward sweeps run at once.
+        tile: Samples on a side of the tiles in which a block of Θ is formed.
+    """
+
+    terms: tuple[int, ...]
+    block: int
+    chunk: int
+    tile: int
+
+
+def budget(requested: int | None) -> int:
+    """The requested bytes, or a quarter of the memory of the default device, or of the machine where it has no own."""
+    if requested is not None:
+        return int(requested)
+    device = jax.config.jax_default_device
+    stats = (device if isinstance(device, jax.Device) else jax.local_devices()[0]).memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"]) // 4
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container may have less than the machine
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(total, int(text) if text.isdigit() else total) // 4
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of all arrays (or their specifications) in a pytree."""
+    return sum(prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def sweep_bytes(program: Program, c: int) -> int:
+    """Bytes that one forward sweep and c backward sweeps of one sample need: every intermediate value, kept at once."""
+    slots = {slot for op in program.ops for slot in op.outs if slot in program.on_x}
+    held = sum(bytes_of(program.avals[slot]) for slot in slots if jnp.issubdtype(program.avals[slot].dtype, jnp.number))
+    return (1 + c) * max(held, 1)
+
+
+def make_groups(
+    terms: Sequence[Term],
+    kept: Sequence[int],
+    sweep: int,
+    *,
+    outputs: str,
+    c: int,
+    sides: tuple[int, ...],
+    item: int,
+    memory_budget: int,
+) -> tuple[Group, ...]:
+    """Groups terms and sets block sizes: half of the budget for features, a quarter each for sweeps and for tiles.
+
+    Args:
+        terms: Terms of Θ.
+        kept: Bytes that the features of each term take for one sample.
+        sweep: Bytes of the sweeps for one sample.
+        outputs: "full", "trace" or "diagonal".
+        c: Outputs per sample.
+        sides: (n,) for one set of samples, (n1, n2) for two.
+        item: Bytes of one entry of Θ.
+        memory_budget: Bytes that may be used beside the result.
+
+    Returns:
+        Groups that together hold every term once.
+
+    Raises:
+        ValueError: If not even the features of one pair of samples fit.
+    """
+    share = memory_budget // 2
+    grouped: list[tuple[tuple[int, ...], int]] = []
+    open_terms: list[int] = []
+    size = 0
+    for index, per_sample in enumerate(kept):
+        if per_sample * sum(sides) > share:
+            grouped.append(((index,), per_sample))
+            continue
+        if size and (size + per_sample) * sum(sides) > share:
+            grouped.append((tuple(open_terms), size))
+            open_terms, size = [], 0
+        open_terms.append(index)
+        size += per_sample
+    if open_terms:
+        grouped.append((tuple(open_terms), size))
+
+    groups = []
+    for indices, per_sample in grouped:
+        longest = max(sides)
+        block = longest
+        if per_sample * sum(sides) > share:
+            pair = 1 if outputs == "diagonal" and len(sides) == 1 else 2
+            block = share // (pair * per_sample)
+            if block < 1:
+                raise ValueError(
+                    f"memory_budget = {memory_budget} bytes does not hold the features of one pair of samples; "
+                    f"at least {2 * pair * per_sample} are needed"
+                )
+            block = even(longest, min(block, longest))
+        chunk = even(block, min(block, max(1, memory_budget // 4 // sweep)))
+        rows = c if outputs == "full" else 1
+        tile = max(1, TILE // rows)
+        temporary = 2 * item * max(terms[index].temporaries(rows) for index in indices)
+        while tile > 1 and tile * tile * temporary > memory_budget // 4:
+            tile //= 2
+        groups.append(Group(indices, block, chunk, even(block, min(tile, block))))
+    return tuple(groups)
+
+
+def even(total: int, most: int) -> int:
+    """Size at most `most` that cuts `total` into the fewest pieces of nearly the same size."""
+    return ceil(total / ceil(total / max(most, 1))) if total else 1
