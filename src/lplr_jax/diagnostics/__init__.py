@@ -1,16 +1,19 @@
 """The latent variables of local PL theory, at one point or along a run."""
 
+from lplr_jax.diagnostics.hessian import Extremes, hessian_extremes
 from lplr_jax.diagnostics.kernel import empirical_ntk_min_eig, principal_block, subset_ids
 from lplr_jax.diagnostics.pl import PointDiagnostics, evaluate_point, loss_floor, pl_bracket, pl_identity_tolerance
 from lplr_jax.diagnostics.rate import Decay, RateReport, contraction_factor, middle_half, rate_report, stable_regime
 
 __all__ = [
     "Decay",
+    "Extremes",
     "PointDiagnostics",
     "RateReport",
     "contraction_factor",
     "empirical_ntk_min_eig",
     "evaluate_point",
+    "hessian_extremes",
     "loss_floor",
     "middle_half",
     "pl_bracket",

@@ -1,18 +1,18 @@
 """Binary MNIST: digits 3 against 8, full-batch gradient descent, every latent variable (paper, section 6.1)."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lplr_jax import data, diagnostics, linalg
+from lplr_jax import data, diagnostics
+from lplr_jax.experiments.probe import KernelProbe
 from lplr_jax.experiments.run import (
     Observer,
     check_at_least_one,
@@ -20,10 +20,11 @@ from lplr_jax.experiments.run import (
     peak_memory_bytes,
     probe_epochs,
     run_training,
+    spread,
 )
-from lplr_jax.models import MLP, Params, count_parameters
-from lplr_jax.ntk.empirical import check_kernel_name, empirical_ntk
-from lplr_jax.records import Record, atomic_write
+from lplr_jax.models import MLP, count_parameters
+from lplr_jax.ntk.empirical import check_kernel_name
+from lplr_jax.records import Record
 from lplr_jax.training import LossScale, Objective, evaluate, init_state, train_epochs
 
 
@@ -47,6 +48,8 @@ class MnistConfig:
     """Scale s of the loss ‖r‖²/(2s): "mean" for s = n, "sum" for s = 1."""
     probe_every: int | None = None
     """Epochs between kernel probes; both ends are always probed [default: a fortieth of the run]. Calibrated."""
+    hessian_probes: int = 9
+    """Probes, evenly spread with both ends, at which the Hessian's extremes are measured; 0 for none. Calibrated."""
     n_train: int = 1000
     """Training images; 1,000 are the first 500 of each digit. Calibrated."""
     subset_size: int | None = None
@@ -68,7 +71,7 @@ class MnistConfig:
 
 
 PRESETS: dict[str, MnistConfig] = {
-    "smoke": MnistConfig(width=32, epochs=60, probe_every=10, n_train=200),
+    "smoke": MnistConfig(width=32, epochs=60, probe_every=10, n_train=200, hessian_probes=2),
     "default": MnistConfig(),
     "paper": MnistConfig(epochs=10_000),
 }
@@ -103,8 +106,9 @@ def resolve(config: MnistConfig) -> tuple[MnistConfig, int, int]:
             raise ValueError(f"{name} must be at most {of} = {most}, got {value}")
     if not (np.isfinite(config.learning_rate) and config.learning_rate > 0):
         raise ValueError(f"learning_rate must be a finite number > 0, got {config.learning_rate}")
-    if config.seed < 0:
-        raise ValueError(f"seed must be >= 0, got {config.seed}")
+    for name in ("seed", "hessian_probes"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} must be >= 0, got {getattr(config, name)}")
     if config.init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {config.init!r}")
     for name in ("regime_start", "regime_stop"):
@@ -113,47 +117,6 @@ def resolve(config: MnistConfig) -> tuple[MnistConfig, int, int]:
             raise ValueError(f"{name} must be an epoch of the run, 0 to {config.epochs}, got {value}")
     check_kernel_name(config.kernel)
     return replace(config, probe_every=probe_every, subset_size=subset_size), probe_every, subset_size
-
-
-class KernelProbe:
-    """Measures the kernel and, in float64, the point at which it is taken; remembers Θ_0 for the shift."""
-
-    def __init__(
-        self, objective: Objective, x: Any, y: np.ndarray, *, subset: np.ndarray, kernel: str, save_to: Path | None
-    ) -> None:
-        self._objective, self._x, self._y = objective, x, y
-        self._subset, self._kernel, self._save_to = subset, kernel, save_to
-        self._initial: np.ndarray | None = None
-
-    def __call__(self, params: Params, epoch: int) -> Mapping[str, float]:
-        """Return the values of one probe by their names in the record."""
-        apply_fn = self._objective.apply_fn
-        theta = np.asarray(empirical_ntk(apply_fn, params, self._x, kernel=self._kernel))
-        point = diagnostics.evaluate_point(apply_fn, params, self._x, self._y, loss_scale=self._objective.loss_scale)
-        if self._initial is None:
-            self._initial = theta
-        if self._save_to is not None:
-            save_params(params, self._save_to / f"epoch_{epoch:06d}.npz")
-        least, largest = linalg.extremes(theta)
-        return {
-            "ntk_min_eig": least,
-            "ntk_max_eig": largest,
-            "ntk_min_eig_subset": float(
-                linalg.min_eig(diagnostics.principal_block(theta, self._subset, self._y.shape[1]))
-            ),
-            "ntk_rayleigh": point.rayleigh(theta),
-            "ntk_shift": linalg.spectral_norm(theta - self._initial) if theta is not self._initial else 0.0,
-            "probe_loss": point.loss,
-            "probe_grad_sq_norm": point.grad_sq_norm,
-        }
-
-
-def save_params(params: Params, path: Path) -> None:
-    """Write the leaves of a pytree as one npz file, named by their paths in the tree."""
-    name_of = partial(jax.tree_util.keystr, simple=True, separator=".")
-    leaves = {name_of(key): np.asarray(leaf) for key, leaf in jax.tree.leaves_with_path(params)}
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **leaves)
 
 
 def run(config: MnistConfig, *, observer: Observer | None = None, probe_dir: Path | None = None) -> Record:
@@ -179,12 +142,22 @@ def run(config: MnistConfig, *, observer: Observer | None = None, probe_dir: Pat
     objective, optimizer = Objective(model.apply, config.loss_scale), optax.sgd(config.learning_rate)
     subset = diagnostics.subset_ids(dataset.n, subset_size, seed=config.seed)
     settings = {"objective": objective, "optimizer": optimizer}
+    probes_at = probe_epochs(config.epochs, probe_every)
+    probe = KernelProbe(
+        objective,
+        x,
+        dataset.y,
+        subset=subset,
+        kernel=config.kernel,
+        hessian_epochs=spread(probes_at, config.hessian_probes),
+        save_to=probe_dir,
+    )
     result = run_training(
         init_state(params, optimizer),
-        probes_at=probe_epochs(config.epochs, probe_every),
+        probes_at=probes_at,
         advance=lambda state, k: train_epochs(state, (x, y), params, epochs=k, **settings),
         evaluate=partial(evaluate, batch=(x, y), initial=params, objective=objective),
-        probe=KernelProbe(objective, x, dataset.y, subset=subset, kernel=config.kernel, save_to=probe_dir),
+        probe=probe,
         observer=observer,
     )
     numbers = {

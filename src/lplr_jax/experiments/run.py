@@ -59,6 +59,12 @@ def probe_epochs(epochs: int, every: int) -> tuple[int, ...]:
     return tuple(sorted({*range(0, epochs + 1, every), epochs}))
 
 
+def spread(epochs: Sequence[int], count: int) -> frozenset[int]:
+    """Return `count` of the epochs, evenly spread with both ends; all of them where there are fewer."""
+    places = np.linspace(0, len(epochs) - 1, min(count, len(epochs))).round().astype(int)
+    return frozenset(epochs[place] for place in places)
+
+
 @dataclass(frozen=True)
 class RunResult:
     """What the loop measured.

@@ -10,8 +10,8 @@ derivative of output o by the layer's pre-activations. This module evaluates h a
 λ_min(Θ) is σ_min(K)² and |σ_min(K̂) - σ_min(K)| <= ‖K̂ - K‖₂ (Weyl), so the errors that the network amplifies reach λ_min
 multiplied by 2 √λ_min only, not by 2 √λ_max as a bound on ‖K̂ K̂ᵀ - K Kᵀ‖₂ would have it.
 
-Row bounds, for exact float64 parameters and inputs, u = 2⁻⁵³, γ_k from `certificates.gamma` (inner products of BLAS in any
-order, so no summation order is assumed), ‖W‖₂ from `spectral_norm_bound`:
+Row bounds, for exact float64 parameters and inputs, u = 2⁻⁵³, γ_k from `certificates.gamma` (inner products of BLAS in
+any order, so no summation order is assumed), ‖W‖₂ from `spectral_norm_bound`:
 
 * ẑ = fl(ĥ W + b):       ‖ẑ - z‖ <= ‖ĥ - h‖ ‖W‖₂ + γ_k ‖ĥ‖ ‖W‖_F + u ‖ẑ‖ =: ζ.
 * ĥ' = fl(σ(ẑ)):         ‖ĥ' - h'‖ <= ζ + ε ‖ĥ'‖, as |σ'| <= 1; ε the relative error of the activation's formula.
@@ -19,10 +19,12 @@ order, so no summation order is assumed), ‖W‖₂ from `spectral_norm_bound`:
 * δ̂' = fl(ĝ ∘ σ'(ẑ)):    ‖δ̂' - δ'‖ <= ‖ĝ - g‖ + max|ĝ| sup|σ''| ζ + ε' ‖ĝ‖ + u ‖δ̂'‖, ε' the absolute error of σ'.
 * row of K̂ - K:          <= √(‖ĥ‖² + 1) ‖δ̂ - δ‖ + ‖ĥ - h‖ (‖δ̂‖ + ‖δ̂ - δ‖).
 
-The constants of the activations follow from 4 ulp (8 u) for exp, log1p and tanh. softplus = max(z, 0) + log1p(exp(-|z|)): both
-terms are non-negative and log1p has condition at most 1, so 8 u + 8 u + u < 20 u relative. Its derivative 1 / (1 + e) or
-e / (1 + e): 8 u + 5 u + u < 20 u. tanh: 8 u relative; 1 - t² loses 2 · 8 u + 3 u < 20 u absolute. relu is exact, and so is its
-derivative unless a pre-activation lies within ζ of zero; then there is no bound.
+The constants of the activations follow from 4 ulp (8 u) for exp, log1p and tanh.
+
+* softplus = max(z, 0) + log1p(exp(-|z|)): both terms are non-negative and log1p has condition at most 1, so the value
+  has 8 u + 8 u + u < 20 u relative; the slope, 1 / (1 + e) or e / (1 + e), has 8 u + 5 u + u < 20 u.
+* tanh: 8 u relative; the slope 1 - t² loses 2 · 8 u + 3 u < 20 u absolute.
+* relu is exact, and so is its slope unless a pre-activation lies within ζ of zero; then there is no bound.
 """
 
 import math
@@ -32,10 +34,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.sparse.linalg
 from jaxtyping import Float
 
-from lplr_jax import certificates
+from lplr_jax import certificates, linalg
 from lplr_jax.certificates import TINY, UNIT, gamma
 from lplr_jax.models import ApplyFn, Params
 from lplr_jax.ntk import engine
@@ -48,8 +49,10 @@ ASSUMPTIONS = (
 
 # Norms and sums here have at most 2³² non-negative terms, added in any order: 2³² u < 1e-6.
 _INFLATE = 1.0 + 1e-6
-# Row errors from underflow: a row takes fewer than 2³⁰ operations, each losing at most 2⁻¹⁰²².
-_UNDERFLOW = 2.0**60 * TINY
+# What underflow may take from a row: 2³⁰ operations lose η each, and squares below η spoil a norm by √(2³⁰ η).
+_UNDERFLOW = 2.0**20 * math.sqrt(TINY)
+# Entries of the kernel that are formed at a time, so that memory stays small beside it.
+_BLOCK_ENTRIES = 2**22
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def assembly_bound(
         The bound; None where the program has a step without one (anything but dense layers, biases, softplus, tanh and
         relu), where a relu is within rounding of its kink, or where a number overflows.
     """
-    if not hasattr(x, "shape"):
+    if not all(_is_floating(leaf) for leaf in (x, *jax.tree.leaves(params))):
         return None
     with jax.enable_x64(True):
         leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
@@ -142,6 +145,10 @@ def assembly_bound(
     return bound if math.isfinite(bound.assembly_error) and math.isfinite(bound.factor_error) else None
 
 
+def _is_floating(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and jax.numpy.issubdtype(leaf.dtype, np.floating)
+
+
 def _read_layers(program: Program) -> list[_Layer] | None:
     """Return the dense layers of the program in order, or None if it does anything else."""
     if len(program.inputs) != 1 or program.consts:
@@ -153,7 +160,7 @@ def _read_layers(program: Program) -> list[_Layer] | None:
     for op in program.ops:
         first = op.ins[0]
         width = program.avals[now].shape[-1:] if isinstance(now, int) else ()
-        if op.name in ("reshape", "broadcast_in_dim", "squeeze", "expand_dims") and _keeps_entries(program, op):
+        if op.name in ("reshape", "broadcast_in_dim", "squeeze") and _keeps_entries(program, op):
             if first in place:
                 place[op.outs[0]] = place.pop(first)
                 continue
@@ -182,8 +189,8 @@ def _keeps_entries(program: Program, op: Op) -> bool:
     if len(op.ins) != 1 or not isinstance(op.ins[0], int):
         return False
     before, after = program.avals[op.ins[0]].shape, program.avals[op.outs[0]].shape
-    # Without axes of length one the order of the entries must be as before: a vector, or rows flattened in order.
-    return math.prod(before) == math.prod(after) and op.params.get("dimensions") is None
+    permutes = op.name == "reshape" and op.params["dimensions"] is not None
+    return math.prod(before) == math.prod(after) and not permutes
 
 
 def _is_dense(program: Program, op: Op, now: int) -> bool:
@@ -191,7 +198,7 @@ def _is_dense(program: Program, op: Op, now: int) -> bool:
     shape = program.avals[now].shape
     return (
         op.ins[0] == now
-        and isinstance(weight, int)
+        and weight in program.params
         and len(shape) == 2
         and shape[0] == 1
         and len(program.avals[weight].shape) == 2
@@ -240,24 +247,19 @@ def _norms(a: np.ndarray) -> np.ndarray:
 
 
 def spectral_norm_bound(w: Float[np.ndarray, "k m"]) -> float:
-    """Return an upper bound of ‖W‖₂: a Cholesky test proves λ_max of the smaller Gram matrix, else the Frobenius norm is taken.
+    """Return an upper bound of ‖W‖₂, from λ_max of the smaller Gram matrix by a Cholesky test, or else ‖W‖_F.
 
     The Gram matrix is formed with error at most γ_k ‖W‖_F² in spectral norm.
     """
     small = w if w.shape[0] <= w.shape[1] else w.T
     gram = small @ small.T
     frobenius = float(np.einsum("ij,ij->", w, w)) * _INFLATE + _UNDERFLOW
-    n = gram.shape[0]
     limit = frobenius
-    if n > 1 and math.isfinite(frobenius) and 2.0**-300 < frobenius < 2.0**300:
-        start = np.ones(n)
-        for _ in range(30):
-            start = gram @ start
-            start /= np.linalg.norm(start)
-        shift = 1.01 * float(np.linalg.norm(gram @ start))
-        work = np.empty((n, n), order="F")
-        # The product is symmetric up to rounding; one triangle is read, which γ_k ‖W‖_F² covers too.
-        if shift < frobenius and certificates.cholesky_test(-gram, -shift, work):
+    if math.isfinite(frobenius) and 2.0**-300 < frobenius < 2.0**300:
+        # An estimate with one per cent to spare; the test decides whether it is a bound.
+        shift = 1.01 * linalg.spectral_norm(0.5 * (gram + gram.T))
+        # One triangle is read; it differs from the exact product by no more than γ_k ‖W‖_F².
+        if shift < frobenius and certificates.cholesky_test(-gram, -shift, np.empty(gram.shape, order="F")):
             limit = shift
     return math.sqrt(limit + 2.0 * gamma(small.shape[1]) * frobenius) * _INFLATE
 
@@ -265,7 +267,8 @@ def spectral_norm_bound(w: Float[np.ndarray, "k m"]) -> float:
 def _propagate(layers: list[_Layer], leaves: list[np.ndarray], x: np.ndarray, c: int) -> list[_Rows] | None:
     """Return the factors of K̂ with their row errors; None where a relu is within its error of the kink."""
     n = x.shape[0]
-    norms = [(spectral_norm_bound(leaves[l.weight]), _frobenius(leaves[l.weight])) for l in layers]
+    weights = [leaves[layer.weight] for layer in layers]
+    norms = [(spectral_norm_bound(weight), _frobenius(weight)) for weight in weights]
     hidden, errors, pre, pre_errors = [x], [np.zeros(n)], [], []
     for layer, (spectral, frobenius) in zip(layers, norms, strict=True):
         weight = leaves[layer.weight]
@@ -332,7 +335,7 @@ def _compare(rows: list[_Rows], c: int, theta: np.ndarray) -> AssemblyBound:
 def _distance(rows: list[_Rows], c: int, theta: np.ndarray) -> float:
     """Return ‖Θ - Θ̂‖_F, forming Θ̂ in blocks of rows."""
     n = rows[0].h.shape[0]
-    size = max(1, 2**20 // max(1, n * c * c))
+    size = max(1, _BLOCK_ENTRIES // (n * c * c))
     total = 0.0
     for i in range(0, n, size):
         block = slice(i, min(i + size, n))

@@ -95,17 +95,14 @@ class Use:
         """Gradient with respect to the leaf for a cotangent at `cut`."""
         delta = self.cotangent(program, delta)
         op, at = self.op, self.position
-        if op.name in ("add", "add_any", "sub"):  # affine in the leaf: only the sign matters
-            grad = -delta if op.name == "sub" and at == 1 else delta
-            steps = self.chain
-        else:
-            grad, steps = delta, self.steps
+        affine = op.name in ("add", "add_any", "sub")  # then only the sign and the broadcast matter
+        grad = -delta if op.name == "sub" and at == 1 else delta
 
         def forward(leaf: Any) -> Any:
-            for step, place in steps:
+            for step, place in self.chain if affine else self.steps:
                 operands = [leaf if p == place else read(env, atom) for p, atom in enumerate(step.ins)]
                 (leaf,) = step.evaluate(operands)
-            return leaf
+            return jnp.broadcast_to(leaf, grad.shape) if affine else leaf
 
         return jax.linear_transpose(forward, program.avals[self.source])(grad)[0]
 

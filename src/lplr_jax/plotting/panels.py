@@ -1,7 +1,4 @@
-"""Figures from records. No model, no data: everything can be redrawn from its npz."""
-
-import os
-from pathlib import Path
+"""The four panels of one run."""
 
 import matplotlib as mpl
 import numpy as np
@@ -12,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lplr_jax.diagnostics import Decay, middle_half
-from lplr_jax.records import Record, atomic_write
+from lplr_jax.plotting.style import STYLE
+from lplr_jax.records import Record
 from lplr_jax.summary import Summary, summarise
 
-STYLE = Path(__file__).with_name("lplr.mplstyle")
 BLUE, VERMILION, GREEN, PURPLE, BLACK = "C0", "C1", "C2", "C3", "C6"
 SHADE = {"color": "#56B4E9", "alpha": 0.13, "linewidth": 0}
 HATCH = {"facecolor": "none", "edgecolor": "0.9", "hatch": "//", "linewidth": 0}
@@ -48,27 +45,6 @@ def four_panel(record: Record) -> Figure:
             _mark_epochs(axes, record, summary)
         figure.suptitle(_title(record, summary), fontsize=10)
     return figure
-
-
-def save(figure: Figure, path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Write a figure as PNG (200 dpi) and PDF beside each other, each whole or not at all.
-
-    Args:
-        figure: what to write.
-        path: file name; its suffix is replaced.
-
-    Returns:
-        The two paths.
-    """
-    stem = Path(path)
-    written = []
-    # No dates in the files: the same record gives the same bytes.
-    for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None, "Producer": None})):
-        target = stem.with_suffix(suffix)
-        with mpl.rc_context(fname=STYLE), atomic_write(target) as temporary:
-            figure.savefig(temporary, dpi=200, metadata=metadata)
-        written.append(target)
-    return written[0], written[1]
 
 
 def _title(record: Record, summary: Summary) -> str:

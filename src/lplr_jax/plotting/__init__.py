@@ -1,0 +1,6 @@
+"""Figures from records. No model, no data: everything can be redrawn from its npz."""
+
+from lplr_jax.plotting.panels import four_panel
+from lplr_jax.plotting.style import save
+
+__all__ = ["four_panel", "save"]

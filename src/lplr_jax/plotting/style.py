@@ -1,0 +1,32 @@
+"""One look for every figure, and how figures reach the disk."""
+
+import os
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from lplr_jax.records import atomic_write
+
+STYLE = Path(__file__).with_name("lplr.mplstyle")
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Write a figure as PNG (200 dpi) and PDF beside each other, each whole or not at all.
+
+    Args:
+        figure: what to write.
+        path: file name; its suffix is replaced.
+
+    Returns:
+        The two paths.
+    """
+    stem = Path(path)
+    written = []
+    # No dates in the files: the same record gives the same bytes.
+    for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None, "Producer": None})):
+        target = stem.with_suffix(suffix)
+        with mpl.rc_context(fname=STYLE), atomic_write(target) as temporary:
+            figure.savefig(temporary, dpi=200, metadata=metadata)
+        written.append(target)
+    return written[0], written[1]
