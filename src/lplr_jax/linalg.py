@@ -235,7 +235,7 @@ def _least_vector(
     )
     try:
         _, vectors = scipy.sparse.linalg.eigsh(
-            scipy.sparse.linalg.aslinearoperator(a),
+            a,
             k=1,
             sigma=shift,
             OPinv=inverse,
@@ -274,7 +274,7 @@ def _factor_below(a: Float[np.ndarray, "n n"], bound: float, work: Float[np.ndar
     # Indefinite: a Ritz value places the shift, and the distance grows until it lies below the spectrum.
     try:
         values = scipy.sparse.linalg.eigsh(
-            scipy.sparse.linalg.aslinearoperator(a),
+            a,
             k=1,
             which="SA",
             v0=_start(a.shape[0]),
@@ -352,18 +352,24 @@ def _one_shift(
     return floor
 
 
-def extremes(matrix: Any) -> tuple[float, float]:
-    """Return the least and the largest eigenvalue of a symmetric matrix, shape (n, n), as computed."""
+def max_eig(matrix: Any) -> float:
+    """Return the largest eigenvalue of a symmetric matrix, shape (n, n), as computed."""
     a = as_symmetric(matrix)
     n = a.shape[0]
     if n > _DENSE_MAX:
         try:
-            largest = scipy.sparse.linalg.eigsh(
-                scipy.sparse.linalg.aslinearoperator(a), k=1, which="LA", v0=_start(n), return_eigenvectors=False
-            )
-            return min_eig(a).value, float(largest[0])
+            value = scipy.sparse.linalg.eigsh(a, k=1, which="LA", v0=_start(n), return_eigenvectors=False)
+            return float(value[0])
         except scipy.sparse.linalg.ArpackError:
             pass  # the dense solver takes over
+    return float(scipy.linalg.eigvalsh(a, check_finite=False)[-1])
+
+
+def extremes(matrix: Any) -> tuple[float, float]:
+    """Return the least and the largest eigenvalue of a symmetric matrix, shape (n, n), as computed."""
+    a = as_symmetric(matrix)
+    if a.shape[0] > _DENSE_MAX:
+        return min_eig(a).value, max_eig(a)
     values = scipy.linalg.eigvalsh(a, check_finite=False)
     return float(values[0]), float(values[-1])
 
@@ -374,9 +380,7 @@ def spectral_norm(matrix: Any) -> float:
     n = a.shape[0]
     if n > _DENSE_MAX:
         try:
-            value = scipy.sparse.linalg.eigsh(
-                scipy.sparse.linalg.aslinearoperator(a), k=1, which="LM", v0=_start(n), return_eigenvectors=False
-            )
+            value = scipy.sparse.linalg.eigsh(a, k=1, which="LM", v0=_start(n), return_eigenvectors=False)
             return abs(float(value[0]))
         except scipy.sparse.linalg.ArpackError:
             pass  # the dense solver takes over

@@ -79,6 +79,8 @@ def summary_table(record: Record) -> Table:
     if "ntk_min_eig" in record:
         for row in _kernel_rows(record):
             table.add_row(*row)
+    for row in _curvature_rows(record):
+        table.add_row(*row)
     drift = record["drift"]
     table.add_row(
         "drift ‖θ_T - θ_0‖", f"{drift[last]:.4g}", f"largest {np.nanmax(drift):.4g}, in units of the parameters"
@@ -144,6 +146,19 @@ def _kernel_rows(record: Record) -> Iterator[tuple[str, str, str]]:
     if "ntk_shift" in record:
         shift = record["ntk_shift"][end]
         yield "‖Θ_T - Θ_0‖₂", f"{shift:.3g}", f"{shift / abs(min_eig[0]):.2g} times |λ_0|: L_Θ r(R) is at least this"
+
+
+def _curvature_rows(record: Record) -> Iterator[tuple[str, str, str]]:
+    if "sharpness" not in record or not np.isfinite(record["sharpness"]).any():
+        return
+    epochs, eta = record["probe_epoch"], float(record["learning_rate"])
+    measured = np.flatnonzero(np.isfinite(record["sharpness"]))
+    sharpness, curvature = record["sharpness"][measured], record["curvature_min"][measured]
+    top, bottom = epochs[measured[int(np.argmax(sharpness))]], epochs[measured[int(np.argmin(curvature))]]
+    largest = f"largest measured β = {sharpness.max():.4g} (epoch {top})"
+    yield "2/β", f"{2 / sharpness[0]:.4g}", f"β = λ_max(∇²L) at epoch {epochs[measured[0]]}; {largest}; units of η"
+    yield "η β", f"{eta * sharpness[0]:.3g}, {eta * sharpness[-1]:.3g}", "both ends; the descent lemma wants at most 1"
+    yield "least curvature", f"{curvature.min():.4g}", f"λ_min(∇²L), least at any probe (epoch {bottom})"
 
 
 def _rate_rows(name: str, report: RateReport) -> Iterator[tuple[str, str, str]]:

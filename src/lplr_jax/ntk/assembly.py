@@ -71,6 +71,25 @@ class AssemblyBound:
 
 
 @dataclass(frozen=True)
+class Factor:
+    """One layer's part of K̂ = [h, 1] ⊗ δ, row by row, with bounds of the 2-norms of the row errors.
+
+    Attributes:
+        h: inputs of the layer, (n, k).
+        delta: derivatives of the outputs by its pre-activations, (n c, m), sample-major.
+        h_error: bound on ‖ĥ - h‖ for each row, (n,).
+        delta_error: bound on ‖δ̂ - δ‖ for each row, (n c,).
+        bias: whether the layer has a bias, the 1 beside h.
+    """
+
+    h: np.ndarray
+    delta: np.ndarray
+    h_error: np.ndarray
+    delta_error: np.ndarray
+    bias: bool
+
+
+@dataclass(frozen=True)
 class _Activation:
     """Value and derivative with relative error `value_error` and absolute error `slope_error`; sup|σ''| = `bend`."""
 
@@ -127,6 +146,22 @@ def assembly_bound(
         The bound; None where the program has a step without one (anything but dense layers, biases, softplus, tanh and
         relu), where a relu is within rounding of its kink, or where a number overflows.
     """
+    with np.errstate(all="ignore"):  # a number that overflows gives no bound, below
+        rows = kernel_factors(apply_fn, params, x)
+        if rows is None:
+            return None
+        bound = _compare(rows, rows[0].delta.shape[0] // rows[0].h.shape[0], theta)
+    return bound if math.isfinite(bound.assembly_error) and math.isfinite(bound.factor_error) else None
+
+
+def kernel_factors(apply_fn: ApplyFn, params: Params, x: Any) -> list[Factor] | None:
+    """Return h and δ of every layer in float64 with bounds of their row errors, last layer first.
+
+    Θ is the sum over layers of (h hᵀ + 1) ∘ (δ δᵀ), rows of h repeated for each output, the 1 where there is a bias.
+
+    Returns:
+        The factors; None where `assembly_bound` has no bound because of the program or a relu.
+    """
     if not all(_is_floating(leaf) for leaf in (x, *jax.tree.leaves(params))):
         return None
     with jax.enable_x64(True):
@@ -137,12 +172,7 @@ def assembly_bound(
         layers = _read_layers(traced.program)
     if layers is None:
         return None
-    with np.errstate(all="ignore"):  # a number that overflows gives no bound, below
-        rows = _propagate(layers, leaves, inputs.reshape(inputs.shape[0], -1), traced.c)
-        if rows is None:
-            return None
-        bound = _compare(rows, traced.c, theta)
-    return bound if math.isfinite(bound.assembly_error) and math.isfinite(bound.factor_error) else None
+    return _propagate(layers, leaves, inputs.reshape(inputs.shape[0], -1), traced.c)
 
 
 def _is_floating(leaf: Any) -> bool:
@@ -230,17 +260,6 @@ def _match(op: Op, program: Program) -> _Activation | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Factors of one layer's part of K̂ with the bounds of their row errors; h (n, k), delta (n c, m)."""
-
-    h: np.ndarray
-    delta: np.ndarray
-    h_error: np.ndarray
-    delta_error: np.ndarray
-    bias: bool
-
-
 def _norms(a: np.ndarray) -> np.ndarray:
     """Return upper bounds of the 2-norms of rows, shape (n,)."""
     return np.sqrt(np.einsum("ij,ij->i", a, a)) * _INFLATE + _UNDERFLOW
@@ -264,7 +283,7 @@ def spectral_norm_bound(w: Float[np.ndarray, "k m"]) -> float:
     return math.sqrt(limit + 2.0 * gamma(small.shape[1]) * frobenius) * _INFLATE
 
 
-def _propagate(layers: list[_Layer], leaves: list[np.ndarray], x: np.ndarray, c: int) -> list[_Rows] | None:
+def _propagate(layers: list[_Layer], leaves: list[np.ndarray], x: np.ndarray, c: int) -> list[Factor] | None:
     """Return the factors of K̂ with their row errors; None where a relu is within its error of the kink."""
     n = x.shape[0]
     weights = [leaves[layer.weight] for layer in layers]
@@ -286,7 +305,7 @@ def _propagate(layers: list[_Layer], leaves: list[np.ndarray], x: np.ndarray, c:
         errors.append((zeta + layer.activation.value_error * _norms(h)) * _INFLATE + _UNDERFLOW)
     delta = np.tile(np.eye(c), (n, 1))
     delta_error = np.zeros(n * c)
-    rows: list[_Rows] = []
+    rows: list[Factor] = []
     for at in reversed(range(len(layers))):
         layer = layers[at]
         # δ so far is by the layer's output; the activation takes it to the pre-activation.
@@ -300,7 +319,7 @@ def _propagate(layers: list[_Layer], leaves: list[np.ndarray], x: np.ndarray, c:
                 + UNIT * _norms(moved)
             ) * _INFLATE + _UNDERFLOW
             delta = moved
-        rows.append(_Rows(hidden[at], delta, errors[at], delta_error, layer.bias is not None))
+        rows.append(Factor(hidden[at], delta, errors[at], delta_error, layer.bias is not None))
         if at:
             weight, (spectral, frobenius) = leaves[layer.weight], norms[at]
             rounding = gamma(weight.shape[1]) * frobenius * _norms(delta)
@@ -313,7 +332,7 @@ def _frobenius(w: np.ndarray) -> float:
     return float(np.linalg.norm(w)) * _INFLATE + _UNDERFLOW
 
 
-def _compare(rows: list[_Rows], c: int, theta: np.ndarray) -> AssemblyBound:
+def _compare(rows: list[Factor], c: int, theta: np.ndarray) -> AssemblyBound:
     """Return both errors: of the factors, from their row errors; of the kernel, against the one formed here."""
     squared_distance, squared_factor, largest = 0.0, 0.0, 1.0
     for part in rows:
@@ -332,7 +351,7 @@ def _compare(rows: list[_Rows], c: int, theta: np.ndarray) -> AssemblyBound:
     )
 
 
-def _distance(rows: list[_Rows], c: int, theta: np.ndarray) -> float:
+def _distance(rows: list[Factor], c: int, theta: np.ndarray) -> float:
     """Return ‖Θ - Θ̂‖_F, forming Θ̂ in blocks of rows."""
     n = rows[0].h.shape[0]
     size = max(1, _BLOCK_ENTRIES // (n * c * c))

@@ -74,7 +74,12 @@ def _min_eig_panel(axes: Axes, record: Record) -> None:
     axes.plot(epoch, record["ntk_min_eig"], color=BLUE, marker="o", markersize=3, label=f"all n = {n:,}")
     if "ntk_min_eig_lower" in record:
         axes.fill_between(
-            epoch, record["ntk_min_eig_lower"], record["ntk_min_eig_upper"], color=BLUE, alpha=0.3, label="interval"
+            epoch,
+            record["ntk_min_eig_lower"],
+            record["ntk_min_eig_upper"],
+            color=BLUE,
+            alpha=0.3,
+            label="certified interval",
         )
     if "ntk_min_eig_subset" in record:
         label = f"random subset of {k}: an upper bound"
