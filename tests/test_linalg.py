@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lplr_jax import certificates, linalg
-from lplr_jax.linalg import MinEig, extremes, min_eig, spectral_norm
+from lplr_jax.linalg import MinEig, extremes, max_eig, min_eig, spectral_norm
 
 U = 2.0**-53
 
@@ -282,7 +282,7 @@ def test_asymmetry_at_rounding_level_widens_the_interval():
     ],
 )
 def test_bad_matrices_are_refused(a, error, message):
-    for function in (min_eig, extremes, spectral_norm, linalg.as_symmetric):
+    for function in (min_eig, max_eig, extremes, spectral_norm, linalg.as_symmetric):
         with pytest.raises(error, match=message):
             function(a)
 
@@ -367,6 +367,7 @@ def test_extremes_fall_back_to_the_dense_solver(monkeypatch):
     monkeypatch.setattr(scipy.sparse.linalg, "eigsh", give_up)
     a = np.diag(np.arange(-3.0, 447.0))
     assert extremes(a) == pytest.approx((-3.0, 446.0))
+    assert max_eig(a) == pytest.approx(446.0)
     assert spectral_norm(a) == pytest.approx(446.0)
 
 

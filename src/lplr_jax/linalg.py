@@ -312,8 +312,8 @@ def _bisect(
     lower, ceiling, step = floor, math.inf, 0.0
     for attempt in range(_BISECTION_STEPS):
         costs = [_along(a, vector, value, scaled=scaled) for scaled in (False, True)]
-        # What the test must lose, what the value may be off, and the spacing of doubles.
-        noise = 1.05 * min(costs) + max(upper - value, 0.0) + 4.0 * certificates.UNIT * abs(value)
+        # What the test must lose, what the value is likely to be off, and the spacing of doubles.
+        noise = 1.05 * min(costs) + 0.1 * max(upper - value, 0.0) + 4.0 * certificates.UNIT * abs(value)
         top = min(ceiling, value)
         if attempt and top - lower <= 1.5 * noise:
             break

@@ -30,6 +30,7 @@ class Entry(NamedTuple):
 
 LOSS = "units of L"
 KERNEL = "output² / parameter²"
+LIPSCHITZ = "output² / parameter³"
 
 SCHEMA: dict[str, Entry] = {
     "epoch": Entry(("epoch",), "epochs", "epoch t; 0 is the initialisation"),
@@ -50,6 +51,27 @@ SCHEMA: dict[str, Entry] = {
     "curvature_min": Entry(
         ("probe",), "L / parameter²", "least eigenvalue of the Hessian of L; NaN where not measured"
     ),
+    "lqcr_inner": Entry(("probe",), LOSS, "⟨∇L(θ_t), θ_t - θ_T⟩, T the last probe"),
+    "ntk_assembly_error": Entry(
+        ("probe",), KERNEL, "bound on the assembly error of Θ in spectral norm; finite where the interval includes it"
+    ),
+    "spectrum": Entry(("probe", "eigenvalue"), KERNEL, "eigenvalues of Θ_t, ascending; NaN where not measured"),
+    "residual_energy": Entry(
+        ("probe", "eigenvalue"), "1", "share of ‖r‖² along each eigenvector of Θ_t; NaN where not measured"
+    ),
+    "ntk_pair_shift": Entry(("probe", "other_probe"), KERNEL, "‖Θ_s - Θ_t‖₂ for every pair of probes, from below"),
+    "param_pair_distance": Entry(("probe", "other_probe"), "parameter", "‖θ_s - θ_t‖₂ for every pair of probes"),
+    "ntk_lipschitz_lower": Entry((), LIPSCHITZ, "largest ‖Θ_s - Θ_t‖₂/‖θ_s - θ_t‖ over pairs of probes, less errors"),
+    "ntk_lipschitz_random": Entry((), LIPSCHITZ, "lower estimate of L_Θ on the ball of the run, random directions"),
+    "ntk_lipschitz_gradient": Entry((), LIPSCHITZ, "the same, along the gradient at θ_0"),
+    "ntk_lipschitz_power": Entry((), LIPSCHITZ, "the same, by power iteration on the derivative of the kernel"),
+    "ntk_lipschitz_upper": Entry((), LIPSCHITZ, "proved upper bound of L_Θ on the ball of the run; NaN where none"),
+    "smoothness_upper": Entry((), "L / parameter²", "proved upper bound of β on the ball of the run; NaN where none"),
+    "radius_certified": Entry((), "parameter", "R*: proved that L_Θ(R) R < λ_0 for R < R*; NaN where none"),
+    "parameter_spacing": Entry((), "parameter", "2-norm of the float32 spacings of θ_0"),
+    "affine_in_parameters": Entry((), "1", "1 where the program is affine in its parameters, read off its jaxpr"),
+    "kernel_samples": Entry((), "samples", "samples of every probe's kernel, loss and gradient; absent: all n"),
+    "kernel_trace": Entry((), "1", "1 where the probes hold the output-averaged kernel, (1/c) Σ_o Θ_oo"),
     "subset_ids": Entry(("subset",), "sample numbers", "training samples of the subset"),
     "loss_scale": Entry((), "1", "the number s in L = ‖r‖² / (2 s)"),
     "learning_rate": Entry((), "parameter² / L", "step size η"),

@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -119,6 +119,11 @@ def resolve(config: MnistConfig) -> tuple[MnistConfig, int, int]:
     return replace(config, probe_every=probe_every, subset_size=subset_size), probe_every, subset_size
 
 
+# Compiled code is found again by the identity of model and optimiser: one object for each setting.
+_model = lru_cache(maxsize=16)(MLP)
+_gradient_descent = lru_cache(maxsize=16)(optax.sgd)
+
+
 def run(config: MnistConfig, *, observer: Observer | None = None, probe_dir: Path | None = None) -> Record:
     """Train, probe, and return the record.
 
@@ -137,9 +142,9 @@ def run(config: MnistConfig, *, observer: Observer | None = None, probe_dir: Pat
     began = time.perf_counter()
     dataset = data.load("mnist", source=config.source, data_dir=config.data, n_train=config.n_train)
     x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
-    model = MLP(config.width, config.depth, config.activation, outputs=dataset.c)
+    model = _model(config.width, config.depth, config.activation, dataset.c)
     params = model.init(jax.random.key(config.seed), x[:1])
-    objective, optimizer = Objective(model.apply, config.loss_scale), optax.sgd(config.learning_rate)
+    objective, optimizer = Objective(model.apply, config.loss_scale), _gradient_descent(config.learning_rate)
     subset = diagnostics.subset_ids(dataset.n, subset_size, seed=config.seed)
     settings = {"objective": objective, "optimizer": optimizer}
     probes_at = probe_epochs(config.epochs, probe_every)

@@ -26,8 +26,8 @@ class TrustRow:
     Attributes:
         distance: between the two images of each pair.
         float32: kernel and eigenvalues in float32.
-        tf32: as float32, with the operands of the kernel's matrix products rounded to 10 bits after the point, as GPUs do
-            by default; the forward and backward sweeps stay in float64, so this is the favourable case.
+        tf32: as float32, with the operands of the kernel's matrix products rounded to 10 bits after the point, as GPUs
+            do by default; the forward and backward sweeps stay in float64, so this is the favourable case.
         float64: kernel in float64, eigenvalues by LAPACK.
         certified: the float64 kernel with its proved interval, rounding of the assembly included.
     """
@@ -67,7 +67,9 @@ def tf32_kernel(apply_fn: Any, params: Any, x: Any) -> np.ndarray:
     return theta
 
 
-def measure(*, n: int = 1000, pairs: int = 50, width: int = 128, seed: int = 0) -> tuple[TrustRow, ...]:
+def measure(
+    *, n: int = 1000, pairs: int = 50, width: int = 128, seed: int = 0, distances: Sequence[float] = DISTANCES
+) -> tuple[TrustRow, ...]:
     """Measure λ_min of the softplus network at initialisation on digits with near-duplicates, once for each distance.
 
     Args:
@@ -75,15 +77,16 @@ def measure(*, n: int = 1000, pairs: int = 50, width: int = 128, seed: int = 0) 
         pairs: how many have a near-duplicate.
         width: units of each of four hidden layers.
         seed: of the initialisation and of the displacements.
+        distances: between the images of a pair.
 
     Returns:
-        One row for each of `DISTANCES`.
+        One row for each distance.
     """
     digits = np.asarray(data.load("mnist", n_train=n).x, np.float64).reshape(n, -1)
     model = MLP(width=width)
     params = model.init(jax.random.key(seed), jnp.zeros((1, digits.shape[1])))
     rows = []
-    for distance in DISTANCES:
+    for distance in distances:
         x = near_duplicates(digits, distance, pairs=pairs, seed=seed)
         theta = np.asarray(empirical_ntk(model.apply, params, x))
         single = np.asarray(empirical_ntk(model.apply, params, x, dtype="float32"))

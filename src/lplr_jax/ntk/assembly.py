@@ -334,17 +334,18 @@ def _frobenius(w: np.ndarray) -> float:
 
 def _compare(rows: list[Factor], c: int, theta: np.ndarray) -> AssemblyBound:
     """Return both errors: of the factors, from their row errors; of the kernel, against the one formed here."""
-    squared_distance, squared_factor, largest = 0.0, 0.0, 1.0
+    squared_distance, rounding, largest = 0.0, 0.0, 1.0
     for part in rows:
         h = np.repeat(np.square(_norms(part.h)) + part.bias, c)
         delta = _norms(part.delta)
         distance = np.sqrt(h) * part.delta_error + np.repeat(part.h_error, c) * (delta + part.delta_error)
         squared_distance += float(np.square(distance * _INFLATE).sum()) * _INFLATE
-        squared_factor += float((h * np.square(delta)).sum()) * _INFLATE
+        # |Θ̂ - K̂ K̂ᵀ| <= Σ γ |K̂_l||K̂_l|ᵀ entry by entry, in spectral norm at most Σ γ ‖K̂_l‖_F²: two inner products, the 1
+        # of the bias, their product, the sum over layers.
+        roundings = part.h.shape[1] + part.delta.shape[1] + 2 + len(rows)
+        rounding += gamma(roundings) * float((h * np.square(delta)).sum()) * _INFLATE
         largest = max(largest, float(h.max()), float(np.square(delta).max()))
-    # |Θ̂ - K̂ K̂ᵀ| <= γ |K̂||K̂|ᵀ entry by entry: inner products, the 1 of the bias, their product, the sum over layers.
-    roundings = max(part.h.shape[1] + part.delta.shape[1] for part in rows) + 2 + len(rows)
-    rounding = gamma(roundings) * squared_factor + theta.shape[0] * _UNDERFLOW * largest**2
+    rounding += theta.shape[0] * _UNDERFLOW * largest**2
     distance = _distance(rows, c, theta) * _INFLATE
     return AssemblyBound(
         assembly_error=(rounding + distance) * _INFLATE, factor_error=math.sqrt(squared_distance) * _INFLATE

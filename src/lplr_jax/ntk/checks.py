@@ -3,6 +3,7 @@
 A kernel of a function that breaks these is a number without a meaning, so each probe raises instead.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -81,13 +82,15 @@ def sample_coupling(apply_fn: ApplyFn, params: Any, x: Any) -> None:
     whole = _evaluate(apply_fn, params, batch)
     if whole.ndim not in (1, 2) or whole.shape[0] != count:
         raise ValueError(f"apply_fn must return (n, c) or (n,); for {count} samples it gave shape {whole.shape}")
-    if _tangent_leaks(apply_fn, params, batch):
+    ends = ((0, slice(1, None)), (count - 1, slice(0, -1)))  # both, since a causal model couples in one direction only
+    if any(_tangent_leaks(apply_fn, params, batch, moved, others) for moved, others in ends):
         raise ValueError(_coupled("its derivative with respect to another sample is not zero"))
     # Evaluations differ in the order of summation at most: 1e4 roundings leave room for sums of 1e8 terms.
     tolerance = 1e4 * float(np.finfo(whole.dtype).eps)
-    changed = _evaluate(apply_fn, params, jax.tree.map(lambda a: jnp.asarray(a).at[-1].set(a[0]), batch))
-    if _differ(whole[:-1], changed[:-1], tolerance):
-        raise ValueError(_coupled("it changes when another sample is replaced"))
+    for moved, others in ends:
+        replaced = jax.tree.map(functools.partial(_replace, row=moved, by=count - 1 - moved), batch)
+        if _differ(whole[others], _evaluate(apply_fn, params, replaced)[others], tolerance):
+            raise ValueError(_coupled("it changes when another sample is replaced"))
     alone = _evaluate(apply_fn, params, _take(batch, slice(0, 1)))
     if _differ(whole[:1], alone, tolerance):
         raise ValueError(_coupled("it changes when the sample is evaluated alone"))
@@ -95,8 +98,8 @@ def sample_coupling(apply_fn: ApplyFn, params: Any, x: Any) -> None:
 
 def _coupled(how: str) -> str:
     return (
-        f"the output of apply_fn for one sample depends on the other samples of the batch ({how}), so Θ between samples "
-        "is not defined; evaluate batch normalisation with its running averages (use_running_average=True, train=False)"
+        f"the output of apply_fn for one sample depends on the other samples of the batch ({how}), so Θ between "
+        "samples is not defined; evaluate batch normalisation with its running averages (use_running_average=True, train=False)"
     )
 
 
@@ -153,8 +156,13 @@ def _evaluate(apply_fn: ApplyFn, params: Any, x: Any) -> np.ndarray:
     return np.asarray(out)
 
 
-def _tangent_leaks(apply_fn: ApplyFn, params: Any, x: Any) -> bool:
-    """Whether moving the last sample moves the output of another to first order."""
+def _replace(leaf: Any, row: int, by: int) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    return leaf.at[row].set(leaf[by])
+
+
+def _tangent_leaks(apply_fn: ApplyFn, params: Any, x: Any, row: int, others: slice) -> bool:
+    """Whether moving one sample moves the outputs of others to first order."""
     leaves, treedef = jax.tree.flatten(x)
     moving = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
     if not moving:
@@ -170,11 +178,11 @@ def _tangent_leaks(apply_fn: ApplyFn, params: Any, x: Any) -> bool:
     # A direction without symmetry: a constant shift would be invisible to normalisations that subtract a mean.
     keys = jax.random.split(jax.random.key(0), len(values))
     tangents = [
-        jnp.zeros_like(v).at[-1].set(jax.random.normal(k, v.shape[1:], v.dtype))
+        jnp.zeros_like(v).at[row].set(jax.random.normal(k, v.shape[1:], v.dtype))
         for k, v in zip(keys, values, strict=True)
     ]
     moved = np.asarray(jax.jvp(outputs, (values,), (tangents,))[1])
-    return bool(np.any(np.nan_to_num(moved[:-1]) != 0))
+    return bool(np.any(np.nan_to_num(moved[others]) != 0))
 
 
 def _differ(one: np.ndarray, two: np.ndarray, tolerance: float) -> bool:

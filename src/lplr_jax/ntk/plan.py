@@ -208,7 +208,7 @@ class _Builder:
                 operands.append(_scaled_operand(part.use, part.form))
                 needs |= part.use.needs()
         leaves = tuple(part.leaf for part in parts)
-        term = Outer(leaves, tuple(operands), ones, lambda deltas: deltas[cut])
+        term = Outer(leaves, tuple(operands), ones, lambda deltas: deltas[cut], cut == self.program.output)
         self.terms.append((term, (cut,), tuple(sorted(needs)), (), ()))
 
     def _positions(self, part: _Part) -> None:

@@ -74,12 +74,16 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Outer:
-    """Gradients of rank one: weights that act at one position, and the biases that share their cotangent."""
+    """Gradients of rank one: weights that act at one position, and the biases that share their cotangent.
+
+    `unit` says that δ is the identity: the leaves act on the output itself.
+    """
 
     leaves: tuple[int, ...]
     operands: tuple[Callable[[Env], jax.Array], ...]
     ones: int
     delta_of: Callable[[Env], jax.Array]
+    unit: bool
 
     def features(self, env: Env, deltas: Env, gradients: Env) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """Operands (k,) and the cotangent (c, m) of one sample."""
@@ -89,14 +93,15 @@ class Outer:
 
     def full(self, first: Any, second: Any) -> jax.Array:
         """(Σ h hᵀ + 1) ∘ (δ δᵀ) for all pairs of outputs."""
-        product = gram(_rows(first[1], 2), _rows(second[1], 2))
+        (n1, c1), (n2, c2) = first[1].shape[:2], second[1].shape[:2]
         weight = self._weight(first[0], second[0])
+        if self.unit and c1 == 1 and weight is not None:
+            return weight
+        product = self._unit(n1, n2, c1, first[1].dtype) if self.unit else gram(_rows(first[1], 2), _rows(second[1], 2))
         if weight is None:
             return self._ones(product)
-        c1, c2 = first[1].shape[1], second[1].shape[1]
-        if c1 == c2 == 1:
+        if c1 == 1:
             return weight * product
-        n1, n2 = weight.shape
         # Columns are repeated first, so that the product runs along contiguous rows of n2 · c entries.
         weight = jnp.broadcast_to(weight[:, :, None], (n1, n2, c2)).reshape(n1, 1, n2 * c2)
         weight = jnp.broadcast_to(weight, (n1, c1, n2 * c2)).reshape(n1 * c1, n2 * c2)
@@ -104,8 +109,10 @@ class Outer:
 
     def trace(self, first: Any, second: Any) -> jax.Array:
         """(Σ h hᵀ + 1) ∘ (δ δᵀ) with outputs contracted."""
-        product = gram(_rows(first[1], 1), _rows(second[1], 1))
         weight = self._weight(first[0], second[0])
+        if self.unit and weight is not None:
+            return weight * jnp.asarray(first[1].shape[1], weight.dtype)
+        product = gram(_rows(first[1], 1), _rows(second[1], 1))
         return self._ones(product) if weight is None else weight * product
 
     def diagonal(self, first: Any, second: Any) -> jax.Array:
@@ -129,6 +136,10 @@ class Outer:
         if weight is not None and self.ones:
             weight = weight + jnp.asarray(self.ones, weight.dtype)
         return weight
+
+    def _unit(self, n1: int, n2: int, c: int, dtype: Any) -> jax.Array:
+        eye = jnp.broadcast_to(jnp.eye(c, dtype=dtype)[None, :, None, :], (n1, c, n2, c))
+        return eye.reshape(n1 * c, n2 * c)
 
     def _ones(self, product: jax.Array) -> jax.Array:
         return product if self.ones == 1 else product * jnp.asarray(self.ones, product.dtype)
