@@ -450,6 +450,34 @@ def test_cholesky_obeys_its_error_bound(n):
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12), st.floats(-1e3, 1e3))
+def test_cholesky_error_is_the_derived_formula_rounded_up(diagonal, shift):
+    # Rational arithmetic: φ_j = γ_{j+2} / (1 - γ_{j+2}), γ_k = k u / (1 - k u), h_j = max(a_jj - s, 0).
+    gammas = [Fraction(k, 2**53) / (1 - Fraction(k, 2**53)) for k in range(3, len(diagonal) + 3)]
+    phi = [g / (1 - g) for g in gammas]
+    head = [max(Fraction(a) - Fraction(shift), Fraction(0)) for a in diagonal]
+    trace = sum((f * h for f, h in zip(phi, head, strict=True)), Fraction(0))
+    for scaled, exact in ((False, [trace] * len(head)), (True, [sum(phi) * h for h in head])):
+        computed = certificates.cholesky_error(np.array(diagonal), shift, scaled=scaled)
+        for value, truth in zip(computed.tolist(), exact, strict=True):
+            assert truth < Fraction(value) <= truth * (1 + Fraction(1, 10**9)) + Fraction(1, 10**200)
+
+
+@given(st.integers(1, 8), st.integers(0, 2**32 - 1))
+def test_rayleigh_bound_is_above_the_exact_quotient_by_its_rounding(n, seed):
+    rng = np.random.default_rng(seed)
+    a = symmetric(rng.standard_normal((n, n)) * 10.0 ** rng.integers(-6, 6, (n, n)))
+    v = rng.standard_normal(n)
+    exact = [Fraction(x) for x in v.tolist()]
+    form = sum((exact[i] * Fraction(a[i, j].item()) * exact[j] for i in range(n) for j in range(n)), Fraction(0))
+    quotient = form / sum((x * x for x in exact), Fraction(0))
+    _, bound = certificates.rayleigh(a, v)
+    size = np.abs(v) @ np.abs(a) @ np.abs(v) / (v @ v)
+    assert quotient < Fraction(bound)
+    # γ_n |v|ᵀ|A||v| for the product, less than as much again for what follows it, and a few roundings of the quotient.
+    assert float(Fraction(bound) - quotient) <= (3 * n + 12) * U * size
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=12), st.floats(-1e3, 1e3))
 def test_rounded_bounds_are_on_the_right_side(values, shift):
     exact = sum(map(Fraction, values), Fraction(0))
     assert Fraction(certificates.sum_up(np.array(values))) > exact

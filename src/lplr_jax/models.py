@@ -25,8 +25,48 @@ he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 """He initialisation: normal of variance 2 / fan_in, not truncated (He et al. 2015, eq. 10)."""
 
 
+INITS = ("he", "scaled-output", "antisymmetric")
+"""Initialisations of `MLP` by name; biases are zero in all."""
+
+
+def _scaled_output(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    return he_normal(key, shape, dtype) / np.asarray(shape[0], dtype) ** 0.5
+
+
+def _paired_columns(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    half = he_normal(key, (shape[0], shape[1] // 2), dtype)
+    return jnp.concatenate([half, half], axis=1)
+
+
+def _paired_blocks(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    # Drawn with the full fan-in, so that every entry has the variance of "he".
+    a, b = jnp.split(he_normal(key, (shape[0], shape[1] // 2), dtype), 2)
+    return jnp.block([[a, b], [b, a]])
+
+
+def _opposed_rows(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    half, _ = jnp.split(he_normal(key, shape, dtype), 2)
+    return jnp.concatenate([half, -half])
+
+
+def _kernel_init(initialisation: str, *, first: bool, last: bool) -> Callable[..., Array]:
+    """Return the initialiser of one layer's kernel (inputs, outputs)."""
+    if initialisation == "scaled-output" and last:
+        return _scaled_output
+    if initialisation == "antisymmetric":
+        return _paired_columns if first else _opposed_rows if last else _paired_blocks
+    return he_normal
+
+
 class MLP(nn.Module):
-    """Fully connected network with zero biases and He-normal weights at initialisation.
+    """Fully connected network with zero biases, He-normal weights unless another initialisation is named.
+
+    Initialisations. "he": normal of variance 2/fan_in. "scaled-output": the output layer is divided by sqrt(m), variance
+    2/m², as in the maximal update parametrisation (Yang and Hu 2021); outputs and hidden gradients start small.
+    "antisymmetric": f(θ_0) = 0 up to rounding, by pairing every layer: in the convention W h, the first is [A; A], the
+    hidden ones [[A, B], [B, A]], the output [a; -a], with A, B and a drawn as "he". Both halves of every hidden layer
+    agree and their cotangents are opposite, (A - B)ᵀ of those above, so every layer has a gradient. Pairing the last
+    hidden layer alone would be A = B there, which ends the gradient of all layers below.
 
     With 784 inputs, depth 5 and one output it has p = 3 m² + 789 m + 1 parameters (the paper's model, section 6.1).
 
@@ -38,6 +78,7 @@ class MLP(nn.Module):
         dtype: type of the computation; None takes that of parameters and inputs, so that one model serves float32
             training and float64 kernels.
         param_dtype: type in which the parameters are initialised.
+        initialisation: "he", "scaled-output" or "antisymmetric"; the number of parameters is the same.
     """
 
     width: int = 128
@@ -46,6 +87,7 @@ class MLP(nn.Module):
     outputs: int = 1
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    initialisation: str = "he"
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "outputs"):
@@ -54,6 +96,13 @@ class MLP(nn.Module):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(sorted(ACTIVATIONS))}, got {self.activation!r}")
+        if self.initialisation not in INITS:
+            raise ValueError(f"initialisation must be one of {', '.join(INITS)}, got {self.initialisation!r}")
+        if self.initialisation == "antisymmetric" and (self.width % 2 or self.depth < 2):
+            raise ValueError(
+                "the antisymmetric initialisation pairs hidden units: it needs an even width and depth >= 2, "
+                f"got width {self.width} and depth {self.depth}"
+            )
         super().__post_init__()
 
     @nn.compact
@@ -66,7 +115,7 @@ class MLP(nn.Module):
                 self.outputs if last else self.width,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                kernel_init=he_normal,
+                kernel_init=_kernel_init(self.initialisation, first=layer == 0, last=last),
                 bias_init=nn.initializers.zeros_init(),
                 name=f"dense_{layer}",
             )(h)

@@ -4,11 +4,23 @@ from lplr_jax.diagnostics.hessian import Extremes, hessian_extremes
 from lplr_jax.diagnostics.kernel import empirical_ntk_min_eig, principal_block, subset_ids
 from lplr_jax.diagnostics.pl import PointDiagnostics, evaluate_point, loss_floor, pl_bracket, pl_identity_tolerance
 from lplr_jax.diagnostics.rate import Decay, RateReport, contraction_factor, middle_half, rate_report, stable_regime
+from lplr_jax.diagnostics.stability import (
+    EXPECTED,
+    Observation,
+    PowerLaw,
+    observe,
+    place_of,
+    power_law,
+    rounding_allowance,
+)
 
 __all__ = [
+    "EXPECTED",
     "Decay",
     "Extremes",
+    "Observation",
     "PointDiagnostics",
+    "PowerLaw",
     "RateReport",
     "contraction_factor",
     "empirical_ntk_min_eig",
@@ -16,10 +28,14 @@ __all__ = [
     "hessian_extremes",
     "loss_floor",
     "middle_half",
+    "observe",
     "pl_bracket",
     "pl_identity_tolerance",
+    "place_of",
+    "power_law",
     "principal_block",
     "rate_report",
+    "rounding_allowance",
     "stable_regime",
     "subset_ids",
 ]

@@ -51,7 +51,7 @@ def pl_bracket(
         out = np.where(known, np.inf, np.nan)
         return np.divide(half, gap, out=out, where=above)
 
-    return ratio(loss_), ratio(loss_ - floor)
+    return ratio(loss_), ratio(np.asarray(loss_ - floor))
 
 
 def loss_floor(loss: Float[np.ndarray, " t"]) -> float:
