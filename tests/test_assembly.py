@@ -82,25 +82,34 @@ CASES = [
 ]
 
 
-def cancelling(activation):
-    """Inputs near 1e8 and first weights that take them to numbers near 1: the first sums lose 1e-8.
+def cancelling(activation, *, depth=4, steep=0.0, last=1.0):
+    """One input near 1e8 and first weights that take it to numbers near 1: the first sums lose 1e-8.
 
-    Later layers then only pass that error on, so their rounding cannot hide a part that the bound forgets.
+    Later layers then only pass that error on, so their rounding cannot hide a part that the bound forgets. `steep` is
+    the norm of second weights that see nothing of the first hidden values but their error, `last` scales the last ones.
     """
-    model, params, x = network(activation, n=3, depth=4)
-    rng = np.random.default_rng(7)
-    rows = np.round(rng.standard_normal((3, 5)) * 1e8)
-    null = np.linalg.svd(rows)[2][3:].T  # (5, 2), orthogonal to every input
-    params["params"]["dense_0"]["kernel"] = null @ rng.standard_normal((2, 4)) + 1e-8 * rng.standard_normal((5, 4))
-    return model, params, rows
+    model, params, _ = network(activation, n=1, depth=depth)
+    layers, rng = params["params"], np.random.default_rng(7)
+    x = np.round(rng.standard_normal((1, 5)) * 1e8)
+    null = np.linalg.svd(x)[2][1:].T  # (5, 4), orthogonal to the input
+    first = null @ rng.standard_normal((4, 4)) + 1e-8 * rng.standard_normal((5, 4))
+    hidden = getattr(jax.nn, activation)(jnp.asarray(x @ first + np.asarray(layers["dense_0"]["bias"])[None]))
+    blind = np.linalg.svd(np.asarray(hidden, float))[2][1:]  # (3, 4), orthogonal to the hidden values
+    layers["dense_0"]["kernel"] = first
+    layers["dense_1"]["kernel"] = np.asarray(layers["dense_1"]["kernel"], float)
+    if steep:
+        layers["dense_1"]["kernel"] += steep * blind.T @ rng.standard_normal((3, 4))
+    name = f"dense_{depth - 1}"
+    layers[name]["kernel"] = last * np.asarray(layers[name]["kernel"], float)
+    return model, params, x
 
 
 def check_factors(model, params, x, activation, c):
     """Assert that all errors are below their bounds; return the largest ratio for each kind of row."""
     factors = kernel_factors(model.apply, params, x)
     assert factors is not None
-    theta = np.asarray(empirical_ntk(model.apply, params, x))
-    bound = assembly_bound(model.apply, params, x, theta)
+    # The error of the factors does not depend on the kernel that is compared with theirs.
+    bound = assembly_bound(model.apply, params, x, np.zeros((len(x) * c, len(x) * c)))
     assert bound is not None
     ratios = {"h": 0.0, "delta": 0.0, "factor": 0.0}
     with mpmath.workdps(50):
@@ -133,11 +142,14 @@ def test_row_errors_stay_below_their_bounds(activation, shape):
     assert max(ratios.values()) > 1 / 500 or shape == {"depth": 1}
 
 
-@pytest.mark.parametrize("activation", ["softplus", "tanh"])
-def test_errors_that_are_passed_on_stay_below_their_bounds(activation):
-    ratios = check_factors(*cancelling(activation), activation, 1)
-    # A bound that dropped what it inherits from the layer before would be exceeded 1e6-fold.
-    assert min(ratios.values()) > 1e-4
+@pytest.mark.parametrize(
+    ("activation", "shape"),
+    [("softplus", {}), ("tanh", {}), ("softplus", {"steep": 300.0}), ("relu", {"depth": 2, "last": 1e-6})],
+)
+def test_errors_that_are_passed_on_stay_below_their_bounds(activation, shape):
+    ratios = check_factors(*cancelling(activation, **shape), activation, 1)
+    # Not vacuous: a bound that drops what it inherits from the layer before is exceeded in one of these cases.
+    assert max(ratios.values()) > 1e-3
 
 
 @pytest.mark.parametrize(("activation", "shape"), CASES)

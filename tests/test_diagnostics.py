@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,6 +107,26 @@ def test_min_eig_is_float64_whatever_the_flag(flag):
     assert result.value == pytest.approx(0.5e-12, abs=1e-15)
 
 
+class Convolution(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.softplus(nn.Conv(3, (3,))(x)).reshape(x.shape[0], -1))
+
+
+def test_proofs_cover_assembly_or_say_that_they_do_not():
+    x = np.random.default_rng(5).normal(size=(6, 8)).astype(np.float32)
+    model = MLP(16, 3)
+    proved = diagnostics.empirical_ntk_min_eig(model.apply, model.init(jax.random.key(0), x), x)
+    assert proved.proved
+    assert proved.factor_error > 0
+    assert 0 < proved.lower <= proved.value <= proved.upper
+    network, images = Convolution(), x[:, :, None]
+    relative = diagnostics.empirical_ntk_min_eig(network.apply, network.init(jax.random.key(0), images), images)
+    assert not relative.proved
+    assert "the interval is about the computed kernel" in relative.reason
+    assert relative.assumptions == ()
+
+
 def test_subset_interlaces():
     model = MLP(8, 3, outputs=2)
     x = np.random.default_rng(0).normal(size=(10, 5)).astype(np.float32)
@@ -179,8 +200,8 @@ def test_regime_of_an_exponential_ends_where_the_proxy_doubles_the_ratio():
 def test_regime_drops_the_transient():
     loss = np.exp(-0.004 * T) + 5 * np.exp(-0.5 * T)
     regime = diagnostics.stable_regime(loss)
-    # The fast mode's share of the local rate falls below the slow one's where 2.5 e^(-t/2) = 0.004 e^(-0.004 t), t = 13;
-    # the rate is averaged over 20 epochs, so the start may come up to 20 epochs early.
+    # The fast mode's part of the local rate falls below the slow one's where 2.5 e^(-t/2) = 0.004 e^(-0.004 t),
+    # t = 13; the rate is averaged over 20 epochs, so the start may come up to 20 epochs early.
     assert 0 < regime.start <= 13
 
 

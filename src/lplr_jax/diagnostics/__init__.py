@@ -1,7 +1,7 @@
 """The latent variables of local PL theory, at one point or along a run."""
 
-from lplr_jax.diagnostics.hessian import Extremes, hessian_extremes
-from lplr_jax.diagnostics.kernel import empirical_ntk_min_eig, principal_block, subset_ids
+from lplr_jax.diagnostics.hessian import Extremes, hessian_extremes, ntk_extremes
+from lplr_jax.diagnostics.kernel import certified_min_eig, empirical_ntk_min_eig, principal_block, subset_ids
 from lplr_jax.diagnostics.pl import PointDiagnostics, evaluate_point, loss_floor, pl_bracket, pl_identity_tolerance
 from lplr_jax.diagnostics.rate import Decay, RateReport, contraction_factor, middle_half, rate_report, stable_regime
 from lplr_jax.diagnostics.stability import (
@@ -22,12 +22,14 @@ __all__ = [
     "PointDiagnostics",
     "PowerLaw",
     "RateReport",
+    "certified_min_eig",
     "contraction_factor",
     "empirical_ntk_min_eig",
     "evaluate_point",
     "hessian_extremes",
     "loss_floor",
     "middle_half",
+    "ntk_extremes",
     "observe",
     "pl_bracket",
     "pl_identity_tolerance",

@@ -1,5 +1,6 @@
 """The smallest eigenvalue of the empirical kernel, for notebooks and for runs."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ from jaxtyping import Float, Int
 
 from lplr_jax import linalg
 from lplr_jax.models import ApplyFn, Params
+from lplr_jax.ntk.assembly import assembly_bound
 from lplr_jax.ntk.empirical import empirical_ntk
 
 
@@ -23,7 +25,8 @@ def empirical_ntk_min_eig(
         memory_budget: bytes for the assembly beside the kernel itself.
 
     Returns:
-        The eigenvalue, in squared units of the output per squared unit of the parameters, with its interval.
+        The eigenvalue, in squared units of the output per squared unit of the parameters, with its interval; see
+        `certified_min_eig` for what the interval covers.
 
     Raises:
         ValueError: for empty, non-finite or wrongly shaped input, or an `apply_fn` that is not a deterministic
@@ -36,7 +39,28 @@ def empirical_ntk_min_eig(
         1.0
     """
     theta = empirical_ntk(apply_fn, params, x, kernel=kernel, memory_budget=memory_budget)
-    return linalg.min_eig(np.asarray(theta))
+    return certified_min_eig(apply_fn, params, x, np.asarray(theta))
+
+
+def certified_min_eig(apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np.ndarray, "nc nc"]) -> linalg.MinEig:
+    """Compute λ_min of an assembled kernel, with an interval that holds that of the exact kernel where it can be proved.
+
+    Args:
+        apply_fn: the function whose kernel it is.
+        params: pytree of floating arrays.
+        x: inputs with leading axis n.
+        theta: its full kernel, (n c, n c), in float64.
+
+    Returns:
+        For dense networks with softplus, tanh or relu, a proved interval for the exact kernel. For any other the
+        interval is about the computed kernel alone: `proved` is False and `reason` says so.
+    """
+    bound = assembly_bound(apply_fn, params, x, theta)
+    if bound is not None:
+        return linalg.min_eig(theta, **vars(bound))
+    alone = linalg.min_eig(theta)
+    reason = "no bound on the assembly of this network's kernel is known, so the interval is about the computed kernel"
+    return replace(alone, proved=False, assumptions=(), reason="; ".join(filter(None, (reason, alone.reason))))
 
 
 def subset_ids(n: int, size: int, *, seed: int) -> Int[np.ndarray, " k"]:

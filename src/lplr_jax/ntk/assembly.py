@@ -162,6 +162,46 @@ def kernel_factors(apply_fn: ApplyFn, params: Params, x: Any) -> list[Factor] | 
     Returns:
         The factors; None where `assembly_bound` has no bound because of the program or a relu.
     """
+    read = _read(apply_fn, params, x)
+    return None if read is None else _propagate(*read)
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """A dense layer in float64 and what follows it.
+
+    Attributes:
+        weight: (k, m).
+        biased: whether a bias is added.
+        activation: "softplus", "tanh", "relu" or "identity".
+        bend: sup|σ''|, infinite for a relu.
+    """
+
+    weight: np.ndarray
+    biased: bool
+    activation: str
+    bend: float
+
+
+def dense_layers(apply_fn: ApplyFn, params: Params, x: Any) -> list[DenseLayer] | None:
+    """Return the layers of a fully connected network in order; None where the program has any other step."""
+    read = _read(apply_fn, params, x)
+    if read is None:
+        return None
+    layers, leaves, _, _ = read
+    return [
+        DenseLayer(
+            leaves[layer.weight],
+            layer.bias is not None,
+            layer.activation.name,
+            math.inf if layer.activation.name == "relu" else layer.activation.bend,
+        )
+        for layer in layers
+    ]
+
+
+def _read(apply_fn: ApplyFn, params: Params, x: Any) -> tuple[list[_Layer], list[np.ndarray], np.ndarray, int] | None:
+    """Return layers, leaves and inputs (n, d) in float64, and c; None where the program is not fully connected."""
     if not all(_is_floating(leaf) for leaf in (x, *jax.tree.leaves(params))):
         return None
     with jax.enable_x64(True):
@@ -170,9 +210,7 @@ def kernel_factors(apply_fn: ApplyFn, params: Params, x: Any) -> list[Factor] | 
         inputs = np.asarray(x, np.float64)
         traced = engine.trace(apply_fn, wide, inputs)
         layers = _read_layers(traced.program)
-    if layers is None:
-        return None
-    return _propagate(layers, leaves, inputs.reshape(inputs.shape[0], -1), traced.c)
+    return None if layers is None else (layers, leaves, inputs.reshape(inputs.shape[0], -1), traced.c)
 
 
 def _is_floating(leaf: Any) -> bool:
