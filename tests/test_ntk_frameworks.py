@@ -250,7 +250,12 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = {"haiku", "equinox cnn", "recurrent", "mlp relu 10"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS]
+)
 def test_float64(name):
     with jax.enable_x64(True), lenient():
         apply_fn, params, x = build(name, "float64")
@@ -269,7 +274,12 @@ def test_float64(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp softplus 10", "mlp tanh 1", "resnet", pytest.param("transformer", marks=pytest.mark.slow)]
+    "name",
+    [
+        "mlp softplus 10",
+        "mlp tanh 1",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet", "transformer")),
+    ],
 )
 def test_float32(name):
     with jax.enable_x64(True), lenient():
@@ -283,7 +293,12 @@ def test_float32(name):
 
 @pytest.mark.parametrize(
     ("name", "outputs"),
-    [("mlp softplus 10", "full"), ("mlp softplus 10", "trace"), ("cnn", "full"), ("resnet", "full")],
+    [
+        ("mlp softplus 10", "full"),
+        ("mlp softplus 10", "trace"),
+        pytest.param("cnn", "full", marks=pytest.mark.slow),
+        pytest.param("resnet", "full", marks=pytest.mark.slow),
+    ],
 )
 def test_neural_tangents_agrees(name, outputs):
     if neural_tangents.available() is not None:

@@ -26,7 +26,7 @@ def normal(seed, *shape):
 
 
 def jacobian_kernel(apply_fn, params, x):
-    """J Jᵀ from the forward-mode Jacobian of the whole batch: the engine differentiates single samples in reverse mode."""
+    """J Jᵀ from the forward-mode Jacobian of the whole batch (the engine: reverse mode, one sample)."""
     leaves = jax.tree.leaves(jax.jacfwd(lambda p: apply_fn(p, x).reshape(-1))(params))
     jacobian = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
     return jacobian @ jacobian.T
@@ -50,7 +50,7 @@ def check(apply_fn, params, x, rules=None, outputs=("full",)):
 
 
 def head(h, out=2):
-    """A fixed nonlinear map (n, ...) -> (n, out), so that every cotangent is dense and differs from sample to sample."""
+    """A fixed nonlinear map (n, ...) -> (n, out), so that every cotangent is dense and differs between samples."""
     flat = jnp.tanh(h).reshape(h.shape[0], -1)
     mix = normal(99, flat.shape[1], out) / math.sqrt(flat.shape[1])
     return jnp.tanh(flat @ mix) if out > 1 else jnp.tanh(flat @ mix)[:, 0]

@@ -99,7 +99,8 @@ def sample_coupling(apply_fn: ApplyFn, params: Any, x: Any) -> None:
 def _coupled(how: str) -> str:
     return (
         f"the output of apply_fn for one sample depends on the other samples of the batch ({how}), so Θ between "
-        "samples is not defined; evaluate batch normalisation with its running averages (use_running_average=True, train=False)"
+        "samples is not defined; evaluate batch normalisation with its running averages (use_running_average=True, "
+        "train=False)"
     )
 
 
@@ -108,7 +109,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _check_finite(name: str, leaf: Any, *, is_param: bool) -> None:
-    if not _is_array(leaf) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+    if not _is_array(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return
     if is_param and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         raise TypeError(f"{name} is complex; J Jᵀ is defined for real parameters: keep real and imaginary parts apart")

@@ -1,8 +1,9 @@
 """The exact empirical NTK of any pure function: Θ = Σ J_leaf J_leafᵀ over parameter leaves, block by block.
 
-The function is traced once for one sample. Of each leaf only the features that its rule needs are kept (`rules`, chosen in
-`plan`): operands h and cotangents δ come from one forward and c backward sweeps, without any weight gradient. Blocks of
-Θ are formed from features of two blocks of samples; without x2 only those on and below the diagonal, then mirrored.
+The function is traced once for one sample. Of each leaf only the features that its rule needs are kept (`rules`,
+chosen in `plan`): operands h and cotangents δ come from one forward and c backward sweeps, without any weight gradient.
+Blocks of Θ are formed from features of two blocks of samples; without x2 only those on and below the diagonal, which
+are mirrored.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -14,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Inexact
 
+from lplr_jax.ntk import sharded
 from lplr_jax.ntk.explain import Explanation, LeafExplanation
 from lplr_jax.ntk.jaxpr import Program, flatten
 from lplr_jax.ntk.memory import Group, budget, bytes_of, make_groups, sweep_bytes
@@ -53,6 +56,7 @@ def kernel(
     *,
     outputs: Outputs = "full",
     memory_budget: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Inexact[Array, "..."]:
     """The empirical NTK of `apply_fn` at `params`, undivided, in the dtype of its outputs.
 
@@ -64,6 +68,8 @@ def kernel(
         outputs: "full" for (n1 c, n2 c), sample-major; "trace" for (n1, n2), the sum over outputs; "diagonal" for
             (n1, c), the diagonal of the full kernel.
         memory_budget: Bytes to use beside the result; a quarter of the device's or machine's memory if None.
+        mesh: Devices that share the work; all devices if None and there are several. Then the budget is that of each
+            device, and the result is left sharded by rows where the devices divide n1 (`sharded`).
 
     Returns:
         The kernel.
@@ -91,7 +97,8 @@ def kernel(
         n2=None if x2 is None else n2,
         outputs=outputs,
         budget=budget(memory_budget),
-        x64=bool(jax.config.jax_enable_x64),
+        mesh=sharded.default_mesh(min(n1, n2)) if mesh is None else mesh,
+        x64=jax.dtypes.canonicalize_dtype(np.float64) == np.float64,
     )
     run = _cached(call) if _hashable(call) else _Run(call)
     arrays = [jnp.asarray(leaf) for leaf in leaves if _is_array(leaf)]
@@ -131,8 +138,11 @@ def explain(
     return Explanation(tuple(leaves), outputs, n, traced.c, tuple(group.block for group in groups))
 
 
-def prepare(traced: Traced, outputs: str, sides: tuple[int, ...], memory_budget: int) -> tuple[Plan, tuple[Group, ...]]:
+def prepare(
+    traced: Traced, outputs: str, sides: tuple[int, ...], memory_budget: int, mesh: Mesh | None = None
+) -> tuple[Plan, tuple[Group, ...]]:
     """Chooses rules and block sizes for the kernel of one (n,) or two sets (n1, n2) of samples."""
+    held = sides if mesh is None else (sharded.share(sides[0], mesh), sharded.share(sides[-1], mesh))
     plan = make_plan(traced.program, traced.leaves, workload(outputs, traced.c, sides))
     groups = make_groups(
         plan.terms,
@@ -140,10 +150,15 @@ def prepare(traced: Traced, outputs: str, sides: tuple[int, ...], memory_budget:
         sweep_bytes(traced.program, traced.c),
         outputs=outputs,
         c=traced.c,
-        sides=sides,
+        sides=held,
         item=traced.dtype.itemsize,
         memory_budget=memory_budget,
     )
+    if mesh is not None and any(group.block < max(held) for group in groups):
+        raise ValueError(
+            f"memory_budget = {memory_budget} bytes for each device does not hold the features that {max(held)} "
+            "samples need for one leaf; use more devices or a larger budget"
+        )
     return plan, groups
 
 
@@ -188,6 +203,7 @@ class _Call:
     n2: int | None
     outputs: Outputs
     budget: int
+    mesh: Mesh | None
     x64: bool
 
 
@@ -263,16 +279,18 @@ class _Run:
         self.consts = [jnp.asarray(value) for _, value in self.traced.program.consts]
         self.dtype = self.traced.dtype
         self.rows = self.traced.c if call.outputs == "full" else 1
-        self.plan, self.groups = prepare(self.traced, call.outputs, self.sides, call.budget)
-        self._whole = jax.jit(self._compute_whole)
-        self._features = jax.jit(self._compute_features, static_argnums=0)
-        self._block = jax.jit(self._add_block, static_argnums=(0, 1), donate_argnums=2)
-        self._diagonal_block = jax.jit(self._diagonal, static_argnums=0)
+        self.plan, self.groups = prepare(self.traced, call.outputs, self.sides, call.budget, call.mesh)
+        self.whole = jax.jit(self._compute_whole) if call.mesh is None else sharded.compile_kernel(self)
+        self._features = jax.jit(self.features, static_argnums=0)
+        self._block = jax.jit(self.add_block, static_argnums=(0, 1, 2), donate_argnums=3)
+        self._diagonal_block = jax.jit(self.diagonal, static_argnums=0)
 
     def __call__(self, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
+        if self.call.mesh is not None:
+            return sharded.kernel(self, arrays, first, second)
         fits = len(self.groups) == 1 and self.groups[0].block == max(self.sides)
         if fits:
-            return self._whole(arrays, self.consts, first, second)
+            return self.whole(arrays, self.consts, first, second)
         if self.call.outputs == "diagonal":
             return self._run_diagonal(arrays, first, second)
         return self._run_blocks(arrays, first, second)
@@ -283,7 +301,7 @@ class _Run:
             return jnp.zeros((n1, self.traced.c), self.dtype)
         return jnp.zeros((n1 * self.rows, n2 * self.rows), self.dtype)
 
-    def _compute_features(self, group: Group, arrays: Any, consts: Any, samples: Any) -> Any:
+    def features(self, group: Group, arrays: Any, consts: Any, samples: Any) -> Any:
         one = sample_features(self.traced, self.plan, group.terms)
         count = samples[0].shape[0]
         if group.chunk >= count:
@@ -293,11 +311,11 @@ class _Run:
     def _compute_whole(self, arrays: Any, consts: Any, first: Any, second: Any) -> jax.Array:
         """Everything at once, when the features of all samples fit."""
         (group,) = self.groups
-        one = self._compute_features(group, arrays, consts, first)
-        two = one if second is None else self._compute_features(group, arrays, consts, second)
+        one = self.features(group, arrays, consts, first)
+        two = one if second is None else self.features(group, arrays, consts, second)
         if self.call.outputs == "diagonal":
-            return self._diagonal(group, one, two)
-        return self._add_block(group, second is None, self._zeros(), one, two, 0, 0, 0, 0)
+            return self.diagonal(group, one, two)
+        return self.add_block(group, second is None, second is None, self._zeros(), one, two, 0, 0, 0, 0)
 
     def _run_blocks(self, arrays: Any, first: Any, second: Any) -> jax.Array:
         """Group by group and block by block; features of a block of columns are made again for each block of rows."""
@@ -311,7 +329,7 @@ class _Run:
                     same = second is None and own_col == own_row
                     other = first if second is None else second
                     two = one if same else self._features(group, arrays, self.consts, _cut(other, col, group.block))
-                    theta = self._block(group, same, theta, one, two, row, col, own_row, own_col)
+                    theta = self._block(group, same, second is None, theta, one, two, row, col, own_row, own_col)
         return theta
 
     def _run_diagonal(self, arrays: Any, first: Any, second: Any) -> jax.Array:
@@ -329,19 +347,30 @@ class _Run:
             total = total + jnp.concatenate(parts)
         return total
 
-    def _diagonal(self, group: Group, one: Any, two: Any) -> jax.Array:
+    def diagonal(self, group: Group, one: Any, two: Any) -> jax.Array:
         parts = [self.plan.terms[t].diagonal(a, b) for t, a, b in zip(group.terms, one, two, strict=True)]
         return sum((part.astype(self.dtype) for part in parts[1:]), parts[0].astype(self.dtype))
 
-    def _add_block(
-        self, group: Group, same: bool, theta: Any, one: Any, two: Any, row: Any, col: Any, own_row: Any, own_col: Any
+    def add_block(
+        self,
+        group: Group,
+        same: bool,
+        mirrored: bool,
+        theta: Any,
+        one: Any,
+        two: Any,
+        row: Any,
+        col: Any,
+        own_row: Any,
+        own_col: Any,
     ) -> jax.Array:
-        """Adds the block of Θ between two blocks of samples, tile by tile; `same` says that they are the same samples.
+        """Adds the block of Θ between two blocks of samples, tile by tile.
+
+        `same` says that they are the same samples, `mirrored` that the mirror image is to be added too.
 
         Blocks and tiles all have one shape, so the last may begin before the previous one ends: then the entries before
         `own_row` and `own_col` have been counted already.
         """
-        mirrored = self.call.n2 is None
         count1, count2 = (jax.tree.leaves(f)[0].shape[0] for f in (one, two))
         tile1, tile2 = min(group.tile, count1), min(group.tile, count2)
         rows, cols = list(blocks(count1, tile1)), list(blocks(count2, tile2))

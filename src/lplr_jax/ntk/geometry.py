@@ -100,7 +100,7 @@ def _convolution(program: Program, use: Use) -> Geometry:
 
 
 def row_lookup(program: Program, use: Use) -> Callable[[Any], jax.Array] | None:
-    """For a gather of whole rows of a table: the function from its indices to row numbers (−1 where a row is filled in).
+    """For a gather of whole rows of a table: the function from its indices to row numbers (−1 where it fills in).
 
     Returns:
         The function, whose result has one entry for each gathered row; or None for any other gather.

@@ -39,14 +39,15 @@ def budget(requested: int | None) -> int:
     """The requested bytes, or a quarter of the memory of the default device, or of the machine where it has no own."""
     if requested is not None:
         return int(requested)
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     stats = (device if isinstance(device, jax.Device) else jax.local_devices()[0]).memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"]) // 4
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")  # a container may have less than the machine
     text = limit.read_text().strip() if limit.exists() else "max"
-    return min(total, int(text) if text.isdigit() else total) // 4
+    share = jax.local_device_count() if jax.default_backend() == "cpu" else 1  # simulated devices share the machine
+    return min(total, int(text) if text.isdigit() else total) // 4 // share
 
 
 def bytes_of(tree: Any) -> int:

@@ -257,11 +257,12 @@ def _ready(leaf: int) -> Callable[..., jax.Array]:
 
 
 def _row_maker(program: Program, use: Use, form: Geometry | None) -> Callable[..., jax.Array]:
+    if form is None:
+        return lambda env, deltas, _: jax.vmap(lambda one: use.gradient(program, env, one))(deltas[use.cut])
+
     def product(env: Any, deltas: Any, gradients: Any) -> jax.Array:
         del gradients
         delta = deltas[use.cut]
-        if form is None:
-            return jax.vmap(lambda one: use.gradient(program, env, one))(delta)
         h = _scaled_operand(use, form)(env)  # (b, s, k)
         delta = jax.vmap(lambda one: form.cotangent(use.cotangent(program, one)))(delta)  # (c, b, s, m)
         return jnp.einsum("bsk,obsm->obkm", h, delta, precision=jax.lax.Precision.HIGHEST)

@@ -104,8 +104,8 @@ class Outer:
             return weight * product
         # Columns are repeated first, so that the product runs along contiguous rows of n2 · c entries.
         weight = jnp.broadcast_to(weight[:, :, None], (n1, n2, c2)).reshape(n1, 1, n2 * c2)
-        weight = jnp.broadcast_to(weight, (n1, c1, n2 * c2)).reshape(n1 * c1, n2 * c2)
-        return weight * product
+        weight = jnp.broadcast_to(weight, (n1, c1, n2 * c2))
+        return (weight * product.reshape(n1, c1, n2 * c2)).reshape(n1 * c1, n2 * c2)
 
     def trace(self, first: Any, second: Any) -> jax.Array:
         """(Σ h hᵀ + 1) ∘ (δ δᵀ) with outputs contracted."""

@@ -120,7 +120,7 @@ def follow(program: Program, source: int) -> Use | str | None:
     slot = source
     chain: list[tuple[Op, int]] = []
     while True:
-        readers = program.uses.get(slot, ())
+        readers = list(program.uses.get(slot, ()))
         if slot == program.output:
             return "is itself the output"
         if not readers:
@@ -200,7 +200,7 @@ def _settle(program: Program, slot: int) -> tuple[int, tuple[Op, ...]]:
 
 
 def before_while(program: Program) -> frozenset[int]:
-    """Slots on which a `while` loop depends: reverse mode cannot pass the loop, so their cotangents are not available."""
+    """Slots on which a `while` loop depends: reverse mode cannot pass the loop, so they have no cotangents."""
     slots: set[int] = set()
     for op in reversed(program.ops):
         if slots.intersection(op.outs) or contains(op.eqn, "while"):

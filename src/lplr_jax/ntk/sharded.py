@@ -1,0 +1,122 @@
+"""The kernel over a mesh: each device keeps the features of its samples and holds its rows of Θ.
+
+Features travel round the ring of devices. Without x2 each device meets only the half of the others that follow it, and
+sends the mirror image of what it formed to the device that owns it, so every device does its share of the work.
+Samples are padded to a multiple of the devices by repeating the last one.
+"""
+
+from collections.abc import Callable
+from math import ceil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+
+def default_mesh(samples: int) -> Mesh | None:
+    """All devices in a row, or None where there is one, a default device is set, or devices outnumber samples."""
+    devices = jax.devices()
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if len(devices) == 1 or default is not None or samples < len(devices):
+        return None
+    return Mesh(np.asarray(devices), ("rows",))
+
+
+def share(n: int, mesh: Mesh) -> int:
+    """Samples for each device."""
+    return ceil(n / mesh.size)
+
+
+def kernel(run: Any, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
+    """Runs the compiled kernel of a mesh.
+
+    Args:
+        run: The engine's compiled call; it has a mesh.
+        arrays: Array leaves of the parameters, the same in every process.
+        first: Leaves of x1, the same in every process.
+        second: Leaves of x2 or None.
+
+    Returns:
+        The kernel, its rows sharded over the mesh where the devices divide the samples, whole on each device otherwise.
+    """
+    mesh: Mesh = run.call.mesh
+    rows = [_place(mesh, _pad(a, mesh.size), P(mesh.axis_names)) for a in first]
+    cols = None if second is None else [_place(mesh, _pad(a, mesh.size), P(mesh.axis_names)) for a in second]
+    whole = [_place(mesh, a, P()) for a in arrays]
+    consts = [_place(mesh, a, P()) for a in run.consts]
+    return run.whole(whole, consts, rows, cols)
+
+
+def compile_kernel(run: Any) -> Callable[..., jax.Array]:
+    """The compiled function (arrays, consts, padded x1, padded x2) -> kernel for the mesh of the call."""
+    mesh: Mesh = run.call.mesh
+    axes, size = mesh.axis_names, mesh.size
+    n1, n2 = run.sides[0], run.sides[-1]
+    symmetric = run.call.n2 is None
+
+    def ring(tree: Any, shift: int) -> Any:
+        """What the device `shift` places further on holds."""
+        return lax.ppermute(tree, axes, [((d + shift) % size, d) for d in range(size)])
+
+    def local(arrays: Any, consts: Any, first: Any, second: Any) -> jax.Array:
+        me = lax.axis_index(axes)
+        total = None
+        for group in run.groups:
+            one = run.features(group, arrays, consts, first)
+            two = one if symmetric else run.features(group, arrays, consts, second)
+            diagonal = run.call.outputs == "diagonal"
+            part = run.diagonal(group, one, two) if diagonal else strip(group, one, two, me)
+            total = part if total is None else total + part
+        return jnp.zeros((), run.dtype) if total is None else total
+
+    def strip(group: Any, one: Any, two: Any, me: Any) -> jax.Array:
+        height, width = (jax.tree.leaves(f)[0].shape[0] * run.rows for f in (one, two))
+
+        def block(other: Any, same: bool) -> jax.Array:
+            empty = jnp.zeros((height, width), run.dtype)
+            return run.add_block(group, same, False, empty, one, other, 0, 0, 0, 0)
+
+        def put(strip: jax.Array, value: jax.Array, owner: Any) -> jax.Array:
+            return lax.dynamic_update_slice(strip, value, (jnp.zeros_like(owner), owner % size * width))
+
+        result = jnp.zeros((height, width * size), run.dtype)
+        result = put(result, block(two, symmetric), me)
+        for shift in range(1, size // 2 + 1 if symmetric else size):
+            value = block(ring(two, shift), False)
+            if not symmetric:
+                result = put(result, value, me + shift)
+                continue
+            mirror = ring(value.T, size - shift)  # formed by the device `shift` places back
+            if 2 * shift == size:  # both of a pair formed the same block: one of the two counts, for exact symmetry
+                result = put(result, jnp.where(me < shift, value, mirror), me + shift)
+            else:
+                result = put(put(result, value, me + shift), mirror, me - shift + size)
+        return result
+
+    spec = P(axes)
+    inner = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), spec, spec), out_specs=spec, check_vma=False)
+    even = n1 % size == 0
+
+    def padded(arrays: Any, consts: Any, first: Any, second: Any) -> jax.Array:
+        theta = inner(arrays, consts, first, second)
+        if run.call.outputs == "diagonal":
+            return theta if even else theta[:n1]
+        cols = theta if n2 % size == 0 else theta[:, : n2 * run.rows]
+        return cols if even else cols[: n1 * run.rows]
+
+    return jax.jit(padded, out_shardings=NamedSharding(mesh, spec if even else P()))
+
+
+def _pad(array: Any, size: int) -> np.ndarray:
+    """The samples on the host, the last repeated until `size` divides them."""
+    host = np.asarray(array)
+    return np.concatenate([host, np.repeat(host[-1:], -len(host) % size, axis=0)])
+
+
+def _place(mesh: Mesh, array: Any, spec: P) -> jax.Array:
+    extended = jnp.issubdtype(array.dtype, jax.dtypes.extended)
+    return jax.device_put(array if extended else np.asarray(array), NamedSharding(mesh, spec))
