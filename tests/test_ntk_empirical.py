@@ -12,7 +12,7 @@ from jax import export
 
 from lplr_jax import diagnostics
 from lplr_jax.models import MLP
-from lplr_jax.ntk import KERNELS, empirical_ntk, engine, precision_scope
+from lplr_jax.ntk import KERNELS, empirical_ntk, engine, explain, precision_scope
 
 
 def problem(n=5, c=2):
@@ -84,6 +84,7 @@ def test_names_are_checked():
         ({"outputs": "sum"}, "outputs must be one of full, trace, diagonal, got 'sum'"),
         ({"dtype": "float16"}, "dtype must be one of float32, float64, got 'float16'"),
         ({"outputs": "diagonal", "x2": x}, "leave x2 out"),
+        ({"kernel": "neural-tangents", "mesh": jax.make_mesh((1,), ("rows",))}, "mesh is for kernel="),
         ({"memory_budget": 0}, "memory_budget must be a positive number of bytes or None, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -121,6 +122,14 @@ def test_bad_input_is_refused_with_a_sentence(function):
     ):
         with pytest.raises(ValueError, match=message):
             function(*arguments)
+
+
+def test_explanation_names_every_leaf():
+    apply_fn, params, x = problem()
+    shown = str(explain(apply_fn, params, x))
+    for layer in range(3):
+        assert f"dense_{layer}" in shown
+    assert "multiply-adds" in shown
 
 
 def test_importing_the_package_imports_no_peer():

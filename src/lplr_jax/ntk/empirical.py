@@ -7,10 +7,12 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from lplr_jax.models import ApplyFn, Params
 from lplr_jax.ntk import checks, engine, neural_tangents
+from lplr_jax.ntk.explain import Explanation
 
 Outputs = Literal["full", "trace", "diagonal"]
 Precision = Literal["float32", "float64"]
@@ -58,13 +60,42 @@ def cast_floating(tree: Any, dtype: Precision) -> Any:
     off_tpu = dtype == "float64" and jax.default_backend() == "tpu"
 
     def cast(leaf: Any) -> Any:
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, float):
+        # A Python float among the parameters is a setting, such as a dropout rate, and no parameter.
+        if not hasattr(leaf, "dtype"):
             return leaf
         if jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             return jnp.asarray(np.asarray(leaf) if off_tpu else leaf, dtype=dtype)
         return leaf
 
     return jax.tree.map(cast, tree)
+
+
+def explain(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    *,
+    outputs: Outputs = "full",
+    dtype: Precision = "float64",
+    memory_budget: int | None = None,
+) -> Explanation:
+    """Tell leaf by leaf which rule of the engine serves it, at what cost, and why; nothing is computed.
+
+    Args:
+        apply_fn: as for `empirical_ntk`.
+        params: as for `empirical_ntk`.
+        x: as `x1` for `empirical_ntk`.
+        outputs: as for `empirical_ntk`; the choice of rules depends on it.
+        dtype: as for `empirical_ntk`.
+        memory_budget: as for `empirical_ntk`.
+
+    Returns:
+        The explanation; print it for a table of rules, multiply-adds and bytes.
+    """
+    with precision_scope(dtype):
+        checks.inputs(params, x)
+        params, x = cast_floating((params, x), dtype)
+        return engine.explain(apply_fn, params, x, outputs=outputs, memory_budget=memory_budget)
 
 
 def empirical_ntk(
@@ -77,6 +108,7 @@ def empirical_ntk(
     outputs: Outputs = "full",
     dtype: Precision = "float64",
     memory_budget: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "..."]:
     """Compute the empirical neural tangent kernel Θ(θ) = J Jᵀ (paper, section 3), never divided by anything.
 
@@ -92,6 +124,7 @@ def empirical_ntk(
             is noise in "float32".
         memory_budget: bytes that may be used beside the result; None lets the kernel choose. The result does not
         depend on it.
+        mesh: devices over which the engine shards the rows; None takes all where there are several.
 
     Returns:
         (n1 c, n2 c) with rows i c + o (sample-major) for "full", (n1, n2) for "trace", (n1, c) for "diagonal". A
@@ -115,6 +148,8 @@ def empirical_ntk(
         raise ValueError(f"outputs must be one of {', '.join(get_args(Outputs))}, got {outputs!r}")
     if outputs == "diagonal" and x2 is not None:
         raise ValueError('outputs="diagonal" compares each sample with itself; leave x2 out')
+    if mesh is not None and kernel not in ("auto", "engine"):
+        raise ValueError(f'mesh is for kernel="engine"; {kernel!r} runs on one device, so leave one of the two out')
     if memory_budget is not None and memory_budget <= 0:
         raise ValueError(f"memory_budget must be a positive number of bytes or None, got {memory_budget}")
     with precision_scope(dtype):
@@ -125,7 +160,7 @@ def empirical_ntk(
         checks.deterministic(apply_fn, params, x1)
         checks.sample_coupling(apply_fn, params, x1)
         if kernel in ("auto", "engine"):
-            return engine.kernel(apply_fn, params, x1, x2, outputs=outputs, memory_budget=memory_budget)
+            return engine.kernel(apply_fn, params, x1, x2, outputs=outputs, memory_budget=memory_budget, mesh=mesh)
         implementation = kernel.partition(":")[2] or "structured"
         return neural_tangents.kernel(
             apply_fn, params, x1, x2, implementation=implementation, outputs=outputs, memory_budget=memory_budget
