@@ -280,17 +280,15 @@ class _Run:
         self.dtype = self.traced.dtype
         self.rows = self.traced.c if call.outputs == "full" else 1
         self.plan, self.groups = prepare(self.traced, call.outputs, self.sides, call.budget, call.mesh)
-        self.whole = jax.jit(self._compute_whole) if call.mesh is None else sharded.compile_kernel(self)
+        self.whole = None if call.mesh is None else sharded.compile_kernel(self)
         self._features = jax.jit(self.features, static_argnums=0)
-        self._block = jax.jit(self.add_block, static_argnums=(0, 1, 2), donate_argnums=3)
+        # One small program called for each tile: a loop inside the program takes longer to compile and to run.
+        self._add_tile = jax.jit(self.add_tile, static_argnums=(0, 1, 2), donate_argnums=3)
         self._diagonal_block = jax.jit(self.diagonal, static_argnums=0)
 
     def __call__(self, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
         if self.call.mesh is not None:
             return sharded.kernel(self, arrays, first, second)
-        fits = len(self.groups) == 1 and self.groups[0].block == max(self.sides)
-        if fits:
-            return self.whole(arrays, self.consts, first, second)
         if self.call.outputs == "diagonal":
             return self._run_diagonal(arrays, first, second)
         return self._run_blocks(arrays, first, second)
@@ -308,15 +306,6 @@ class _Run:
             return jax.vmap(lambda sample: one(arrays, consts, sample))(samples)
         return lax.map(lambda sample: one(arrays, consts, sample), samples, batch_size=group.chunk)
 
-    def _compute_whole(self, arrays: Any, consts: Any, first: Any, second: Any) -> jax.Array:
-        """Everything at once, when the features of all samples fit."""
-        (group,) = self.groups
-        one = self.features(group, arrays, consts, first)
-        two = one if second is None else self.features(group, arrays, consts, second)
-        if self.call.outputs == "diagonal":
-            return self.diagonal(group, one, two)
-        return self.add_block(group, second is None, second is None, self._zeros(), one, two, 0, 0, 0, 0)
-
     def _run_blocks(self, arrays: Any, first: Any, second: Any) -> jax.Array:
         """Group by group and block by block; features of a block of columns are made again for each block of rows."""
         theta = self._zeros()
@@ -329,7 +318,10 @@ class _Run:
                     same = second is None and own_col == own_row
                     other = first if second is None else second
                     two = one if same else self._features(group, arrays, self.consts, _cut(other, col, group.block))
-                    theta = self._block(group, same, second is None, theta, one, two, row, col, own_row, own_col)
+                    base = tuple(np.int32(value) for value in (row, col, own_row, own_col))
+                    for start in tile_pairs(group, one, two, same):
+                        place = tuple(np.int32(value) for value in start)
+                        theta = self._add_tile(group, same, second is None, theta, one, two, base, place)
         return theta
 
     def _run_diagonal(self, arrays: Any, first: Any, second: Any) -> jax.Array:
@@ -351,58 +343,52 @@ class _Run:
         parts = [self.plan.terms[t].diagonal(a, b) for t, a, b in zip(group.terms, one, two, strict=True)]
         return sum((part.astype(self.dtype) for part in parts[1:]), parts[0].astype(self.dtype))
 
-    def add_block(
-        self,
-        group: Group,
-        same: bool,
-        mirrored: bool,
-        theta: Any,
-        one: Any,
-        two: Any,
-        row: Any,
-        col: Any,
-        own_row: Any,
-        own_col: Any,
-    ) -> jax.Array:
-        """Adds the block of Θ between two blocks of samples, tile by tile.
-
-        `same` says that they are the same samples, `mirrored` that the mirror image is to be added too.
-
-        Blocks and tiles all have one shape, so the last may begin before the previous one ends: then the entries before
-        `own_row` and `own_col` have been counted already.
-        """
-        count1, count2 = (jax.tree.leaves(f)[0].shape[0] for f in (one, two))
-        tile1, tile2 = min(group.tile, count1), min(group.tile, count2)
-        rows, cols = list(blocks(count1, tile1)), list(blocks(count2, tile2))
-        pairs = [(*r, *c) for r in rows for c in cols if not same or c[1] <= r[1]]
-        accumulate = len(self.groups) > 1
+    def add_block(self, group: Group, same: bool, theta: Any, one: Any, two: Any) -> jax.Array:
+        """Adds the block of Θ between two sets of samples, tile by tile in one program; `same` if they are one set."""
+        pairs = tile_pairs(group, one, two, same)
         starts = jnp.asarray(np.array(pairs, np.int32))
-        base = [jnp.asarray(value, jnp.int32) for value in (row, col, own_row, own_col)]
 
-        def tile(step: Any, theta: jax.Array) -> jax.Array:
-            r, mine_r, c, mine_c = (starts[step, k] for k in range(4))
-            f1 = one if tile1 == count1 else _cut(one, r, tile1)
-            f2 = two if tile2 == count2 else _cut(two, c, tile2)
-            value = self._tile(group, f1, f2)
-            if same:
-                value = _symmetric(value) if len(pairs) == 1 else jnp.where(r == c, _symmetric(value), value)
-            r0, c0 = base[0] + r, base[1] + c
-            if accumulate:
-                above = jnp.maximum(base[2], base[0] + mine_r) - r0
-                left = jnp.maximum(base[3], base[1] + mine_c) - c0
-                value = _keep(value, above * self.rows, left * self.rows)
-            theta = self._write(theta, value, r0, c0, accumulate)
-            if not mirrored or (same and len(pairs) == 1):
-                return theta
-            if not same:
-                return self._write(theta, value.T, c0, r0, accumulate)
-            if accumulate:  # a tile on the diagonal is its own mirror image and counts once
-                return self._write(theta, jnp.where(mine_r == mine_c, jnp.zeros_like(value), value).T, c0, r0, True)
-            return self._write(theta, value.T, c0, r0, False)
+        def body(step: Any, theta: jax.Array) -> jax.Array:
+            return self.add_tile(group, same, False, theta, one, two, (0, 0, 0, 0), tuple(starts[step]))
 
-        if len(pairs) == 1:
-            return tile(0, theta)
-        return lax.fori_loop(0, len(pairs), tile, theta)
+        return body(0, theta) if len(pairs) == 1 else lax.fori_loop(0, len(pairs), body, theta)
+
+    def add_tile(
+        self, group: Group, same: bool, mirrored: bool, theta: Any, one: Any, two: Any, base: Any, start: Any
+    ) -> jax.Array:
+        """Adds one tile of the block of Θ between two blocks of samples.
+
+        Args:
+            group: Terms to add.
+            same: Whether the blocks hold the same samples.
+            mirrored: Whether to add the mirror image too.
+            theta: The matrix to add to.
+            one: Features of the block of rows.
+            two: Features of the block of columns.
+            base: First row and column of the block in Θ, and where its own entries begin: blocks all have one shape, so
+                the last may begin before the previous one ends, and entries before its own have been counted already.
+            start: First row of the tile in the block, where its own rows begin, and the same for its columns.
+
+        Returns:
+            The matrix.
+        """
+        r, mine_r, c, mine_c = (jnp.asarray(value, jnp.int32) for value in start)
+        row, col, own_row, own_col = (jnp.asarray(value, jnp.int32) for value in base)
+        accumulate = len(self.groups) > 1
+        value = self._tile(group, _cut(one, r, group.tile), _cut(two, c, group.tile))
+        if same:
+            value = jnp.where(r == c, _symmetric(value), value)
+        r0, c0 = row + r, col + c
+        if accumulate:
+            above = jnp.maximum(own_row, row + mine_r) - r0
+            left = jnp.maximum(own_col, col + mine_c) - c0
+            value = _keep(value, above * self.rows, left * self.rows)
+        theta = self._write(theta, value, r0, c0, accumulate)
+        if not mirrored and not same:
+            return theta
+        if same and accumulate:  # a tile on the diagonal is its own mirror image and counts once
+            value = jnp.where(mine_r == mine_c, jnp.zeros_like(value), value)
+        return self._write(theta, value.T, c0, r0, accumulate)
 
     def _tile(self, group: Group, one: Any, two: Any) -> jax.Array:
         total = None
@@ -445,9 +431,18 @@ def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
         yield min(own, max(total - size, 0)), own
 
 
+def tile_pairs(group: Group, one: Any, two: Any, same: bool) -> list[tuple[int, int, int, int]]:
+    """Starts of the tiles of a block (row, its own row, column, its own column); of one set, those up to the diagonal.
+
+    Tiles all have one shape, so the last of a row or column may begin before the previous one ends.
+    """
+    rows, cols = (list(blocks(jax.tree.leaves(f)[0].shape[0], group.tile)) for f in (one, two))
+    return [(*r, *c) for r in rows for c in cols if not same or c[1] <= r[1]]
+
+
 def _cut(tree: Any, start: Any, size: int) -> Any:
-    """Rows [start, start + size) of every array (all rows where there are fewer)."""
-    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, min(size, a.shape[0])), tree)
+    """Rows [start, start + size) of every array; the array itself where it has no more."""
+    return jax.tree.map(lambda a: a if a.shape[0] <= size else lax.dynamic_slice_in_dim(a, start, size), tree)
 
 
 def _symmetric(block: jax.Array) -> jax.Array:

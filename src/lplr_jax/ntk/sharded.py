@@ -78,7 +78,7 @@ def compile_kernel(run: Any) -> Callable[..., jax.Array]:
 
         def block(other: Any, same: bool) -> jax.Array:
             empty = jnp.zeros((height, width), run.dtype)
-            return run.add_block(group, same, False, empty, one, other, 0, 0, 0, 0)
+            return run.add_block(group, same, empty, one, other)
 
         def put(strip: jax.Array, value: jax.Array, owner: Any) -> jax.Array:
             return lax.dynamic_update_slice(strip, value, (jnp.zeros_like(owner), owner % size * width))
