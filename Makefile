@@ -8,6 +8,9 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The suite compiles more than it computes, so it runs in WORKERS processes, each with one BLAS thread.
+WORKERS ?= 2
+PYTEST = OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 OPTIONS = --preset $(PRESET) $(if $(OUT),--out "$(OUT)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 # A newer Python than that of .venv, for test-latest; the newest that runs.
@@ -16,7 +19,7 @@ PYTHON_LATEST ?= $(shell for v in 3.14 3.13 3.12; do for p in python$$v "$$HOME"
 VENV_LATEST ?= .venv-latest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mnist bench test test-all test-latest check lock clean
+.PHONY: help setup mnist ablation boundary initialisation bench test test-all test-latest check lock clean
 
 help:  ## show this list
 	@echo 'lplr-jax: which hypotheses of local Polyak-Lojasiewicz theory hold on a training run'
@@ -36,11 +39,23 @@ $(STAMP): requirements.lock pyproject.toml
 mnist: $(STAMP)  ## digits 3 against 8: train, measure every latent variable, draw figures/mnist.png
 	@$(BIN)/lplr mnist $(OPTIONS)
 
+ablation: $(STAMP)  ## widths 128 to 1024 at one step size: predicted from 2/β, then watched
+	@$(BIN)/lplr ablation $(OPTIONS)
+
+boundary: $(STAMP)  ## the largest step size that descends, for every width, against 2/β
+	@$(BIN)/lplr boundary $(OPTIONS)
+
+initialisation: $(STAMP)  ## three initialisations side by side, and the figures of the paper's earlier version
+	@$(BIN)/lplr initialisation $(OPTIONS)
+
+bench: $(STAMP)  ## time the kernel engine against its peers; tables to benchmarks/results/ (minutes to hours)
+	@$(BIN)/python benchmarks/ntk.py $(ARGS)
+
 test: $(STAMP)  ## the quick test suite
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 test-all: $(STAMP)  ## the whole test suite, slow tests included
-	@$(BIN)/python -m pytest -m ''
+	@$(PYTEST) -m ''
 
 test-latest:  ## the quick suite on a newer Python with the newest JAX it gets
 	@set -e; if [ -z "$(PYTHON_LATEST)" ]; then echo 'test-latest: skipped, no Python newer than 3.11 found (name one: make test-latest PYTHON_LATEST=...)'; exit 0; fi; \
@@ -50,7 +65,7 @@ test-latest:  ## the quick suite on a newer Python with the newest JAX it gets
 	$(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade jax jaxlib flax optax; \
 	$(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
 	$(VENV_LATEST)/bin/python -m pip list 2>/dev/null | grep -E '^(jax|jaxlib|flax|optax) '; \
-	$(VENV_LATEST)/bin/python -m pytest
+	$(subst $(BIN),$(VENV_LATEST)/bin,$(PYTEST))
 
 check: $(STAMP)  ## lint, format and types
 	@$(BIN)/ruff check .

@@ -53,7 +53,7 @@ def test_floor_is_the_least_recorded_loss():
     scale=st.sampled_from(["sum", "mean"]),
     activation=st.sampled_from(["softplus", "tanh", "relu"]),
 )
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_pl_identity(seed, n, d, width, depth, c, scale, activation):
     """½‖∇L‖²/L = rᵀΘr/(s‖r‖²): gradient, residual and kernel tied together, in float64 and in float32."""
     rng = np.random.default_rng(seed)
@@ -107,10 +107,12 @@ def test_min_eig_is_float64_whatever_the_flag(flag):
     assert result.value == pytest.approx(0.5e-12, abs=1e-15)
 
 
-class Convolution(nn.Module):
+class Normalised(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(1)(nn.softplus(nn.Conv(3, (3,))(x)).reshape(x.shape[0], -1))
+        # Flax takes the statistics of float64 values in float32, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            return nn.Dense(1)(nn.LayerNorm()(nn.Dense(3)(x)))
 
 
 def test_proofs_cover_assembly_or_say_that_they_do_not():
@@ -120,8 +122,8 @@ def test_proofs_cover_assembly_or_say_that_they_do_not():
     assert proved.proved
     assert proved.factor_error > 0
     assert 0 < proved.lower <= proved.value <= proved.upper
-    network, images = Convolution(), x[:, :, None]
-    relative = diagnostics.empirical_ntk_min_eig(network.apply, network.init(jax.random.key(0), images), images)
+    network = Normalised()
+    relative = diagnostics.empirical_ntk_min_eig(network.apply, network.init(jax.random.key(0), x), x)
     assert not relative.proved
     assert "the interval is about the computed kernel" in relative.reason
     assert relative.assumptions == ()

@@ -43,7 +43,7 @@ def empirical_ntk_min_eig(
 
 
 def certified_min_eig(apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np.ndarray, "nc nc"]) -> linalg.MinEig:
-    """Compute λ_min of an assembled kernel, with an interval that holds that of the exact kernel where it can be proved.
+    """Compute λ_min of an assembled kernel, in an interval that holds that of the exact kernel where one is known.
 
     Args:
         apply_fn: the function whose kernel it is.
