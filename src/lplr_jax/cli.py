@@ -1,5 +1,6 @@
 """The `lplr` command: wiring from options to experiments, records and figures."""
 
+import json
 import logging
 import os
 import sys
@@ -10,15 +11,19 @@ from typing import Annotated, Literal
 
 import jax
 import tyro
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.logging import RichHandler
 
 from lplr_jax import data as datasets
-from lplr_jax import plotting, records
+from lplr_jax import plotting, records, theory
+from lplr_jax.experiments import ablation as ablation_experiment
+from lplr_jax.experiments import ablation_table, report, tables
+from lplr_jax.experiments import boundary as boundary_experiment
+from lplr_jax.experiments import initialisation as initialisation_experiment
 from lplr_jax.experiments import mnist as mnist_experiment
-from lplr_jax.experiments import report
 
-OK, BAD_INPUT, DIVERGED, IO_FAILED, INTERRUPTED = 0, 2, 4, 5, 130
+OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
 Preset = Literal["smoke", "default", "paper"]
 
@@ -36,25 +41,136 @@ def _mnist(preset: Preset, config: mnist_experiment.MnistConfig) -> int:
     CONSOLE.print(report.summary_table(record))
     CONSOLE.print(f"record   {path}", highlight=False, soft_wrap=True)
     _draw(record, figures / "mnist.png")
+    verdicts = theory.verify(record)
+    report.print_verdicts(CONSOLE, verdicts)
+    if theory.any_inconsistent(verdicts):
+        return INCONSISTENT
     return OK if record.diverged_at is None else DIVERGED
 
 
 def _draw(record: records.Record, target: Path) -> None:
-    for path in plotting.save(plotting.four_panel(record), target):
-        CONSOLE.print(f"figure   {path}", highlight=False, soft_wrap=True)
+    _save(plotting.four_panel(record), target)
+
+
+def _say(line: str) -> None:
+    CONSOLE.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _save(figure: Figure, target: Path) -> None:
+    for path in plotting.save(figure, target):
+        _say(f"figure   {path}")
+
+
+def _places(experiment: str, preset: Preset, out: Path | None) -> tuple[Path, Path]:
+    """Return the folder of an experiment and that of its figures; two presets never share one by default."""
+    folder = out or Path("runs") / (experiment if preset == "default" else f"{experiment}-{preset}")
+    return folder, Path("figures") if preset == "default" and out is None else folder / "figures"
+
+
+def _tabulate(table: tables.Table, stem: Path) -> None:
+    CONSOLE.print(tables.to_rich(table))
+    for path in tables.save(table, stem):
+        _say(f"table    {path}")
+
+
+def _ablation(preset: Preset, config: ablation_experiment.AblationConfig) -> int:
+    folder, figures = _places("ablation", preset, config.out)
+    done = ablation_experiment.run(config, folder, say=_say, follow=lambda epochs: report.progress(CONSOLE, epochs))
+    _tabulate(ablation_table.table(done), folder / "ablation")
+    _save(plotting.ablation([record for _, record in done]), figures / "ablation.png")
+    verdicts = {arm.name: theory.verify(record) for arm, record in done}
+    CONSOLE.print(report.verdict_matrix(verdicts))
+    return INCONSISTENT if any(map(theory.any_inconsistent, verdicts.values())) else OK
+
+
+def _boundary(preset: Preset, config: boundary_experiment.BoundaryConfig) -> int:
+    folder, figures = _places("boundary", preset, config.out)
+    points = boundary_experiment.run(config, say=_say)
+    _say(f"points   {boundary_experiment.save(points, config, folder)}")
+    _tabulate(boundary_experiment.table(points, config), folder / "boundary")
+    brackets = [point.bracket for point in points]
+    figure = plotting.boundary(
+        [point.width for point in points],
+        [point.predicted for point in points],
+        [bracket.descends for bracket in brackets],
+        [bracket.fails for bracket in brackets],
+    )
+    _save(figure, figures / "boundary.png")
+    return OK
+
+
+def _initialisation(preset: Preset, config: initialisation_experiment.InitialisationConfig) -> int:
+    folder, figures = _places("initialisation", preset, config.out)
+    done = initialisation_experiment.run(
+        config, folder, say=_say, follow=lambda epochs: report.progress(CONSOLE, epochs)
+    )
+    _tabulate(initialisation_experiment.table(done), folder / "initialisation")
+    beside = config.ablation or _places("ablation", preset, None)[0]
+    widths = initialisation_experiment.widths_of(beside)
+    if not widths:
+        _say(f"no width ablation at {beside}: the panel of loss against width is left out (`lplr ablation` makes one)")
+    figure = plotting.initialisation({arm.name: record for arm, record in done}, widths, epoch=config.loss_epoch)
+    _save(figure, figures / "initialisation.png")
+    return OK
 
 
 def _plot(record: Annotated[Path, tyro.conf.Positional], /, out: Path | None = None) -> int:
-    """Redraw the figure of a record; no model and no data are needed.
+    """Redraw the figure of a record or of a folder of arms; no model and no data are needed.
 
     Args:
-        record: record.npz, or the folder that holds it.
+        record: record.npz, or the folder that holds it, or one that holds a folder for each arm of an experiment.
         out: figure to write, as PNG and PDF [default: beside the record, named after its experiment].
     """
+    arms = sorted(record.glob("*/record.npz"))
+    if arms and not (record / "record.npz").exists():
+        loaded_arms = {path.parent.name: records.load(path) for path in arms}
+        inits = {arm.config.get("init") for arm in loaded_arms.values()}
+        if len(inits) > 1:
+            _save(plotting.initialisation(loaded_arms), out or record / "initialisation.png")
+        else:
+            _save(plotting.ablation(list(loaded_arms.values())), out or record / "ablation.png")
+        return OK
     loaded = records.load(record)
     folder = record if record.is_dir() else record.parent
     _draw(loaded, out or folder / f"{loaded.experiment}.png")
     return OK
+
+
+def _verify(
+    record: Annotated[Path, tyro.conf.Positional],
+    /,
+    as_json: Annotated[tyro.conf.UseCounterAction[int], tyro.conf.arg(name="json")] = 0,
+    strict: tyro.conf.UseAppendAction[tuple[theory.Claim, ...]] = (),
+) -> int:
+    """Hold every hypothesis and every conclusion of the theory against a record; no model and no data are needed.
+
+    Exit codes: 0 nothing is inconsistent (a refuted hypothesis is a finding), 1 a claim of --strict is unmet, 2 bad
+    input, 3 the record contradicts itself or the tool is wrong.
+
+    Args:
+        record: record.npz, or the folder that holds it.
+        as_json: write the verdicts as JSON.
+        strict: a claim that must be at least "not refuted"; may be given several times.
+    """
+    loaded = records.load(record)
+    verdicts = theory.verify(loaded)
+    code = OK
+    if any(verdict.claim in strict and not verdict.met for verdict in verdicts):
+        code = UNMET
+    if theory.any_inconsistent(verdicts):
+        code = INCONSISTENT
+    if as_json:
+        document = {
+            "experiment": loaded.experiment,
+            "checksum": loaded.checksum(),
+            "exit_code": code,
+            "reading": theory.reading(verdicts),
+            "verdicts": theory.as_json(verdicts),
+        }
+        print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        report.print_verdicts(CONSOLE, verdicts)
+    return code
 
 
 def _data(
@@ -92,7 +208,12 @@ def _preset(argv: Sequence[str]) -> str:
 
 
 def _parse_and_run(argv: Sequence[str]) -> int:
-    chosen = mnist_experiment.PRESETS.get(_preset(argv), mnist_experiment.PRESETS["default"])
+    preset_name = _preset(argv)
+    chosen = mnist_experiment.PRESETS.get(preset_name, mnist_experiment.PRESETS["default"])
+    chosen_ablation = ablation_experiment.PRESETS.get(preset_name, ablation_experiment.PRESETS["default"])
+    chosen_boundary = boundary_experiment.PRESETS.get(preset_name, boundary_experiment.PRESETS["default"])
+    initialisations = initialisation_experiment.PRESETS
+    chosen_initialisation = initialisations.get(preset_name, initialisations["default"])
 
     def mnist(
         preset: Preset = "default",
@@ -106,7 +227,53 @@ def _parse_and_run(argv: Sequence[str]) -> int:
         """
         return _mnist(preset, config)
 
-    commands = {"mnist": mnist, "plot": _plot, "data": _data}
+    def ablation(
+        preset: Preset = "default",
+        config: Annotated[ablation_experiment.AblationConfig, tyro.conf.arg(name="")] = chosen_ablation,
+    ) -> int:
+        """Width ablation: one η for all widths, predicted from 2/β, then watched (paper, section 6.2).
+
+        Args:
+            preset: which defaults the other options start from.
+            config: everything that decides the arms.
+        """
+        return _ablation(preset, config)
+
+    def boundary(
+        preset: Preset = "default",
+        config: Annotated[boundary_experiment.BoundaryConfig, tyro.conf.arg(name="")] = chosen_boundary,
+    ) -> int:
+        """Find the largest step size that descends, for every width, and hold it against 2/β.
+
+        Args:
+            preset: which defaults the other options start from.
+            config: everything that decides the numbers.
+        """
+        return _boundary(preset, config)
+
+    def initialisation(
+        preset: Preset = "default",
+        config: Annotated[
+            initialisation_experiment.InitialisationConfig, tyro.conf.arg(name="")
+        ] = chosen_initialisation,
+    ) -> int:
+        """Initialisations side by side, and the figures of the paper's earlier version.
+
+        Args:
+            preset: which defaults the other options start from.
+            config: everything that decides the arms.
+        """
+        return _initialisation(preset, config)
+
+    commands = {
+        "mnist": mnist,
+        "ablation": ablation,
+        "boundary": boundary,
+        "initialisation": initialisation,
+        "verify": _verify,
+        "plot": _plot,
+        "data": _data,
+    }
     return tyro.extras.subcommand_cli_from_dict(
         commands,
         prog="lplr",
@@ -128,7 +295,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0 done, 2 bad input, 4 diverged, 5 input or output failed, 130 interrupted.
+        The exit code: 0 done, 1 a claim of --strict is unmet, 2 bad input, 3 inconsistent, 4 diverged, 5 input or
+        output failed, 130 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv

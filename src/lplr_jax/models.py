@@ -61,8 +61,9 @@ def _kernel_init(initialisation: str, *, first: bool, last: bool) -> Callable[..
 class MLP(nn.Module):
     """Fully connected network with zero biases, He-normal weights unless another initialisation is named.
 
-    Initialisations. "he": normal of variance 2/fan_in. "scaled-output": the output layer is divided by sqrt(m), variance
-    2/m², as in the maximal update parametrisation (Yang and Hu 2021); outputs and hidden gradients start small.
+    Initialisations. "he": normal of variance 2/fan_in. "scaled-output": the output layer is divided by sqrt(m),
+    variance 2/m², as in the maximal update parametrisation (Yang and Hu 2021): outputs and hidden gradients start
+    small.
     "antisymmetric": f(θ_0) = 0 up to rounding, by pairing every layer: in the convention W h, the first is [A; A], the
     hidden ones [[A, B], [B, A]], the output [a; -a], with A, B and a drawn as "he". Both halves of every hidden layer
     agree and their cotangents are opposite, (A - B)ᵀ of those above, so every layer has a gradient. Pairing the last

@@ -6,10 +6,12 @@ import numpy as np
 from jaxtyping import Float
 
 from lplr_jax.diagnostics import (
+    PowerLaw,
     RateReport,
     loss_floor,
     middle_half,
     pl_bracket,
+    power_law,
     rate_report,
     stable_regime,
 )
@@ -48,7 +50,7 @@ def summarise(record: Record) -> Summary:
 
     def window(curve: Float[np.ndarray, " t"]) -> slice:
         # An override is given in epochs of the whole run; the same share of a shorter one is meant.
-        share = (curve.size - 1) / last
+        share = (curve.size - 1) / last if last else 1.0
         ends = {name: None if end is None else round(end * share) for name, end in (("start", start), ("stop", stop))}
         return stable_regime(curve, **ends)
 
@@ -64,3 +66,18 @@ def summarise(record: Record) -> Summary:
         regime_rate=rate_report(loss, window=window),
         middle_rate=rate_report(loss, window=middle_half),
     )
+
+
+def gradient_law(record: Record, floor: float) -> PowerLaw:
+    """Fit ‖∇L‖² = a (L - floor)^slope over the stable regime, or the middle half of a run that has none.
+
+    A PL inequality that is tight with a constant has slope 1. The standard error takes epochs for independent, which
+    they are not.
+
+    Args:
+        record: a run.
+        floor: what is taken for L*: 0, or the least recorded loss.
+    """
+    window = summarise(record).regime
+    window = window if window.stop else middle_half(record["loss"])
+    return power_law((record["loss"] - floor)[window], record["grad_sq_norm"][window])

@@ -52,8 +52,9 @@ def certified_min_eig(apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np
         theta: its full kernel, (n c, n c), in float64.
 
     Returns:
-        For dense networks with softplus, tanh or relu, a proved interval for the exact kernel. For any other the
-        interval is about the computed kernel alone: `proved` is False and `reason` says so.
+        For networks of dense and convolutional layers, average pooling and softplus, tanh or relu, a proved interval
+        for the exact kernel. For any other the interval is about the computed kernel alone: `proved` is False and
+        `reason` says so.
     """
     bound = assembly_bound(apply_fn, params, x, theta)
     if bound is not None:

@@ -1,17 +1,19 @@
 """Binary MNIST: digits 3 against 8, full-batch gradient descent, every latent variable (paper, section 6.1)."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array
 
-from lplr_jax import data, diagnostics
+from lplr_jax import data, diagnostics, theory
 from lplr_jax.experiments.probe import KernelProbe
 from lplr_jax.experiments.run import (
     Observer,
@@ -22,10 +24,10 @@ from lplr_jax.experiments.run import (
     run_training,
     spread,
 )
-from lplr_jax.models import MLP, count_parameters
-from lplr_jax.ntk.empirical import check_kernel_name
+from lplr_jax.models import INITS, MLP, Params, count_parameters
+from lplr_jax.ntk.empirical import Precision, check_kernel_name
 from lplr_jax.records import Record
-from lplr_jax.training import LossScale, Objective, evaluate, init_state, train_epochs
+from lplr_jax.training import EpochMetrics, LossScale, Objective, TrainState, evaluate, init_state, train_epochs
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class MnistConfig:
     """Affine layers, the output layer included (paper, section 6.1)."""
     activation: Literal["softplus", "tanh", "relu"] = "softplus"
     """Activation of the hidden layers (paper: softplus)."""
-    init: Literal["he"] = "he"
-    """Initialisation: "he", normal of variance 2/fan_in and zero biases (paper, section 6.1)."""
+    init: Literal["he", "scaled-output", "antisymmetric"] = "he"
+    """Initialisation: "he", normal of variance 2/fan_in and zero biases (paper, section 6.1), or one of two others."""
     epochs: int = 2000
     """Full-batch gradient steps. Calibrated: the paper's number is not known to us."""
     learning_rate: float = 8e-4
@@ -50,6 +52,12 @@ class MnistConfig:
     """Epochs between kernel probes; both ends are always probed [default: a fortieth of the run]. Calibrated."""
     hessian_probes: int = 9
     """Probes, evenly spread with both ends, at which the Hessian's extremes are measured; 0 for none. Calibrated."""
+    hessian_precision: Precision = "float64"
+    """Precision of the Hessian's products and eigenvalues; float32 agrees to about 1e-4 of the largest. Calibrated."""
+    spectrum_probes: int = 9
+    """Probes, evenly spread with both ends, at which the whole spectrum is kept; 0 for none. Calibrated."""
+    search_steps: int = 6
+    """Power iterations of the search for a lower estimate of L_Θ in the ball of the run; 0 for none. Calibrated."""
     n_train: int = 1000
     """Training images; 1,000 are the first 500 of each digit. Calibrated."""
     subset_size: int | None = None
@@ -71,14 +79,11 @@ class MnistConfig:
 
 
 PRESETS: dict[str, MnistConfig] = {
-    "smoke": MnistConfig(width=32, epochs=60, probe_every=10, n_train=200, hessian_probes=2),
+    "smoke": MnistConfig(width=32, epochs=60, probe_every=10, n_train=200, hessian_probes=2, spectrum_probes=2),
     "default": MnistConfig(),
     "paper": MnistConfig(epochs=10_000),
 }
 """Named sets of defaults: a run of seconds, the standard one, and a longer one. All calibrated."""
-
-INITS = ("he",)
-"""Initialisations by name."""
 
 PLACES = ("data", "out")
 """Config fields that say where things are and decide no number."""
@@ -106,11 +111,13 @@ def resolve(config: MnistConfig) -> tuple[MnistConfig, int, int]:
             raise ValueError(f"{name} must be at most {of} = {most}, got {value}")
     if not (np.isfinite(config.learning_rate) and config.learning_rate > 0):
         raise ValueError(f"learning_rate must be a finite number > 0, got {config.learning_rate}")
-    for name in ("seed", "hessian_probes"):
+    for name in ("seed", "hessian_probes", "spectrum_probes", "search_steps"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} must be >= 0, got {getattr(config, name)}")
     if config.init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {config.init!r}")
+    if config.hessian_precision not in get_args(Precision):
+        raise ValueError(f"hessian_precision must be float32 or float64, got {config.hessian_precision!r}")
     for name in ("regime_start", "regime_stop"):
         value = getattr(config, name)
         if value is not None and not 0 <= value <= config.epochs + 1:
@@ -124,13 +131,51 @@ _model = lru_cache(maxsize=16)(MLP)
 _gradient_descent = lru_cache(maxsize=16)(optax.sgd)
 
 
-def run(config: MnistConfig, *, observer: Observer | None = None, probe_dir: Path | None = None) -> Record:
+class Problem(NamedTuple):
+    """What a config sets up: data, objective, optimiser and θ_0."""
+
+    dataset: data.Dataset
+    x: Array
+    y: Array
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    params: Params
+
+
+def set_up(config: MnistConfig) -> Problem:
+    """Load the data and initialise the network of a config.
+
+    Raises:
+        ValueError: for a field out of range or data that cannot be had.
+    """
+    config, _, _ = resolve(config)
+    dataset = data.load("mnist", source=config.source, data_dir=config.data, n_train=config.n_train)
+    x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
+    model = _model(config.width, config.depth, config.activation, dataset.c, initialisation=config.init)
+    params = model.init(jax.random.key(config.seed), x[:1])
+    objective = Objective(model.apply, config.loss_scale)
+    return Problem(dataset, x, y, objective, _gradient_descent(config.learning_rate), params)
+
+
+def decisive(config: MnistConfig) -> dict[str, Any]:
+    """Return the fields that decide the numbers of a run, as its record keeps them beside the data's checksum."""
+    return {name: value for name, value in asdict(resolve(config)[0]).items() if name not in PLACES}
+
+
+def run(
+    config: MnistConfig,
+    *,
+    observer: Observer | None = None,
+    probe_dir: Path | None = None,
+    advance: Callable[[TrainState, int], tuple[TrainState, EpochMetrics]] | None = None,
+) -> Record:
     """Train, probe, and return the record.
 
     Args:
         config: what to run; `out` is for the caller, nothing is written to it here.
         observer: told of every chunk and probe.
         probe_dir: where to save the parameters of every probe; None saves none.
+        advance: runs a number of epochs, for runs that were trained together with others; None trains this one alone.
 
     Returns:
         The record; one whose loss stops being finite is NaN from that epoch on.
@@ -140,11 +185,7 @@ def run(config: MnistConfig, *, observer: Observer | None = None, probe_dir: Pat
     """
     config, probe_every, subset_size = resolve(config)
     began = time.perf_counter()
-    dataset = data.load("mnist", source=config.source, data_dir=config.data, n_train=config.n_train)
-    x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
-    model = _model(config.width, config.depth, config.activation, dataset.c)
-    params = model.init(jax.random.key(config.seed), x[:1])
-    objective, optimizer = Objective(model.apply, config.loss_scale), _gradient_descent(config.learning_rate)
+    dataset, x, y, objective, optimizer, params = set_up(config)
     subset = diagnostics.subset_ids(dataset.n, subset_size, seed=config.seed)
     settings = {"objective": objective, "optimizer": optimizer}
     probes_at = probe_epochs(config.epochs, probe_every)
@@ -155,16 +196,21 @@ def run(config: MnistConfig, *, observer: Observer | None = None, probe_dir: Pat
         subset=subset,
         kernel=config.kernel,
         hessian_epochs=spread(probes_at, config.hessian_probes),
+        hessian_precision=config.hessian_precision,
+        spectrum_epochs=spread(probes_at, config.spectrum_probes),
         save_to=probe_dir,
     )
     result = run_training(
         init_state(params, optimizer),
         probes_at=probes_at,
-        advance=lambda state, k: train_epochs(state, (x, y), params, epochs=k, **settings),
+        advance=advance or (lambda state, k: train_epochs(state, (x, y), params, epochs=k, **settings)),
         evaluate=partial(evaluate, batch=(x, y), initial=params, objective=objective),
         probe=probe,
         observer=observer,
     )
+    closing_began = time.perf_counter()
+    closing = probe.close(result.arrays, search_steps=config.search_steps, seed=config.seed)
+    closing_seconds = time.perf_counter() - closing_began
     numbers = {
         "subset_ids": subset,
         "loss_scale": np.float64(objective.scale(dataset.n)),
@@ -181,9 +227,9 @@ def run(config: MnistConfig, *, observer: Observer | None = None, probe_dir: Pat
             "checksum": dataset.checksum,
             "location": str(config.data) if config.data else None,
         },
-        "seconds": {**result.seconds, "total": time.perf_counter() - began},
+        "seconds": {**result.seconds, "closing": closing_seconds, "total": time.perf_counter() - began},
         "peak_memory_bytes": peak_memory_bytes(),
     }
-    decisive = {name: value for name, value in asdict(config).items() if name not in PLACES}
-    arrays = {**result.arrays, **{name: np.asarray(value) for name, value in numbers.items()}}
-    return Record("mnist", arrays, {**decisive, "data_checksum": dataset.checksum}, provenance)
+    arrays = {**result.arrays, **closing, **{name: np.asarray(value) for name, value in numbers.items()}}
+    record = Record("mnist", arrays, {**decisive(config), "data_checksum": dataset.checksum}, provenance)
+    return replace(record, provenance={**provenance, "verdicts": theory.as_json(theory.verify(record))})

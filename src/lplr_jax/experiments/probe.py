@@ -1,5 +1,6 @@
 """What is measured at a probe: the kernel, the point in float64, and the Hessian's extremes."""
 
+import logging
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -8,11 +9,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from lplr_jax import diagnostics, linalg
+from lplr_jax import diagnostics, linalg, theory
 from lplr_jax.models import Params
-from lplr_jax.ntk.empirical import empirical_ntk
+from lplr_jax.ntk.empirical import Precision, empirical_ntk
 from lplr_jax.records import atomic_write
 from lplr_jax.training import Objective
+
+_LOG = logging.getLogger(__name__)
+
+HESSIAN_TOLERANCE: dict[Precision, float] = {"float64": 1e-6, "float32": 1e-4}
+"""Residual of the Hessian's eigenpairs over the larger eigenvalue; rounding of float32 products leaves some 2e-5."""
 
 
 class KernelProbe:
@@ -27,10 +33,17 @@ class KernelProbe:
         subset: np.ndarray,
         kernel: str,
         hessian_epochs: Collection[int] = (),
+        hessian_precision: Precision = "float64",
+        spectrum_epochs: Collection[int] = (),
         save_to: Path | None = None,
     ) -> None:
         self._objective, self._x, self._y = objective, x, y
         self._subset, self._kernel, self._hessian_epochs, self._save_to = subset, kernel, hessian_epochs, save_to
+        self._hessian_precision: Precision = hessian_precision
+        self._spectrum_epochs = spectrum_epochs
+        self._points: dict[int, Params] = {}
+        self._kernels: dict[int, np.ndarray] = {}
+        self._spectra: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._initial: np.ndarray | None = None
         self._extremes: diagnostics.Extremes | None = None
 
@@ -43,12 +56,16 @@ class KernelProbe:
         if self._initial is None:
             self._initial = theta
         point = diagnostics.evaluate_point(apply_fn, params, self._x, self._y, loss_scale=scale)
-        least = linalg.min_eig(theta)
+        least, assembly_error = theory.min_eig_with_assembly(apply_fn, params, self._x, theta)
+        self._points[epoch], self._kernels[epoch] = jax.device_get(params), theta
+        if epoch in self._spectrum_epochs:
+            self._spectra[epoch] = theory.spectrum_and_energy(theta, point.residual)
         subset = diagnostics.principal_block(theta, self._subset, self._y.shape[1])
         values = {
             "ntk_min_eig": least.value,
             "ntk_min_eig_lower": least.lower,
             "ntk_min_eig_upper": least.upper,
+            "ntk_assembly_error": assembly_error,
             "ntk_max_eig": linalg.extremes(theta)[1],
             "ntk_min_eig_subset": linalg.min_eig(subset).value,
             "ntk_rayleigh": point.rayleigh(theta),
@@ -58,10 +75,47 @@ class KernelProbe:
         }
         if epoch in self._hessian_epochs:
             self._extremes = diagnostics.hessian_extremes(
-                self._objective.value, params, self._x, self._y, reduction=scale, start=self._extremes
+                self._objective.value,
+                params,
+                self._x,
+                self._y,
+                reduction=scale,
+                dtype=self._hessian_precision,
+                tolerance=HESSIAN_TOLERANCE[self._hessian_precision],
+                start=self._extremes,
             )
             values |= {"sharpness": self._extremes.largest, "curvature_min": self._extremes.least}
         return values
+
+    def close(self, arrays: Mapping[str, np.ndarray], *, search_steps: int, seed: int) -> dict[str, np.ndarray]:
+        """Return what only the whole run can tell, by names in the record: spectra, pairs of probes, bounds of L_Θ, R*.
+
+        Args:
+            arrays: what the run measured, by record name.
+            search_steps: steps of the search for L_Θ; 0 for none.
+            seed: of the search's random directions.
+        """
+        if search_steps:
+            _LOG.info("after the last epoch: pairs of probes, and L_Θ from below and above")
+        closing = theory.closing_arrays(
+            self._objective,
+            self._x,
+            self._y,
+            points=self._points,
+            kernels=self._kernels,
+            arrays=arrays,
+            search_steps=search_steps,
+            kernel=self._kernel,
+            seed=seed,
+        )
+        if self._spectra:
+            shape = (arrays["probe_epoch"].size, self._y.size)
+            spectrum, energy = np.full(shape, np.nan), np.full(shape, np.nan)
+            for k, epoch in enumerate(arrays["probe_epoch"]):
+                if int(epoch) in self._spectra:
+                    spectrum[k], energy[k] = self._spectra[int(epoch)]
+            closing |= {"spectrum": spectrum, "residual_energy": energy}
+        return closing
 
 
 def save_params(params: Params, path: Path) -> None:

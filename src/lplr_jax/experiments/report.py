@@ -1,18 +1,20 @@
 """What a run shows on screen: progress while it goes on, a short table at its end."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from lplr_jax.diagnostics import Decay, RateReport
 from lplr_jax.experiments.run import Observer
 from lplr_jax.records import Record
 from lplr_jax.summary import summarise
+from lplr_jax.theory import Outcome, Verdict, reading
 
 
 class _Plain:
@@ -182,3 +184,58 @@ def _decay_cells(decay: Decay) -> tuple[str, str]:
         f"{decay.factor:.6f} per epoch",
         f"{better} (R² {decay.exponential_r2:.3f} against {decay.power_r2:.3f}); local factors {low:.5f} to {high:.5f}",
     )
+
+
+COLOURS: dict[Outcome, str] = {
+    "proved": "green",
+    "not refuted": "cyan",
+    "refuted": "red",
+    "undecided": "yellow",
+    "not applicable": "bright_black",
+}
+
+
+def verdict_table(verdicts: Sequence[Verdict], *, parts: bool = True) -> Table:
+    """Return the table of the theory's claims: a row for each, and one for each of its parts where these are wanted.
+
+    The parts of `consistency` are shown only where they fail.
+    """
+    table = Table("claim", "outcome", "measured", "against", "margin", "epoch", title_justify="left")
+    table.title = "hypotheses and conclusions of the theory (arXiv 2507.21429)"
+    table.add_column("what it rests on", ratio=1)
+    for verdict in verdicts:
+        table.add_row(*_verdict_cells(verdict, verdict.claim, f"{verdict.reference}: {verdict.note}"))
+        for part in verdict.parts if parts else ():
+            if verdict.claim == "consistency" and part.outcome != "refuted":
+                continue
+            table.add_row(*_verdict_cells(part, f"  {part.claim.partition('.')[2]}", part.note), style="dim")
+        table.add_section()
+    return table
+
+
+def _verdict_cells(verdict: Verdict, name: str, note: str) -> Iterator[Text]:
+    yield Text(name)
+    word = f"{verdict.outcome} (inconsistent)" if verdict.inconsistent else verdict.outcome
+    yield Text(word, style=COLOURS[verdict.outcome])
+    for value in (verdict.measured, verdict.bound, verdict.margin):
+        yield Text("" if np.isnan(value) else f"{value:.3g}")
+    yield Text("" if verdict.step is None else str(verdict.step))
+    yield Text.assemble(note, (f"  [{verdict.units}]" if verdict.units else "", "dim"))
+
+
+def verdict_matrix(arms: Mapping[str, Sequence[Verdict]]) -> Table:
+    """Return one table for several runs: a row for each claim with its outcome in every run, and what broke first."""
+    table = Table("claim", *arms, title="hypotheses and conclusions of the theory, run by run", title_justify="left")
+    for row in zip(*arms.values(), strict=True):
+        words = [f"{v.outcome} (inconsistent)" if v.inconsistent else v.outcome for v in row]
+        table.add_row(row[0].claim, *(Text(word, style=COLOURS[v.outcome]) for word, v in zip(words, row, strict=True)))
+    table.add_section()
+    last = [verdicts[-1] for verdicts in arms.values()]
+    table.add_row("first to break", *(Text(verdict.note) for verdict in last))
+    return table
+
+
+def print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> None:
+    """Print the table of claims, and two sentences on what it means."""
+    console.print(verdict_table(verdicts))
+    console.print(reading(verdicts), highlight=False, markup=False)

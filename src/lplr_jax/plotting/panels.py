@@ -3,24 +3,35 @@
 import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea
 from matplotlib.patches import Patch
 
+from lplr_jax import theory
 from lplr_jax.diagnostics import Decay, middle_half
 from lplr_jax.plotting.style import STYLE
 from lplr_jax.records import Record
 from lplr_jax.summary import Summary, summarise
 
 BLUE, VERMILION, GREEN, PURPLE, BLACK = "C0", "C1", "C2", "C3", "C6"
+MARKS: dict[theory.Outcome, tuple[str, str]] = {
+    "proved": ("✓", "#009E73"),
+    "not refuted": ("○", "#0072B2"),
+    "refuted": ("✗", "#D55E00"),
+    "undecided": ("?", "#8a6d00"),
+    "not applicable": ("·", "0.45"),
+}
 SHADE = {"color": "#56B4E9", "alpha": 0.13, "linewidth": 0}
 HATCH = {"facecolor": "none", "edgecolor": "0.9", "hatch": "//", "linewidth": 0}
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncol": 2, "columnspacing": 1.2, "handlelength": 2.2}
 
 
 def four_panel(record: Record) -> Figure:
-    """Draw λ_min, drift, PL bracket and loss along a run (paper, Figure 1).
+    """Draw λ_min, drift, PL bracket and loss along a run (paper, Figure 1), and a strip of the theory's verdicts.
 
     Args:
         record: a run with kernel probes, such as `lplr mnist` writes.
@@ -44,7 +55,29 @@ def four_panel(record: Record) -> Figure:
         for axes in figure.axes:
             _mark_epochs(axes, record, summary)
         figure.suptitle(_title(record, summary), fontsize=10)
+        _verdict_strip(figure, theory.verify(record))
     return figure
+
+
+def _verdict_strip(figure: Figure, verdicts: tuple[theory.Verdict, ...]) -> None:
+    """Write the claims in one line below the panels, each with the mark and the colour of its outcome."""
+    size = {"size": 7.5}
+    words: list[Artist] = [
+        TextArea(f"{MARKS[v.outcome][0]} {v.claim}", textprops={**size, "color": MARKS[v.outcome][1]}) for v in verdicts
+    ]
+    key = "   ".join(f"{mark} {outcome}" for outcome, (mark, _) in MARKS.items())
+    words.append(TextArea(f"[{key}]", textprops={**size, "color": "0.45"}))
+    strip = AnchoredOffsetbox(
+        "lower center",
+        child=HPacker(children=words, sep=7, pad=0),
+        bbox_to_anchor=(0.5, 0.0),
+        bbox_transform=figure.transFigure,
+        frameon=False,
+    )
+    figure.add_artist(strip)
+    engine = figure.get_layout_engine()
+    if isinstance(engine, ConstrainedLayoutEngine):
+        engine.set(rect=(0, 0.028, 1, 0.972))
 
 
 def _title(record: Record, summary: Summary) -> str:

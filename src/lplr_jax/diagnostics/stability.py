@@ -1,0 +1,166 @@
+"""The step-size boundary 2/β: what η β promises before a run, and what loss and drift say after it."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+Place = Literal["below 1/β", "between 1/β and 2/β", "above 2/β"]
+Outcome = Literal["monotone descent", "oscillation", "catapult", "divergence"]
+
+EXPECTED: dict[Place, tuple[Outcome, ...]] = {
+    "below 1/β": ("monotone descent",),
+    "between 1/β and 2/β": ("oscillation",),
+    "above 2/β": ("catapult", "divergence"),
+}
+"""Outcomes that each place of η promises. On a quadratic the iterate nears the minimum along the sharpest direction
+from one side, from alternating sides, or not at all; a network may flatten on its way and come back, the catapult of
+Lewkowycz et al. 2020."""
+
+EARLY = 20
+"""Epochs over which drift is watched for overshooting. Calibrated."""
+ROUNDINGS = 64
+"""Unit roundoffs that two losses may differ by without meaning it. Calibrated: 20 times what a width-128 run shows."""
+DRIFT_ROUNDING = 1e-5
+"""Relative fall of a float32 drift that means nothing: its rounding with a margin of ten. Calibrated."""
+
+
+def place_of(eta_beta: float) -> Place:
+    """Say where η lies, from the product η β.
+
+    Raises:
+        ValueError: if the product is not a finite number > 0.
+
+    Example:
+        >>> place_of(1.4)
+        'between 1/β and 2/β'
+    """
+    if not (np.isfinite(eta_beta) and eta_beta > 0):
+        raise ValueError(f"η β must be a finite number > 0, got {eta_beta}; the sharpness at initialisation is needed")
+    return "below 1/β" if eta_beta < 1 else "between 1/β and 2/β" if eta_beta < 2 else "above 2/β"
+
+
+def rounding_allowance(loss: Any, scale: Any, unit_roundoff: float) -> Any:
+    """Return how far a loss may rise by rounding alone: γ (L + sqrt(L S)) + γ² S with γ = 64 u, in units of L.
+
+    With S = ‖f‖²/(2s) an error of γ ‖f‖ in the outputs moves L = ‖r‖²/(2s) by 2 γ sqrt(L S) + γ² S at most.
+
+    Args:
+        loss: L(θ_t).
+        scale: S, or what is of its order: ‖y‖²/(2s), or L(θ_0) of a run that does not start beside a minimiser.
+        unit_roundoff: u of the precision of the loss.
+    """
+    gamma = ROUNDINGS * unit_roundoff
+    return gamma * (loss + (loss * scale) ** 0.5) + gamma**2 * scale
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a run did, by a rule on loss and drift.
+
+    Attributes:
+        outcome: "divergence" if the loss stops being finite or ends at or above L_0; "catapult" if it passes above L_0
+            and ends below; "oscillation" if it rises in some step by more than rounding, or the drift falls in some of
+            the first 20 steps (the iterate overshoots the minimum along the sharpest direction); "monotone descent"
+            otherwise.
+        rises: steps in which the loss rises by more than rounding.
+        first_rise: epoch of the first of them, None without any.
+        peak: largest L_t over L_0; inf where the loss stops being finite.
+        overshoots: steps among the first 20 in which the drift falls.
+    """
+
+    outcome: Outcome
+    rises: int
+    first_rise: int | None
+    peak: float
+    overshoots: int
+
+
+def observe(
+    loss: Float[np.ndarray, " t"], drift: Float[np.ndarray, " t"], *, unit_roundoff: float = 2.0**-24
+) -> Observation:
+    """Classify a run by its loss and drift at every epoch.
+
+    Args:
+        loss: L(θ_t) from epoch 0, shape (T + 1,); NaN from the epoch at which the run diverged.
+        drift: ‖θ_t - θ_0‖, same shape.
+        unit_roundoff: u of the precision in which both were computed.
+
+    Raises:
+        ValueError: if the first loss is not finite.
+    """
+    loss, drift = np.asarray(loss, np.float64), np.asarray(drift, np.float64)
+    if not np.isfinite(loss[0]):
+        raise ValueError("the loss at epoch 0 is not finite, so there is nothing to compare the run with")
+    finite = np.isfinite(loss).all()
+    recorded = loss.size if finite else int(np.isfinite(loss).argmin())
+    seen = loss[:recorded]
+    rising = np.flatnonzero(seen[1:] > seen[:-1] + rounding_allowance(seen[:-1], seen[0], unit_roundoff))
+    early = drift[: min(recorded, EARLY + 1)]
+    overshoots = int(np.sum(early[1:] < early[:-1] * (1 - DRIFT_ROUNDING)))
+    above = seen.max() > seen[0] + rounding_allowance(seen[0], seen[0], unit_roundoff)
+    if not finite or (seen.size > 1 and seen[-1] >= seen[0]):
+        outcome: Outcome = "divergence"
+    elif above:
+        outcome = "catapult"
+    else:
+        outcome = "oscillation" if rising.size or overshoots else "monotone descent"
+    peak = float(seen.max() / seen[0]) if finite else float("inf")
+    return Observation(outcome, int(rising.size), int(rising[0]) + 1 if rising.size else None, peak, overshoots)
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """A line through log y against log x by least squares.
+
+    Attributes:
+        slope: exponent; float(law) is this.
+        stderr: its standard error for independent residuals; NaN for two points. Epochs of one run are not independent,
+            so there it is too small.
+        intercept: log y at x = 1.
+        range: least and largest x of the fit.
+        points: how many entered.
+    """
+
+    slope: float
+    stderr: float
+    intercept: float
+    range: tuple[float, float]
+    points: int
+
+    def __float__(self) -> float:
+        return self.slope
+
+    def at(self, x: Float[np.ndarray, "*k"]) -> Float[np.ndarray, "*k"]:
+        """Return the fitted y at x."""
+        return np.exp(self.intercept + self.slope * np.log(x))
+
+
+def power_law(x: Float[np.ndarray, " k"], y: Float[np.ndarray, " k"]) -> PowerLaw:
+    """Fit log y = a + b log x; points that are not finite and positive in both do not enter.
+
+    Args:
+        x: abscissae, such as widths or gaps.
+        y: ordinates, such as boundaries or squared gradient norms.
+
+    Returns:
+        The fit; NaN where fewer than two distinct points remain.
+
+    Example:
+        >>> law = power_law(np.array([1.0, 2.0, 4.0]), np.array([3.0, 12.0, 48.0]))
+        >>> round(law.slope, 12), law.points
+        (2.0, 3)
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    keep = np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)
+    t, z = np.log(x[keep]), np.log(y[keep])
+    if t.size < 2 or np.ptp(t) == 0:
+        return PowerLaw(np.nan, np.nan, np.nan, (np.nan, np.nan), int(t.size))
+    centred = t - t.mean()
+    slope = float(centred @ z / (centred @ centred))
+    residual = z - z.mean() - slope * centred
+    degrees = t.size - 2
+    stderr = float(np.sqrt(residual @ residual / degrees / (centred @ centred))) if degrees else float("nan")
+    span = (float(np.exp(t.min())), float(np.exp(t.max())))
+    return PowerLaw(slope, stderr, float(z.mean() - slope * t.mean()), span, int(t.size))

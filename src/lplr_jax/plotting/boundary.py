@@ -1,0 +1,73 @@
+"""The step-size boundary against width."""
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+from lplr_jax.diagnostics.stability import power_law
+from lplr_jax.plotting.style import STYLE
+
+
+def boundary(
+    widths: Sequence[int],
+    predicted: Sequence[float] | Float[np.ndarray, " k"],
+    descends: Sequence[float] | Float[np.ndarray, " k"],
+    fails: Sequence[float] | Float[np.ndarray, " k"],
+) -> Figure:
+    """Draw the measured boundary beside 2/β, with fitted exponents, and their ratio.
+
+    Args:
+        widths: m of every point.
+        predicted: 2/β at initialisation.
+        descends: largest η seen to descend.
+        fails: least η seen not to.
+
+    Returns:
+        The figure; `save` writes it.
+
+    Raises:
+        ValueError: if the four do not agree in length, or hold fewer than two points.
+    """
+    if not len(widths) == len(predicted) == len(descends) == len(fails) >= 2:
+        lengths = [len(column) for column in (widths, predicted, descends, fails)]
+        raise ValueError(f"widths, predicted, descends and fails must be as long and at least two, got {lengths}")
+    m, low, high = (np.asarray(column, np.float64) for column in (widths, descends, fails))
+    two_over_beta, measured = np.asarray(predicted, np.float64), np.sqrt(low * high)
+    with mpl.rc_context(fname=STYLE):
+        figure = Figure(figsize=(6.4, 6.2))
+        FigureCanvasAgg(figure)
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
+        errors = np.stack([measured - low, high - measured])
+        for values, style, label in (
+            (two_over_beta, {"color": "C1", "marker": "s", "linestyle": "--"}, "2/β at initialisation"),
+            (measured, {"color": "C0", "marker": "o", "linestyle": "-"}, "measured: largest η that descends"),
+        ):
+            law = power_law(m, values)
+            text = f"{label}:  exponent {law.slope:.2f} ± {law.stderr:.2f}"
+            top.plot(m, values, **{**style, "linestyle": "none"}, label=text)
+            top.plot(m, law.at(m), color=style["color"], linestyle=style["linestyle"], linewidth=1)
+        top.errorbar(m, measured, errors, fmt="none", ecolor="C0")
+        top.set_xscale("log")
+        top.set_yscale("log")
+        top.set_ylabel("step size η   [parameter² / L]")
+        top.set_title("step-size boundary against width, and power laws fitted to it")
+        top.legend(loc="lower left")
+        ratio = measured / two_over_beta
+        bottom.axhline(1.0, color="C1", linestyle="--", linewidth=1, label="2/β")
+        bottom.axhline(0.5, color="0.5", linestyle=":", linewidth=1, label="1/β")
+        bottom.plot(m, ratio, color="C0", marker="o", label="measured / (2/β)")
+        for x, value in zip(m, ratio, strict=True):
+            bottom.annotate(f"{value:.2f}", (x, value), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+        bottom.set_ylim(0, max(1.3, float(ratio.max()) * 1.2))
+        bottom.set_xticks(m)
+        bottom.xaxis.set_major_formatter(ScalarFormatter())
+        bottom.xaxis.set_minor_formatter(NullFormatter())
+        bottom.set_xlabel("width m")
+        bottom.set_ylabel("measured / (2/β)")
+        bottom.legend(loc="lower left", ncol=3)
+    return figure

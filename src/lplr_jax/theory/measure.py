@@ -1,0 +1,253 @@
+"""What the claims need from the model: measured in the run, after its last epoch, and stored in the record."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from lplr_jax import certificates, diagnostics, linalg
+from lplr_jax.diagnostics.kernel import certified_min_eig
+from lplr_jax.models import ApplyFn, Params, count_parameters
+from lplr_jax.ntk import empirical_ntk, precision_scope
+from lplr_jax.ntk.empirical import cast_floating
+from lplr_jax.theory.bounds import anchor, certified_radius
+from lplr_jax.theory.evidence import kernel_error, pair_ratio, proof_radius
+from lplr_jax.theory.search import pair_shifts, search_ball
+from lplr_jax.theory.structure import is_affine
+from lplr_jax.training import LossScale, Objective
+
+
+def min_eig_with_assembly(
+    apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np.ndarray, "nc nc"]
+) -> tuple[linalg.MinEig, float]:
+    """Return λ_min of a computed kernel with an interval that includes its assembly error, and that error.
+
+    Returns:
+        The eigenvalue; and a bound on ‖Θ_computed - Θ‖₂, NaN where none is known: then the interval is relative to the
+        computed kernel.
+    """
+    least = certified_min_eig(apply_fn, params, x, theta)
+    if not least.proved:
+        return least, math.nan
+    # ‖K̂ K̂ᵀ - K Kᵀ‖ <= e (2 ‖K̂‖ + e), and ‖K̂‖² <= ‖Θ_computed‖ + assembly error, by row sums.
+    size = math.sqrt(certificates.row_sum_bound(theta) + least.assembly_error)
+    return least, (least.assembly_error + least.factor_error * (2 * size + least.factor_error)) * (1 + 1e-9)
+
+
+def max_eig_upper(theta: Float[np.ndarray, "nc nc"], error: float) -> float:
+    """Return a proved upper bound of λ_max of every symmetric matrix within `error` of the given one; NaN for NaN."""
+    bound = certificates.row_sum_bound(theta)
+    # A tighter one where a Cholesky factorisation of shift - Θ succeeds; a tenth of a per cent of room is for rounding.
+    shift = linalg.max_eig(theta) * (1 + 1e-3)
+    if 2.0**-300 < shift < bound and certificates.cholesky_test(-theta, -shift, np.empty(theta.shape, order="F")):
+        bound = shift
+    return certificates.up(bound + error)
+
+
+def spectrum_and_energy(
+    theta: Float[np.ndarray, "nc nc"], residual: Float[np.ndarray, "n c"]
+) -> tuple[Float[np.ndarray, " nc"], Float[np.ndarray, " nc"]]:
+    """Return the eigenvalues of a kernel, ascending, and the share of ‖r‖² along each eigenvector."""
+    values, vectors = np.linalg.eigh(theta)
+    flat = residual.reshape(-1)
+    energy = np.square(flat @ vectors)
+    total = energy.sum()
+    return values, energy / total if total > 0 else np.full_like(energy, np.nan)
+
+
+def gradient_at(objective: Objective, params: Params, x: Any, y: Any) -> Float[np.ndarray, " p"]:
+    """Return ∇L(θ), flat, in float64 on the host."""
+    with precision_scope("float64"):
+        wide = cast_floating((params, x, y), "float64")
+        return flat_parameters(jax.device_get(_gradient(*wide, objective=objective)))
+
+
+@partial(jax.jit, static_argnames=("objective",))
+def _gradient(params: Params, x: Any, y: Any, *, objective: Objective) -> Params:
+    return objective.value_and_gradient(params, x, y)[1]
+
+
+def flat_parameters(params: Params) -> Float[np.ndarray, " p"]:
+    """Return the leaves of a pytree as one vector in float64, in the order of `jax.tree.leaves`."""
+    return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in jax.tree.leaves(params)])
+
+
+def float32_spacing(params: Params) -> float:
+    """Return the 2-norm of the distances between each parameter and the next float32."""
+    return float(np.linalg.norm(np.spacing(np.abs(flat_parameters(params)).astype(np.float32)).astype(np.float64)))
+
+
+def point_arrays(
+    apply_fn: ApplyFn, params: Params, x: Any, y: Any, *, loss_scale: LossScale, kernel: str = "auto"
+) -> dict[str, np.ndarray]:
+    """Return the arrays of a record that holds one point and no step."""
+    theta = np.asarray(empirical_ntk(apply_fn, params, x, kernel=kernel))
+    point = diagnostics.evaluate_point(apply_fn, params, x, y, loss_scale=loss_scale)
+    least, error = min_eig_with_assembly(apply_fn, params, x, theta)
+    values, energy = spectrum_and_energy(theta, point.residual)
+    n, c = point.residual.shape
+    probe = {
+        "probe_epoch": 0,
+        "ntk_min_eig": least.value,
+        "ntk_min_eig_lower": least.lower,
+        "ntk_min_eig_upper": least.upper,
+        "ntk_assembly_error": error,
+        "ntk_max_eig": linalg.extremes(theta)[1],
+        "ntk_rayleigh": point.rayleigh(theta),
+        "ntk_shift": 0.0,
+        "probe_loss": point.loss,
+        "probe_grad_sq_norm": point.grad_sq_norm,
+    }
+    scalars = {
+        "loss_scale": point.loss_scale,
+        "learning_rate": math.nan,
+        "n": n,
+        "c": c,
+        "p": count_parameters(params),
+        "affine_in_parameters": int(is_affine(apply_fn, params, x)),
+    }
+    series = {"epoch": [0], "loss": [point.loss], "grad_sq_norm": [point.grad_sq_norm], "drift": [0.0]}
+    return {
+        **{name: np.asarray(value) for name, value in series.items()},
+        **{name: np.asarray([value]) for name, value in probe.items()},
+        **{name: np.asarray(value) for name, value in scalars.items()},
+        "spectrum": values[None],
+        "residual_energy": energy[None],
+    }
+
+
+def closing_arrays(
+    objective: Objective,
+    x: Any,
+    y: Any,
+    *,
+    points: Mapping[int, Params],
+    kernels: Mapping[int, Float[np.ndarray, "nc nc"]],
+    arrays: Mapping[str, np.ndarray],
+    search_steps: int,
+    kernel: str = "auto",
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Measure what needs the whole run: pairs of probes, the way to θ_T, L_Θ from below and above, R*.
+
+    Args:
+        objective: what was minimised.
+        x: inputs (n, ...).
+        y: targets (n, c).
+        points: parameters of the probes by epoch, on the host; probes without are NaN in the pairs.
+        kernels: full kernels of the same epochs.
+        arrays: what the run measured so far, by record name.
+        search_steps: steps of the power iteration for L_Θ; 0 for no search.
+        kernel: one of `lplr_jax.ntk.KERNELS`.
+        seed: of the search's random directions.
+
+    Returns:
+        Arrays by record name.
+    """
+    epochs = [int(epoch) for epoch in arrays["probe_epoch"]]
+    known = [epoch for epoch in epochs if epoch in points]
+    if not known:
+        return {}
+    initial = points[known[0]]
+    result: dict[str, np.ndarray] = {
+        "affine_in_parameters": np.asarray(int(is_affine(objective.apply_fn, initial, x))),
+        "parameter_spacing": np.asarray(float32_spacing(initial)),
+    }
+    places = [epochs.index(epoch) for epoch in known]
+    result["param_pair_distance"], result["lqcr_inner"] = _distances(
+        objective, x, y, points, known, places, len(epochs)
+    )
+    shift = np.full((len(epochs), len(epochs)), np.nan)
+    shift[np.ix_(places, places)] = pair_shifts([kernels[epoch] for epoch in known])
+    result["ntk_pair_shift"] = shift
+    bounds = arrays.get("ntk_assembly_error", np.full(len(epochs), np.nan))
+    error = kernel_error(bounds, arrays["ntk_max_eig"], kernels[known[0]].shape[0])
+    ratio = pair_ratio(shift, result["param_pair_distance"], error, arrays["probe_epoch"])
+    result["ntk_lipschitz_lower"] = np.asarray(ratio.value)
+    if epochs[0] not in points:
+        return result
+    drift = arrays["drift"][np.isfinite(arrays["drift"])]
+    radius = float(drift.max(initial=0.0))
+    if search_steps and radius > 0 and not result["affine_in_parameters"]:
+        found = search_ball(
+            objective.apply_fn,
+            initial,
+            x,
+            radius=radius,
+            gradient=gradient_at(objective, initial, x, y),
+            error=float(error[0]),
+            steps=search_steps,
+            kernel=kernel,
+            seed=seed,
+        )
+        result |= {f"ntk_lipschitz_{name}": np.asarray(value) for name, value in vars(found).items()}
+    return result | _bounds(
+        objective, initial, x, kernels[epochs[0]], arrays, drift, bool(result["affine_in_parameters"])
+    )
+
+
+def _distances(
+    objective: Objective,
+    x: Any,
+    y: Any,
+    points: Mapping[int, Params],
+    known: Sequence[int],
+    places: Sequence[int],
+    k: int,
+) -> tuple[Float[np.ndarray, "k k"], Float[np.ndarray, " k"]]:
+    """Return ‖θ_s - θ_t‖ for every pair, and ⟨∇L(θ_t), θ_t - θ_T⟩."""
+    # One vector in float64 at a time beside the points, which may be large.
+    narrow = {epoch: [np.asarray(leaf) for leaf in jax.tree.leaves(points[epoch])] for epoch in known}
+    distance, inner = np.full((k, k), np.nan), np.full(k, np.nan)
+    last = flat_parameters(narrow[known[-1]])
+    for i, epoch in zip(places, known, strict=True):
+        theta = flat_parameters(narrow[epoch])
+        inner[i] = float(gradient_at(objective, points[epoch], x, y) @ (theta - last))
+        for j, other in zip(places, known, strict=True):
+            if j > i:
+                break
+            distance[i, j] = distance[j, i] = float(np.linalg.norm(theta - flat_parameters(narrow[other])))
+    return distance, inner
+
+
+def _bounds(
+    objective: Objective,
+    initial: Params,
+    x: Any,
+    theta: Float[np.ndarray, "nc nc"],
+    arrays: Mapping[str, np.ndarray],
+    drift: Float[np.ndarray, " t"],
+    affine: bool,
+) -> dict[str, np.ndarray]:
+    """Return the proved bounds on the ball of the run, and R*."""
+    error = float(arrays["ntk_assembly_error"][0]) if "ntk_assembly_error" in arrays else math.nan
+    largest = max_eig_upper(theta, error) if math.isfinite(error) else math.nan
+    budget = float(arrays["ntk_min_eig_lower"][0]) if math.isfinite(error) else math.nan
+    n = int(jax.tree.leaves(x)[0].shape[0])
+    scale = objective.scale(n)
+    if affine:
+        return {
+            "ntk_lipschitz_upper": np.asarray(0.0),
+            "smoothness_upper": np.asarray(certificates.up(largest / scale)),
+            "radius_certified": np.asarray(math.inf if budget > 0 else math.nan),
+        }
+    if not math.isfinite(largest):
+        return {}
+    residual = math.sqrt(2 * scale * float(arrays["probe_loss"][0]))
+    base = anchor(
+        objective.apply_fn, initial, x, max_eig_upper=largest, residual_norm=residual, loss_scale=float(scale)
+    )
+    if base is None:
+        return {}
+    ball = base.on_ball(proof_radius(drift, count_parameters(initial)))
+    result = {
+        "ntk_lipschitz_upper": np.asarray(ball.lipschitz),
+        "smoothness_upper": np.asarray(ball.smoothness),
+    }
+    if budget > 0:
+        result["radius_certified"] = np.asarray(certified_radius(base, budget))
+    return result

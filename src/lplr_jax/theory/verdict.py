@@ -1,0 +1,139 @@
+"""What a hypothesis or a conclusion of the theory comes to on one run."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+Outcome = Literal["proved", "not refuted", "refuted", "undecided", "not applicable"]
+
+Claim = Literal[
+    "consistency",
+    "ntk_positive",
+    "ntk_lipschitz",
+    "compatibility",
+    "weyl",
+    "local_pl",
+    "linear_rate",
+    "lqcr",
+    "regime",
+]
+
+CLAIMS: tuple[Claim, ...] = get_args(Claim)
+"""Ids of the claims, in the order in which they build on each other."""
+
+MET: tuple[Outcome, ...] = ("proved", "not refuted")
+"""Outcomes that are at least "not refuted"."""
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One claim held against one run.
+
+    Attributes:
+        claim: id of the claim, one of `CLAIMS`; a part of one is named "claim.part".
+        reference: where the statement stands in arXiv 2507.21429 v3.
+        outcome: "proved"; "not refuted" by a measurement that could have refuted it; "refuted"; "undecided" where the
+            measurement is missing or within its own error; "not applicable" where the theory says nothing.
+        measured: what was measured.
+        bound: what it was held against.
+        margin: factor by which `measured` keeps clear of `bound`: above 1 on the safe side, below 1 where the claim
+            fails, NaN where there is no such factor.
+        step: epoch that the numbers belong to; None where they belong to the whole run.
+        units: units of `measured` and `bound`.
+        note: what the outcome rests on, in words.
+        inconsistent: whether the outcome shows that the record or this package is wrong, not the theory's hypothesis.
+        parts: the separate statements behind the outcome.
+    """
+
+    claim: str
+    reference: str
+    outcome: Outcome
+    measured: float = NAN
+    bound: float = NAN
+    margin: float = NAN
+    step: int | None = None
+    units: str = ""
+    note: str = ""
+    inconsistent: bool = False
+    parts: tuple["Verdict", ...] = ()
+
+    @property
+    def met(self) -> bool:
+        """Whether the claim is at least "not refuted"."""
+        return self.outcome in MET
+
+    def with_parts(self, *parts: "Verdict") -> "Verdict":
+        """Return the verdict with parts named under it; a part that shows an inconsistency makes the whole show it."""
+        named = tuple(replace(part, claim=f"{self.claim}.{part.claim}") for part in parts)
+        return replace(self, parts=named, inconsistent=self.inconsistent or any(p.inconsistent for p in named))
+
+    def part(self, name: str) -> "Verdict":
+        """Return the part called `name`.
+
+        Raises:
+            KeyError: if the verdict has no such part.
+        """
+        for part in self.parts:
+            if part.claim == f"{self.claim}.{name}":
+                return part
+        raise KeyError(f"{self.claim} has no part {name!r}; it has {[p.claim for p in self.parts]}")
+
+
+def factor(small: float, large: float) -> float:
+    """Return large / small for a claim `small <= large`: above 1 where it holds; NaN where a ratio says nothing."""
+    if math.isnan(small) or math.isnan(large) or large < 0 or small < 0:
+        return NAN
+    if small == 0:
+        return math.inf if large > 0 else NAN
+    return large / small
+
+
+def weakest(outcomes: Iterable[Outcome]) -> Outcome:
+    """Return the outcome of a conjunction: refuted before undecided before not refuted before proved."""
+    found = set(outcomes) - {"not applicable"}
+    for outcome in ("refuted", "undecided", "not refuted", "proved"):
+        if outcome in found:
+            return outcome
+    return "not applicable"
+
+
+def flatten(verdicts: Iterable[Verdict]) -> Iterator[Verdict]:
+    """Yield every verdict followed by its parts."""
+    for verdict in verdicts:
+        yield verdict
+        yield from verdict.parts
+
+
+def any_inconsistent(verdicts: Iterable[Verdict]) -> bool:
+    """Return whether any verdict shows that the record or this package is wrong."""
+    return any(verdict.inconsistent for verdict in verdicts)
+
+
+def _number(value: float) -> float | str | None:
+    """Return a number that strict JSON can carry: null for NaN, a word for an infinity."""
+    if math.isnan(value):
+        return None
+    return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+def as_json(verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """Return the verdicts as lists, dicts, strings and numbers; NaN is None, an infinity is "Infinity"."""
+    return [
+        {
+            "claim": v.claim,
+            "reference": v.reference,
+            "outcome": v.outcome,
+            "measured": _number(v.measured),
+            "bound": _number(v.bound),
+            "margin": _number(v.margin),
+            "step": v.step,
+            "units": v.units,
+            "note": v.note,
+            "inconsistent": v.inconsistent,
+            "parts": as_json(v.parts),
+        }
+        for v in verdicts
+    ]

@@ -1,0 +1,115 @@
+"""All claims on one record, or at one point."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lplr_jax.models import ApplyFn, Params
+from lplr_jax.records import Record
+from lplr_jax.theory.conclusions import linear_rate, local_pl
+from lplr_jax.theory.consistency import consistency
+from lplr_jax.theory.evidence import Evidence
+from lplr_jax.theory.hypotheses import compatibility, ntk_lipschitz, ntk_positive, weyl
+from lplr_jax.theory.landscape import lqcr, regime
+from lplr_jax.theory.measure import point_arrays
+from lplr_jax.theory.verdict import CLAIMS, Verdict
+from lplr_jax.training import LossScale
+
+_CHECKS: tuple[Callable[[Evidence], Verdict], ...] = (
+    consistency,
+    ntk_positive,
+    ntk_lipschitz,
+    compatibility,
+    weyl,
+    local_pl,
+    linear_rate,
+    lqcr,
+    regime,
+)
+
+
+def verify(record: Record) -> tuple[Verdict, ...]:
+    """Hold every claim of the theory against a record; no model and no data are needed.
+
+    Args:
+        record: a run, such as `lplr mnist` leaves behind. What it did not measure makes the claim undecided.
+
+    Returns:
+        One verdict for each of `CLAIMS`, in that order. Where `consistency` fails the others are undecided: nothing can
+        be read off a record that contradicts itself.
+
+    Raises:
+        ValueError: if the loss has no finite value, or arrays of probes differ in length.
+    """
+    evidence = Evidence(record)
+    first = consistency(evidence)
+    if first.inconsistent:
+        note = "not evaluated: the record contradicts itself"
+        return (first, *(Verdict(claim, "", "undecided", note=note) for claim in CLAIMS[1:]))
+    return (first, *(check(evidence) for check in _CHECKS[1:]))
+
+
+def verify_point(
+    apply_fn: ApplyFn, params: Params, x: Any, y: Any, *, loss_scale: LossScale, kernel: str = "auto"
+) -> tuple[Verdict, ...]:
+    """Hold against one point what can be held there: identity, λ_min > 0 with its proof, pointwise PL, linearity.
+
+    Args:
+        apply_fn: pure function from parameters and inputs (n, ...) to outputs (n, c).
+        params: pytree of floating arrays, θ.
+        x: inputs (n, ...).
+        y: targets (n, c).
+        loss_scale: "sum" for s = 1 or "mean" for s = n.
+        kernel: one of `lplr_jax.ntk.KERNELS`.
+
+    Returns:
+        One verdict for each of `CLAIMS`; those that need a run are undecided or not applicable.
+
+    Raises:
+        ValueError: for inputs or a function that `empirical_ntk` or `evaluate_point` refuse.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, y = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.ones((2, 1))
+        >>> first, positive, *_ = verify_point(lambda w, x: x @ w, jnp.zeros((2, 1)), x, y, loss_scale="sum")
+        >>> first.outcome, positive.outcome
+        ('proved', 'proved')
+    """
+    return verify(Record("point", point_arrays(apply_fn, params, x, y, loss_scale=loss_scale, kernel=kernel), {}))
+
+
+def reading(verdicts: Sequence[Verdict]) -> str:
+    """Say in two sentences what the verdicts mean together, and what they do not."""
+    by = {verdict.claim: verdict for verdict in verdicts}
+    if by["consistency"].inconsistent or by["weyl"].inconsistent:
+        return (
+            "The record contradicts a statement that holds for every network, so the record or this package is wrong. "
+            "Nothing about the theory follows from it."
+        )
+    condition, theorem, rate = by["compatibility"], by["local_pl"], by["linear_rate"]
+    if theorem.outcome == "proved":
+        return (
+            f"The hypotheses of Theorem 5.4 are proved here, so PL holds with μ/s >= {theorem.bound:.3g}."
+            f" The linear rate of Theorem 5.7 is {rate.outcome} on this run; neither is said of other regions."
+        )
+    if condition.outcome == "refuted":
+        size = condition.measured / condition.bound if condition.bound > 0 else math.inf
+        means = (
+            f"On every region that contains this run L_Θ r exceeds λ_0 by the factor {size:.1e}, so the theorem is "
+            "silent about the run: it is not false, and it explains nothing here."
+        )
+        if theorem.measured > 0:
+            return (
+                f"{means} The PL ratio nevertheless stays at or above {theorem.measured:.3g} (units of L) at every "
+                "epoch, for reasons that the worst-case hypothesis does not see."
+            )
+        return f"{means} The PL ratio falls to zero on the run."
+    if condition.outcome == "undecided":
+        return (
+            f"Whether the hypotheses hold is undecided: {condition.note}. A measurement within its own error supports "
+            "neither side."
+        )
+    return (
+        "No measurement refutes the hypotheses, and none proves them: L_Θ is known from below only. "
+        "The theorem applies if its constant is as small as the run suggests."
+    )
