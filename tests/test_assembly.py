@@ -260,9 +260,9 @@ B = jnp.ones(2)
         (lambda p, x: x @ p[0] * p[1], [W, 2]),
     ],
 )
-def test_programs_with_a_step_without_a_bound_have_none(apply_fn, params):
+def test_programs_that_are_no_chain_of_dense_layers_have_no_factors(apply_fn, params):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3)), jnp.float32)
-    assert assembly_bound(apply_fn, params, x, np.eye(4)) is None
+    assert kernel_factors(apply_fn, params, x) is None
 
 
 def test_relu_at_its_kink_has_no_bound():

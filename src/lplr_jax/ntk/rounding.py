@@ -1,0 +1,127 @@
+"""What the bounds on a kernel's assembly share: constants, activations with their errors, norms rounded up.
+
+The constants of the activations follow from 4 ulp (8 u) for exp, log1p and tanh.
+
+* softplus = max(z, 0) + log1p(exp(-|z|)): both terms are non-negative and log1p has condition at most 1, so the value
+  has 8 u + 8 u + u < 20 u relative; the slope, 1 / (1 + e) or e / (1 + e), has 8 u + 5 u + u < 20 u.
+* tanh: 8 u relative; the slope 1 - t² loses 2 · 8 u + 3 u < 20 u absolute.
+* relu is exact, and so is its slope unless a pre-activation lies within its error of zero.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from lplr_jax import certificates, linalg
+from lplr_jax.certificates import TINY, UNIT, gamma
+from lplr_jax.ntk.jaxpr import Op, Program, flatten
+
+ASSUMPTIONS = (
+    "exp, log1p and tanh of NumPy are within 4 units in the last place",
+    "the network is the one read off its program: dense and convolutional layers, softplus, tanh, relu, and steps that "
+    "move, add or scale entries",
+)
+
+# Norms and sums here have at most 2³² non-negative terms, added in any order: 2³² u < 1e-6.
+INFLATE = 1.0 + 1e-6
+# What underflow may take from a row: 2³⁰ operations lose η each, and squares below η spoil a norm by √(2³⁰ η).
+UNDERFLOW = 2.0**20 * math.sqrt(TINY)
+
+
+@dataclass(frozen=True)
+class AssemblyBound:
+    """How far a kernel matrix may be from the exact one; `linalg.min_eig` takes the fields by the same names.
+
+    Attributes:
+        assembly_error: bound on ‖Θ - K̂ K̂ᵀ‖₂, in the kernel's units.
+        factor_error: bound on ‖K̂ - K‖₂, in the square root of the kernel's units.
+        assumptions: what the bound takes for granted.
+    """
+
+    assembly_error: float
+    factor_error: float
+    assumptions: tuple[str, ...] = ASSUMPTIONS
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Value and derivative with relative error `value_error` and absolute error `slope_error`; sup|σ''| = `bend`."""
+
+    name: str
+    reference: Callable[[Any], Any]
+    value: Callable[[np.ndarray], np.ndarray]
+    slope: Callable[[np.ndarray], np.ndarray]
+    bend: float
+    value_error: float
+    slope_error: float
+
+
+def _softplus(z: np.ndarray) -> np.ndarray:
+    return np.maximum(z, 0.0) + np.log1p(np.exp(-np.abs(z)))
+
+
+def _logistic(z: np.ndarray) -> np.ndarray:
+    e = np.exp(-np.abs(z))
+    return np.where(z >= 0.0, 1.0, e) / (1.0 + e)
+
+
+IDENTITY = Activation("identity", lambda z: z, lambda z: z, np.ones_like, 0.0, 0.0, 0.0)
+_ACTIVATIONS = (
+    Activation("softplus", jax.nn.softplus, _softplus, _logistic, 0.25, 20 * UNIT, 20 * UNIT),
+    # sup|tanh''| = 4 / (3 √3) = 0.7698
+    Activation("tanh", jax.numpy.tanh, np.tanh, lambda z: 1.0 - np.square(np.tanh(z)), 0.77, 8 * UNIT, 20 * UNIT),
+    Activation(
+        "relu", jax.nn.relu, lambda z: np.maximum(z, 0.0), lambda z: (z > 0.0).astype(np.float64), 0.0, 0.0, 0.0
+    ),
+)
+
+
+def _signature(op: Op) -> tuple[Any, ...]:
+    """Return what an operation does: its name, its printed settings, its literal operands."""
+    settings = {key: str(value) for key, value in op.params.items() if not callable(value)}
+    literals = tuple(None if isinstance(atom, int) else float(atom.val) for atom in op.ins)
+    return op.name, tuple(sorted(settings.items())), literals
+
+
+def match_activation(op: Op, program: Program) -> Activation | None:
+    """Return the activation that an operation is, or None."""
+    spec = program.avals[op.outs[0]]
+    for activation in _ACTIVATIONS:
+        with jax.enable_x64(True):
+            reference = flatten(jax.make_jaxpr(activation.reference)(spec), 0)
+        if len(reference.ops) == 1 and _signature(reference.ops[0]) == _signature(op):
+            return activation
+    return None
+
+
+def row_norms(a: np.ndarray) -> np.ndarray:
+    """Return upper bounds of the 2-norms of rows, shape (n,)."""
+    return np.sqrt(np.einsum("ij,ij->i", a, a)) * INFLATE + UNDERFLOW
+
+
+def spectral_norm_bound(w: Float[np.ndarray, "k m"]) -> float:
+    """Return an upper bound of ‖W‖₂, from λ_max of the smaller Gram matrix by a Cholesky test, or else ‖W‖_F.
+
+    The Gram matrix is formed with error at most γ_k ‖W‖_F² in spectral norm.
+    """
+    small = w if w.shape[0] <= w.shape[1] else w.T
+    gram = small @ small.T
+    frobenius = float(np.einsum("ij,ij->", w, w)) * INFLATE + UNDERFLOW
+    limit = frobenius
+    if math.isfinite(frobenius) and 2.0**-300 < frobenius < 2.0**300:
+        # An estimate with one per cent to spare; the test decides whether it is a bound.
+        shift = 1.01 * linalg.spectral_norm(0.5 * (gram + gram.T))
+        # One triangle is read; it differs from the exact product by no more than γ_k ‖W‖_F².
+        if shift < frobenius and certificates.cholesky_test(-gram, -shift, np.empty(gram.shape, order="F")):
+            limit = shift
+    return math.sqrt(limit + 2.0 * gamma(small.shape[1]) * frobenius) * INFLATE
+
+
+def frobenius_bound(w: np.ndarray) -> float:
+    """Return an upper bound of ‖W‖_F."""
+    return float(np.linalg.norm(w)) * INFLATE + UNDERFLOW
