@@ -78,7 +78,7 @@ def ablation(records: Sequence[Record]) -> Figure:
         values = np.concatenate(settled)
         if np.isfinite(values).any():
             c.set_ylim(float(np.nanmin(values)) / 2, float(np.nanmax(values)) * 10)
-        _limit(d, [record["loss"] - summarise(record).floor for record in records])
+        d.set_ylim(_span([record["loss"] - summarise(record).floor for record in records]))
         figure.legend(handles=handles, loc="outside lower center", ncol=min(3, len(handles)), fontsize=8)
     return figure
 
@@ -103,12 +103,13 @@ def _draw_arm(
     d.plot(epoch, _positive(record["loss"]), linewidth=0.8, alpha=0.8, **style)
 
 
-def _limit(axes: Axes, gaps: Sequence[np.ndarray]) -> None:
-    """Keep the last points, where a gap falls to the proxy's own zero, from stretching the axis."""
+def _span(gaps: Sequence[np.ndarray]) -> tuple[float, float] | None:
+    """Limits of a log axis, without the last points, where a gap falls to the proxy's own zero; None without a gap."""
     values = np.concatenate([gap[np.isfinite(gap) & (gap > 0)] for gap in gaps])
-    if values.size:
-        top = float(values.max())
-        axes.set_ylim(max(float(values.min()), top * 1e-4), top * 2)
+    if not values.size:
+        return None
+    # The median, not the largest: a catapult passes a hundred times above everything else.
+    return max(float(values.min()), float(np.median(values)) * 1e-2), float(values.max()) * 1.5
 
 
 def initialisation(records: Mapping[str, Record], widths: Sequence[Record] = (), *, epoch: int = 250) -> Figure:
@@ -153,14 +154,14 @@ def initialisation(records: Mapping[str, Record], widths: Sequence[Record] = (),
             text = f"{name}: slope {law.slope:.2f} ± {law.stderr:.2f}, gap {x[0]:.2g} to {x[1]:.2g}"
             middle.plot(x, law.at(x), color=colour, linewidth=4, alpha=0.35, label=text)
         left.set_yscale("log")
-        _limit(left, gaps)
+        left.set_ylim(_span(gaps))
         left.set_title("(a)  gap and loss by initialisation")
         left.set_xlabel("epoch")
         left.set_ylabel("loss   [units of L]")
         left.legend()
         middle.set_xscale("log")
         middle.set_yscale("log")
-        _limit_x(middle, gaps)
+        middle.set_xlim(_span(gaps))
         middle.set_title("(b)  squared gradient norm against the gap")
         middle.set_xlabel("gap to the proxy   [units of L]")
         middle.set_ylabel(r"$\|\nabla L\|^2$   [L² / parameter²]")
@@ -168,12 +169,6 @@ def initialisation(records: Mapping[str, Record], widths: Sequence[Record] = (),
         if rest:
             _loss_against_width(rest[0], widths, epoch)
     return figure
-
-
-def _limit_x(axes: Axes, gaps: Sequence[np.ndarray]) -> None:
-    values = np.concatenate([gap[np.isfinite(gap) & (gap > 0)] for gap in gaps])
-    if values.size:
-        axes.set_xlim(max(float(values.min()), float(values.max()) * 1e-4), float(values.max()) * 1.5)
 
 
 def _loss_against_width(axes: Axes, records: Sequence[Record], epoch: int) -> None:
