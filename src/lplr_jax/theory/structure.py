@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lplr_jax.models import ApplyFn, Params
 from lplr_jax.ntk import engine
+from lplr_jax.ntk.empirical import cast_floating, precision_scope
 from lplr_jax.ntk.jaxpr import Op, Program
 
 # Linear in all operands jointly.
@@ -52,7 +53,9 @@ def is_affine(apply_fn: ApplyFn, params: Params, x: Any) -> bool:
         >>> is_affine(lambda w, x: x @ (w * w), jnp.ones((2, 1)), jnp.ones((3, 2)))
         False
     """
-    program = engine.trace(apply_fn, params, x).program
+    # In the precision of the kernel: float64 leaves cannot be traced outside its scope.
+    with precision_scope("float64"):
+        program = engine.trace(apply_fn, *cast_floating((params, x), "float64")).program
     depends = set(program.params)
     for op in program.ops:
         touched = [isinstance(atom, int) and atom in depends for atom in op.ins]
