@@ -129,7 +129,7 @@ CIFAR10 = Problem(
     folders=("", "cifar-10-batches-bin"),
     npz=("cifar10.npz", "cifar10_5class.npz"),
     files="data_batch_1.bin to data_batch_5.bin",
-    url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    url="https://www.cs.toronto.edu/~kriz/cifar.html",
     ways="Three ways to provide CIFAR-10, which no package ships: (1) the binary version (cifar-10-binary.tar.gz from "
     "https://www.cs.toronto.edu/~kriz/cifar.html, unpacked; the Python version holds pickles and is not read), its "
     "folder as data_dir; (2) an npz with x_train, uint8 of shape (N, 32, 32, 3), and y_train, classes in 0..9, its "
