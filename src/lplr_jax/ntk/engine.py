@@ -6,7 +6,7 @@ Blocks of Θ are formed from features of two blocks of samples; without x2 only 
 are mirrored.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -21,8 +21,9 @@ from jaxtyping import Array, Inexact
 from lplr_jax.ntk import sharded
 from lplr_jax.ntk.explain import Explanation, LeafExplanation
 from lplr_jax.ntk.jaxpr import Program, flatten
-from lplr_jax.ntk.memory import Group, budget, bytes_of, make_groups, sweep_bytes
+from lplr_jax.ntk.memory import Group, budget, bytes_of, even, make_groups, sweep_bytes
 from lplr_jax.ntk.plan import Plan, Workload, make_plan
+from lplr_jax.ntk.result import DeviceResult, HostResult, Span, blocks, result
 
 Outputs = Literal["full", "trace", "diagonal"]
 
@@ -135,7 +136,7 @@ def explain(
         path = traced.paths[part.leaf]
         cost, size = part.multiply_adds, part.bytes_per_sample * n
         leaves.append(LeafExplanation(path, shape, part.rule, cost, size, part.reason))
-    return Explanation(tuple(leaves), outputs, n, traced.c, tuple(group.block for group in groups))
+    return Explanation(tuple(leaves), outputs, n, traced.c, tuple(min(group.held * group.tile, n) for group in groups))
 
 
 def prepare(
@@ -154,7 +155,7 @@ def prepare(
         item=traced.dtype.itemsize,
         memory_budget=memory_budget,
     )
-    if mesh is not None and any(group.block < max(held) for group in groups):
+    if mesh is not None and any(group.held * group.tile < max(held) for group in groups):
         raise ValueError(
             f"memory_budget = {memory_budget} bytes for each device does not hold the features that {max(held)} "
             "samples need for one leaf; use more devices or a larger budget"
@@ -281,128 +282,89 @@ class _Run:
         self.rows = self.traced.c if call.outputs == "full" else 1
         self.plan, self.groups = prepare(self.traced, call.outputs, self.sides, call.budget, call.mesh)
         self.whole = None if call.mesh is None else sharded.compile_kernel(self)
-        self._features = jax.jit(self.features, static_argnums=0)
-        # One small program called for each tile: a loop inside the program takes longer to compile and to run.
-        self._add_tile = jax.jit(self.add_tile, static_argnums=(0, 1, 2), donate_argnums=3)
-        self._diagonal_block = jax.jit(self.diagonal, static_argnums=0)
+        # One small program called for each tile: a loop inside the program takes longer to compile and to run. The
+        # features of every block are arrays of their own, since cutting tiles from larger ones copies more than it is
+        # worth.
+        self._features = jax.jit(self.features_of_block, static_argnums=(0, 1))
+        self._tile = jax.jit(self.tile, static_argnums=0)
+        self._diagonal = jax.jit(self.diagonal, static_argnums=0)
 
     def __call__(self, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
         if self.call.mesh is not None:
             return sharded.kernel(self, arrays, first, second)
         if self.call.outputs == "diagonal":
             return self._run_diagonal(arrays, first, second)
-        return self._run_blocks(arrays, first, second)
-
-    def _zeros(self) -> jax.Array:
-        n1, n2 = self.sides[0], self.sides[-1]
-        if self.call.outputs == "diagonal":
-            return jnp.zeros((n1, self.traced.c), self.dtype)
-        return jnp.zeros((n1 * self.rows, n2 * self.rows), self.dtype)
+        return self._run_tiles(arrays, first, second)
 
     def features(self, group: Group, arrays: Any, consts: Any, samples: Any) -> Any:
+        """Features of some samples, in chunks of the group's size."""
         one = sample_features(self.traced, self.plan, group.terms)
         count = samples[0].shape[0]
         if group.chunk >= count:
             return jax.vmap(lambda sample: one(arrays, consts, sample))(samples)
-        return lax.map(lambda sample: one(arrays, consts, sample), samples, batch_size=group.chunk)
+        return lax.map(lambda sample: one(arrays, consts, sample), samples, batch_size=even(count, group.chunk))
 
-    def _run_blocks(self, arrays: Any, first: Any, second: Any) -> jax.Array:
-        """Group by group and block by block; features of a block of columns are made again for each block of rows."""
-        theta = self._zeros()
-        for group in self.groups:
-            for row, own_row in blocks(self.sides[0], group.block):
-                one = self._features(group, arrays, self.consts, _cut(first, row, group.block))
-                for col, own_col in blocks(self.sides[-1], group.block):
-                    if second is None and col > row:
-                        break
-                    same = second is None and own_col == own_row
-                    other = first if second is None else second
-                    two = one if same else self._features(group, arrays, self.consts, _cut(other, col, group.block))
-                    base = tuple(np.int32(value) for value in (row, col, own_row, own_col))
-                    for start in tile_pairs(group, one, two, same):
-                        place = tuple(np.int32(value) for value in start)
-                        theta = self._add_tile(group, same, second is None, theta, one, two, base, place)
-        return theta
+    def features_of_block(self, group: Group, size: int, arrays: Any, consts: Any, samples: Any, start: Any) -> Any:
+        """Features of the `size` samples from `start` on."""
+        block = [lax.dynamic_slice_in_dim(a, start, size) if a.shape[0] > size else a for a in samples]
+        return self.features(group, arrays, consts, block)
 
-    def _run_diagonal(self, arrays: Any, first: Any, second: Any) -> jax.Array:
-        total = self._zeros()
+    def _run_tiles(self, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
+        """Group by group: blocks of rows are held while the blocks of columns pass by, once for all that are held."""
+        mirror, shape = second is None, (self.sides[0] * self.rows, self.sides[-1] * self.rows)
+        theta: HostResult | DeviceResult | None = None
+        for number, group in enumerate(self.groups):
+            rows = list(blocks(self.sides[0], group.tile))
+            cols = list(blocks(self.sides[-1], group.tile))
+
+            def make(samples: Any, span: Span, group: Group = group) -> Any:
+                size = span.stop - span.start
+                return self._features(group, size, arrays, self.consts, samples, np.int32(span.start))
+
+            for begin in range(0, len(rows), group.held):
+                held = {i: make(first, rows[i]) for i in range(begin, min(begin + group.held, len(rows)))}
+                for j in range(max(held) + 1 if mirror else len(cols)):
+                    passing = held[j] if mirror and j in held else make(first if second is None else second, cols[j])
+                    for i, one in held.items():
+                        if mirror and i < j:
+                            continue
+                        tile = self._tile(group, one, passing)
+                        theta = theta or result(shape, tile)
+                        at = (self._entries(rows[i]), self._entries(cols[j]))
+                        theta.add(tile, *at, mirror=mirror, first=number == 0)
+        return jnp.zeros(shape, self.dtype) if theta is None else theta.finish()
+
+    def _entries(self, span: Span) -> Span:
+        """Rows of Θ of some samples."""
+        return Span(span.start * self.rows, span.own * self.rows, span.stop * self.rows)
+
+    def _run_diagonal(
+        self, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None
+    ) -> jax.Array:
+        total = jnp.zeros((self.sides[0], self.traced.c), self.dtype)
         for group in self.groups:
             parts = []
-            for row, own in blocks(self.sides[0], group.block):
-                one = self._features(group, arrays, self.consts, _cut(first, row, group.block))
-                two = (
-                    one
-                    if second is None
-                    else self._features(group, arrays, self.consts, _cut(second, row, group.block))
-                )
-                parts.append(self._diagonal_block(group, one, two)[own - row :])
+            for span in blocks(self.sides[0], group.tile):
+                where = (span.stop - span.start, arrays, self.consts)
+                one = self._features(group, *where, first, np.int32(span.start))
+                two = one if second is None else self._features(group, *where, second, np.int32(span.start))
+                parts.append(self._diagonal(group, one, two)[span.own - span.start :])
             total = total + jnp.concatenate(parts)
         return total
 
     def diagonal(self, group: Group, one: Any, two: Any) -> jax.Array:
+        """Diagonal of the block of Θ between two blocks of samples, (n, c)."""
         parts = [self.plan.terms[t].diagonal(a, b) for t, a, b in zip(group.terms, one, two, strict=True)]
         return sum((part.astype(self.dtype) for part in parts[1:]), parts[0].astype(self.dtype))
 
-    def add_block(self, group: Group, same: bool, theta: Any, one: Any, two: Any) -> jax.Array:
-        """Adds the block of Θ between two sets of samples, tile by tile in one program; `same` if they are one set."""
-        pairs = tile_pairs(group, one, two, same)
-        starts = jnp.asarray(np.array(pairs, np.int32))
-
-        def body(step: Any, theta: jax.Array) -> jax.Array:
-            return self.add_tile(group, same, False, theta, one, two, (0, 0, 0, 0), tuple(starts[step]))
-
-        return body(0, theta) if len(pairs) == 1 else lax.fori_loop(0, len(pairs), body, theta)
-
-    def add_tile(
-        self, group: Group, same: bool, mirrored: bool, theta: Any, one: Any, two: Any, base: Any, start: Any
-    ) -> jax.Array:
-        """Adds one tile of the block of Θ between two blocks of samples.
-
-        Args:
-            group: Terms to add.
-            same: Whether the blocks hold the same samples.
-            mirrored: Whether to add the mirror image too.
-            theta: The matrix to add to.
-            one: Features of the block of rows.
-            two: Features of the block of columns.
-            base: First row and column of the block in Θ, and where its own entries begin: blocks all have one shape, so
-                the last may begin before the previous one ends, and entries before its own have been counted already.
-            start: First row of the tile in the block, where its own rows begin, and the same for its columns.
-
-        Returns:
-            The matrix.
-        """
-        r, mine_r, c, mine_c = (jnp.asarray(value, jnp.int32) for value in start)
-        row, col, own_row, own_col = (jnp.asarray(value, jnp.int32) for value in base)
-        accumulate = len(self.groups) > 1
-        value = self._tile(group, _cut(one, r, group.tile), _cut(two, c, group.tile))
-        if same:
-            value = jnp.where(r == c, _symmetric(value), value)
-        r0, c0 = row + r, col + c
-        if accumulate:
-            above = jnp.maximum(own_row, row + mine_r) - r0
-            left = jnp.maximum(own_col, col + mine_c) - c0
-            value = _keep(value, above * self.rows, left * self.rows)
-        theta = self._write(theta, value, r0, c0, accumulate)
-        if not mirrored and not same:
-            return theta
-        if same and accumulate:  # a tile on the diagonal is its own mirror image and counts once
-            value = jnp.where(mine_r == mine_c, jnp.zeros_like(value), value)
-        return self._write(theta, value.T, c0, r0, accumulate)
-
-    def _tile(self, group: Group, one: Any, two: Any) -> jax.Array:
+    def tile(self, group: Group, one: Any, two: Any) -> jax.Array:
+        """The group's share of the block of Θ between two blocks of samples."""
         total = None
         for t, first, second in zip(group.terms, one, two, strict=True):
             term = self.plan.terms[t]
             part = (term.full if self.call.outputs == "full" else term.trace)(first, second).astype(self.dtype)
             total = part if total is None else total + part
         return jnp.asarray(total)
-
-    def _write(self, theta: jax.Array, value: jax.Array, row: Any, col: Any, accumulate: bool) -> jax.Array:
-        at = (row * self.rows, col * self.rows)
-        if accumulate:
-            value = value + lax.dynamic_slice(theta, at, value.shape)
-        return lax.dynamic_update_slice(theta, value, at)
 
 
 _cached = lru_cache(maxsize=32)(_Run)
@@ -423,37 +385,3 @@ def feature_shapes(traced: Traced, plan: Plan) -> tuple[Any, ...]:
     consts = [program.avals[slot] for slot, _ in program.consts]
     samples = [jax.ShapeDtypeStruct(program.avals[i].shape[1:], program.avals[i].dtype) for i in program.inputs]
     return jax.eval_shape(sample_features(traced, plan, tuple(range(len(plan.terms)))), arrays, consts, samples)
-
-
-def blocks(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """Start of each block of one size, the last moved back to end at `total`; and where its own entries begin."""
-    for own in range(0, total, size):
-        yield min(own, max(total - size, 0)), own
-
-
-def tile_pairs(group: Group, one: Any, two: Any, same: bool) -> list[tuple[int, int, int, int]]:
-    """Starts of the tiles of a block (row, its own row, column, its own column); of one set, those up to the diagonal.
-
-    Tiles all have one shape, so the last of a row or column may begin before the previous one ends.
-    """
-    rows, cols = (list(blocks(jax.tree.leaves(f)[0].shape[0], group.tile)) for f in (one, two))
-    return [(*r, *c) for r in rows for c in cols if not same or c[1] <= r[1]]
-
-
-def _cut(tree: Any, start: Any, size: int) -> Any:
-    """Rows [start, start + size) of every array; the array itself where it has no more."""
-    return jax.tree.map(lambda a: a if a.shape[0] <= size else lax.dynamic_slice_in_dim(a, start, size), tree)
-
-
-def _symmetric(block: jax.Array) -> jax.Array:
-    """The lower triangle and its mirror image."""
-    lower = lax.broadcasted_iota(jnp.int32, block.shape, 0) >= lax.broadcasted_iota(jnp.int32, block.shape, 1)
-    return jnp.where(lower, block, block.T)
-
-
-def _keep(block: jax.Array, row: Any, col: Any) -> jax.Array:
-    """Zeros in the rows before `row` and the columns before `col`."""
-    inside = (lax.broadcasted_iota(jnp.int32, block.shape, 0) >= row) & (
-        lax.broadcasted_iota(jnp.int32, block.shape, 1) >= col
-    )
-    return jnp.where(inside, block, jnp.zeros_like(block))

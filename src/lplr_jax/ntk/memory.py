@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from lplr_jax.ntk.jaxpr import Program
 from lplr_jax.ntk.rules import Term
 
-# Rows and columns of a tile of Θ: large enough for fast matrix products, small enough for its temporaries to stay in
-# cache (calibrated on two x86 cores; at width 1024 no size from 128 to 1,000 is more than 20 % faster or slower).
-TILE = 256
+# Rows of a tile of Θ, at most and at least: large enough for fast matrix products, small enough for its temporaries to
+# stay in cache. A small Θ is cut into about four rows of tiles, of which the lower triangle is 5/8. Calibrated on two
+# x86 cores.
+TILE, LEAST_TILE, TILES = 256, 64, 4
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,15 @@ class Group:
 
     Attributes:
         terms: Indices of the terms.
-        block: Samples whose features are kept at a time, on each side; all of them where they fit.
-        chunk: Samples whose forward and backward sweeps run at once.
-        tile: Samples on a side of the tiles in which a block of Θ is formed.
+        tile: Samples on a side of the tiles in which Θ is formed, and of the blocks in which features are made.
+        held: Blocks of rows whose features are kept while those of the columns pass by; all of them where they fit.
+        chunk: Samples whose forward and backward sweeps run at once, at most.
     """
 
     terms: tuple[int, ...]
-    block: int
-    chunk: int
     tile: int
+    held: int
+    chunk: int
 
 
 def budget(requested: int | None) -> int:
@@ -92,14 +93,18 @@ def make_groups(
         ValueError: If not even the features of one pair of samples fit.
     """
     share = memory_budget // 2
+    # Without x2 the columns are rows that are kept already; a block of them passes by where not all are.
+    longest, rows = max(sides), c if outputs == "full" else 1
+    most = even(longest, max(1, min(TILE, max(LEAST_TILE, ceil(longest * rows / TILES))) // rows))
+    passing = 0 if outputs == "diagonal" or len(sides) == 1 else most
     grouped: list[tuple[tuple[int, ...], int]] = []
     open_terms: list[int] = []
     size = 0
     for index, per_sample in enumerate(kept):
-        if per_sample * sum(sides) > share:
+        if per_sample * (sides[0] + passing) > share:
             grouped.append(((index,), per_sample))
             continue
-        if size and (size + per_sample) * sum(sides) > share:
+        if size and (size + per_sample) * (sides[0] + passing) > share:
             grouped.append((tuple(open_terms), size))
             open_terms, size = [], 0
         open_terms.append(index)
@@ -109,24 +114,21 @@ def make_groups(
 
     groups = []
     for indices, per_sample in grouped:
-        longest = max(sides)
-        block = longest
-        if per_sample * sum(sides) > share:
-            pair = 1 if outputs == "diagonal" and len(sides) == 1 else 2
-            block = share // (pair * per_sample)
-            if block < 1:
-                raise ValueError(
-                    f"memory_budget = {memory_budget} bytes does not hold the features of one pair of samples; "
-                    f"at least {2 * pair * per_sample} are needed"
-                )
-            block = even(longest, min(block, longest))
-        chunk = even(block, min(block, max(1, memory_budget // 4 // sweep)))
-        rows = c if outputs == "full" else 1
-        tile = max(1, TILE // rows)
+        tile = most
         temporary = 2 * item * max(terms[index].temporaries(rows) for index in indices)
         while tile > 1 and tile * tile * temporary > memory_budget // 4:
             tile //= 2
-        groups.append(Group(indices, block, chunk, even(block, min(tile, block))))
+        fits = share // per_sample if per_sample else longest
+        pair = 1 if outputs == "diagonal" and len(sides) == 1 else 2
+        if fits < pair:
+            raise ValueError(
+                f"memory_budget = {memory_budget} bytes does not hold the features of one pair of samples; "
+                f"at least {2 * pair * per_sample} are needed"
+            )
+        tile = even(longest, min(tile, fits // pair))
+        count = ceil(sides[0] / tile)
+        held = count if fits >= (count + bool(passing)) * tile else max(1, fits // tile - 1)
+        groups.append(Group(indices, tile, held, max(1, memory_budget // 4 // sweep)))
     return tuple(groups)
 
 

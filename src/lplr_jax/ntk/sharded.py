@@ -16,6 +16,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lplr_jax.ntk.result import blocks, symmetric
+
 
 def default_mesh(samples: int) -> Mesh | None:
     """All devices in a row, or None where there is one, a default device is set, or devices outnumber samples."""
@@ -78,7 +80,7 @@ def compile_kernel(run: Any) -> Callable[..., jax.Array]:
 
         def block(other: Any, same: bool) -> jax.Array:
             empty = jnp.zeros((height, width), run.dtype)
-            return run.add_block(group, same, empty, one, other)
+            return _block(run, group, same, empty, one, other)
 
         def put(strip: jax.Array, value: jax.Array, owner: Any) -> jax.Array:
             return lax.dynamic_update_slice(strip, value, (jnp.zeros_like(owner), owner % size * width))
@@ -109,6 +111,31 @@ def compile_kernel(run: Any) -> Callable[..., jax.Array]:
         return cols if even else cols[: n1 * run.rows]
 
     return jax.jit(padded, out_shardings=NamedSharding(mesh, spec if even else P()))
+
+
+def _block(run: Any, group: Any, same: bool, empty: jax.Array, one: Any, two: Any) -> jax.Array:
+    """The block of Θ between two sets of samples, tile by tile; `same` if they are one set.
+
+    Tiles all have one shape, so the last of a row or column may begin before the previous one ends; its entries are the
+    same there.
+    """
+    rows, cols = (list(blocks(jax.tree.leaves(f)[0].shape[0], group.tile)) for f in (one, two))
+    starts = np.array([(r.start, c.start) for r in rows for c in cols if not same or c.own <= r.own], np.int32)
+
+    def body(step: Any, theta: jax.Array) -> jax.Array:
+        r, c = jnp.asarray(starts)[step]
+        value = run.tile(group, _cut(one, r, group.tile), _cut(two, c, group.tile))
+        if same:
+            value = jnp.where(r == c, symmetric(value), value)
+        theta = lax.dynamic_update_slice(theta, value, (r * run.rows, c * run.rows))
+        return lax.dynamic_update_slice(theta, value.T, (c * run.rows, r * run.rows)) if same else theta
+
+    return body(0, empty) if len(starts) == 1 else lax.fori_loop(0, len(starts), body, empty)
+
+
+def _cut(tree: Any, start: Any, size: int) -> Any:
+    """Rows [start, start + size) of every array; the array itself where it has no more."""
+    return jax.tree.map(lambda a: a if a.shape[0] <= size else lax.dynamic_slice_in_dim(a, start, size), tree)
 
 
 def _pad(array: Any, size: int) -> np.ndarray:
