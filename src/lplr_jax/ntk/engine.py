@@ -261,7 +261,10 @@ def sample_features(traced: Traced, plan: Plan, chosen: tuple[int, ...]) -> Call
 
         zeros = {slot: jnp.zeros(program.avals[slot].shape, program.avals[slot].dtype) for slot in cuts}
         out, pull, env = jax.vjp(outputs, zeros, {leaf: arrays[leaf] for leaf in reverse}, has_aux=True)
-        deltas, gradients = jax.vmap(pull)(jnp.eye(traced.c, dtype=out.dtype))
+        seed = jnp.eye(traced.c, dtype=out.dtype)
+        # A mapped axis of length one would cost a copy of every cotangent.
+        one = traced.c == 1
+        deltas, gradients = jax.tree.map(lambda a: a[None], pull(seed[0])) if one else jax.vmap(pull)(seed)
         if forward:
             jacobian = jax.jacfwd(lambda moving: outputs({}, moving)[0])
             gradients = {**gradients, **jacobian({leaf: arrays[leaf] for leaf in forward})}

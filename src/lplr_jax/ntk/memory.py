@@ -16,7 +16,7 @@ from lplr_jax.ntk.rules import Term
 # Rows of a tile of Θ, at most and at least: large enough for fast matrix products, small enough for its temporaries to
 # stay in cache. A small Θ is cut into about four rows of tiles, of which the lower triangle is 5/8. Calibrated on two
 # x86 cores.
-TILE, LEAST_TILE, TILES = 256, 64, 4
+TILE, LEAST_TILE, TILES = 256, 128, 4
 
 
 @dataclass(frozen=True)
