@@ -53,6 +53,14 @@ def _restore_logging():
     package.setLevel(own)
 
 
+@pytest.fixture(autouse=True)
+def _signals_are_heeded():
+    """A suite that runs in the background ignores SIGINT, and so would what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def in_one_go():
     """The record of a run that nobody disturbed and that saved nothing on its way."""

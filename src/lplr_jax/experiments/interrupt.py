@@ -37,12 +37,16 @@ _REQUESTS = _Requests()
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into `Interrupted` while the body runs; outside the main thread, do nothing."""
+    """Turn SIGTERM and SIGINT into `Interrupted` while the body runs; outside the main thread, do nothing.
+
+    A signal that the caller has this process ignore, as shells do for background jobs, stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _REQUESTS.waiting = _REQUESTS.pending = False
-    before = {number: signal.signal(number, _REQUESTS.handle) for number in SIGNALS}
+    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _REQUESTS.handle) for number in heeded}
     try:
         yield
     finally:

@@ -188,7 +188,7 @@ def claimed(
     """
     if not force and folder.exists():
         agree(folder, experiment, config)  # before anything is written, a lock file included
-    lock = Lock(folder)
+    fresh, lock = not folder.exists(), Lock(folder)
     lock.acquire()
     try:
         if force and _holds_a_run(folder):
@@ -200,6 +200,18 @@ def claimed(
         yield lock
     finally:
         lock.release()
+        if fresh:
+            _remove_if_bare(folder)
+
+
+def _remove_if_bare(folder: Path) -> None:
+    """Remove a directory that a run which failed at its start has made."""
+    try:
+        if {path.name for path in folder.iterdir()} <= {CARD}:
+            (folder / CARD).unlink(missing_ok=True)
+            folder.rmdir()
+    except OSError:
+        pass  # another process came first, or it is gone
 
 
 def _holds_a_run(folder: Path) -> bool:
@@ -273,7 +285,7 @@ def agree(folder: Path, experiment: str, config: Mapping[str, Any]) -> None:
     if name != experiment:
         differing = [f"experiment {name} there, {experiment} asked for"]
     else:
-        fields = [field for field in {**there, **asked} if there.get(field, _ABSENT) != asked.get(field, _ABSENT)]
+        fields = [field for field in {**asked, **there} if there.get(field, _ABSENT) != asked.get(field, _ABSENT)]
         differing = [f"{field} {_shown(there, field)} there, {_shown(asked, field)} asked for" for field in fields]
     if differing:
         raise ConfigMismatchError(
