@@ -82,10 +82,17 @@ def float32_spacing(params: Params) -> float:
 
 
 def point_arrays(
-    apply_fn: ApplyFn, params: Params, x: Any, y: Any, *, loss_scale: LossScale, kernel: str = "auto"
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    y: Any,
+    *,
+    loss_scale: LossScale,
+    kernel: str = "auto",
+    memory_budget: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Return the arrays of a record that holds one point and no step."""
-    theta = np.asarray(empirical_ntk(apply_fn, params, x, kernel=kernel))
+    theta = np.asarray(empirical_ntk(apply_fn, params, x, kernel=kernel, memory_budget=memory_budget))
     point = diagnostics.evaluate_point(apply_fn, params, x, y, loss_scale=loss_scale)
     least, error = min_eig_with_assembly(apply_fn, params, x, theta)
     values, energy = spectrum_and_energy(theta, point.residual)
