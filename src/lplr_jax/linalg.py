@@ -386,7 +386,12 @@ def spectral_norm(matrix: Any, *, tolerance: float = 0.0) -> float:
     if n > _DENSE_MAX:
         try:
             value = scipy.sparse.linalg.eigsh(
-                a, k=1, which="LM", v0=_start(n), tol=tolerance, return_eigenvectors=False
+                a,
+                k=1,
+                which="LM",
+                v0=_start(n),
+                tol=tolerance,  # pyright: ignore[reportArgumentType]  # its default is an integer zero
+                return_eigenvectors=False,
             )
             return abs(float(value[0]))
         except scipy.sparse.linalg.ArpackError:
