@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from lplr_jax.ntk.jaxpr import Program
 from lplr_jax.ntk.rules import Term
 
-# Rows of a tile of Θ, at most and at least: large enough for fast matrix products, small enough for its temporaries to
-# stay in cache. A small Θ is cut into about four rows of tiles, of which the lower triangle is 5/8. Calibrated on two
-# x86 cores.
-TILE, LEAST_TILE, TILES = 256, 128, 4
+# Rows of a tile of Θ: large enough for fast matrix products, small enough for its temporaries to stay in cache
+# (calibrated on two x86 cores; accelerators would take larger ones, which is unmeasured).
+TILE = 256
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def make_groups(
     share = memory_budget // 2
     # Without x2 the columns are rows that are kept already; a block of them passes by where not all are.
     longest, rows = max(sides), c if outputs == "full" else 1
-    most = even(longest, max(1, min(TILE, max(LEAST_TILE, ceil(longest * rows / TILES))) // rows))
+    most = even(longest, max(1, TILE // rows))
     passing = 0 if outputs == "diagonal" or len(sides) == 1 else most
     grouped: list[tuple[tuple[int, ...], int]] = []
     open_terms: list[int] = []
