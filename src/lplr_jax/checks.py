@@ -52,14 +52,17 @@ def whole(name: str, value: Any, *, least: int | None = None, most: int | None =
     return found
 
 
-def number(name: str, value: Any, *, above: float | None = None, least: float | None = None) -> float:
-    """Return a finite real setting.
+def number(
+    name: str, value: Any, *, above: float | None = None, least: float | None = None, finite: bool = True
+) -> float:
+    """Return a real setting.
 
     Args:
         name: what the setting is called.
         value: a real number of Python, NumPy or JAX; booleans and text are none.
         above: the value must be larger.
         least: smallest value allowed.
+        finite: whether infinity is refused; NaN always is.
 
     Raises:
         ValueError: for any other value.
@@ -68,12 +71,14 @@ def number(name: str, value: Any, *, above: float | None = None, least: float | 
         >>> number("learning_rate", 0.5, above=0)
         0.5
     """
-    array = None if isinstance(value, bool | str | bytes) else _as_array(value)
+    array = None if isinstance(value, bool | str | bytes) else as_array(value)
     real = array is not None and array.ndim == 0 and _is_real(array.dtype)
     found = float(array) if real else float("nan")
-    if not np.isfinite(found) or (above is not None and found <= above) or (least is not None and found < least):
+    known = np.isfinite(found) if finite else not np.isnan(found)
+    if not known or (above is not None and found <= above) or (least is not None and found < least):
         bound = f" > {above:g}" if above is not None else f" >= {least:g}" if least is not None else ""
-        raise ValueError(f"{name} must be a finite number{bound}, got {found if real else shown(value)}")
+        kind = "a finite number" if finite else "a number"
+        raise ValueError(f"{name} must be {kind}{bound}, got {found if real else shown(value)}")
     return found
 
 
@@ -103,6 +108,22 @@ def path(name: str, value: Any) -> Path:
         return Path(value).expanduser()
     except RuntimeError:
         raise ValueError(f"{name} names the home of a user who is not known, got {os.fspath(value)!r}") from None
+
+
+def folder(name: str, value: Any) -> Path:
+    """Return a path at which a folder is, or can be made.
+
+    Raises:
+        ValueError: if a file, or a link that leads nowhere, stands there or on the way.
+        TypeError: for what is no path.
+    """
+    found = path(name, value)
+    for place in (found, *found.parents):
+        if os.path.lexists(place):
+            if not place.is_dir():
+                raise ValueError(f"{name} must be a folder, got {str(found)!r}, where {place} is a file; name another")
+            break
+    return found
 
 
 def function(name: str, value: Any, signature: str) -> None:
@@ -137,7 +158,7 @@ def real_array(name: str, value: Any, *, axes: str, empty: bool = False) -> np.n
     Raises:
         ValueError: for text, objects, ragged lists, complex or boolean entries, another rank, or no entries.
     """
-    array = _as_array(value)
+    array = as_array(value)
     names = axes.split()
     wanted = f"({', '.join(names)}{',' * (len(names) == 1 and axes != '...')})"
     if array is None or not _is_real(array.dtype) or (axes != "..." and array.ndim != len(names)):
@@ -153,7 +174,8 @@ def _is_real(dtype: np.dtype) -> bool:
     return dtype.kind in "iuf" or (dtype.kind == "V" and dtype.names is None and np.can_cast(dtype, np.float64))
 
 
-def _as_array(value: Any) -> np.ndarray | None:
+def as_array(value: Any) -> np.ndarray | None:
+    """Return what NumPy makes of a value, None where it makes nothing of it."""
     try:
         return np.asarray(value)
     except Exception:  # ragged lists, objects with a broken __array__, traced values: each has its own exception

@@ -51,7 +51,7 @@ class Dataset:
         for letter, array in (("x", self.x), ("y", self.y)):
             if not isinstance(array, np.ndarray) or array.dtype != np.float32:
                 raise ValueError(f"{letter} must be a float32 numpy array, got {getattr(array, 'dtype', type(array))}")
-            if array.size == 0 or not np.isfinite(array).all():
+            if array.ndim == 0 or array.size == 0 or not np.isfinite(array).all():
                 raise ValueError(f"{letter} must hold finite numbers, got shape {array.shape} with NaN, inf or nothing")
         if self.x.ndim < 2 or self.y.ndim != 2 or len(self.x) != len(self.y):
             raise ValueError(f"x must be (n, ...) and y (n, c) with one n, got {self.x.shape} and {self.y.shape}")

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
+from lplr_jax import checks
 from lplr_jax.diagnostics.pl import loss_floor
 
 Law = Literal["exponential", "power law", "undecided"]
@@ -56,7 +57,12 @@ def stable_regime(
     Raises:
         ValueError: if start and stop do not name epochs of the run in order.
     """
-    loss = np.asarray(loss, np.float64)
+    loss = checks.real_array("loss", loss, axes="t")
+    for name, value in (("start", start), ("stop", stop)):
+        if value is not None:
+            checks.whole(f"regime {name}", value)
+    if floor is not None:
+        checks.number("floor", floor, least=0)
     recorded = int(np.isfinite(loss).argmin()) if not np.isfinite(loss).all() else loss.size
     if (start is not None and not 0 <= start < recorded) or (stop is not None and not 0 < stop <= recorded):
         raise ValueError(f"regime start {start} and stop {stop} must lie in the run's epochs 0 to {recorded - 1}")
@@ -90,7 +96,7 @@ def _past_transient(loss: np.ndarray, stop: int) -> int:
 
 def middle_half(loss: Float[np.ndarray, " t"]) -> slice:
     """Return the middle half of the recorded epochs, where a straight line in the gap is usually read off."""
-    last = int(np.isfinite(loss).sum()) - 1
+    last = int(np.isfinite(checks.real_array("loss", loss, axes="t", empty=True)).sum()) - 1
     return slice(last // 4, 3 * last // 4 + 1) if last >= 2 * MIN_EPOCHS else EMPTY
 
 
@@ -150,7 +156,8 @@ def contraction_factor(gap: Float[np.ndarray, " t"], regime: slice, *, floor: fl
         >>> round(float(contraction_factor(0.9 ** np.arange(50.0), slice(5, 40))), 12)
         0.9
     """
-    gap = np.asarray(gap, np.float64)
+    gap = checks.real_array("gap", gap, axes="t", empty=True)
+    checks.instance("regime", regime, slice, "such as stable_regime returns")
     epochs = np.arange(gap.size)[regime]
     epochs = epochs[(epochs >= 1) & np.isfinite(gap[epochs]) & (gap[epochs] > 0)]
     if epochs.size < MIN_EPOCHS:
@@ -205,7 +212,8 @@ def rate_report(loss: Float[np.ndarray, " t"], *, window: Window = stable_regime
         loss: L at every epoch from 0, shape (T + 1,); NaN after a run that ended early.
         window: rule that picks the epochs of a curve, applied to the whole run and to each shorter one.
     """
-    loss = np.asarray(loss, np.float64)
+    loss = checks.real_array("loss", loss, axes="t")
+    checks.function("window", window, "from losses (t,) to a slice, such as stable_regime")
     last = int(np.isfinite(loss).sum()) - 1
 
     def gap_decay(curve: np.ndarray, regime: slice) -> Decay:

@@ -1,12 +1,11 @@
 """Initialisations side by side at one η, for the figures of the paper's earlier version."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from lplr_jax import records
+from lplr_jax import checks, records
 from lplr_jax.experiments import mnist
 from lplr_jax.experiments.ablation import (
     Arm,
@@ -95,12 +94,14 @@ def run(
     Raises:
         ValueError: for a field out of range or data that cannot be had.
     """
-    names = tuple(part.strip() for part in config.inits.split(","))
+    names = tuple(part.strip() for part in config.inits.split(",")) if isinstance(config.inits, str) else (None,)
     unknown = [name for name in names if name not in get_args(Init)]
     if unknown or len(set(names)) != len(names):
-        raise ValueError(f"inits must be distinct names among {', '.join(get_args(Init))}, got {config.inits!r}")
-    if not (math.isfinite(config.share) and config.share > 0):
-        raise ValueError(f"share must be a finite number > 0, got {config.share}")
+        raise ValueError(
+            f"inits must be distinct names among {', '.join(get_args(Init))}, got {checks.shown(config.inits)}"
+        )
+    checks.number("share", config.share, above=0)
+    checks.whole("loss_epoch", config.loss_epoch, least=0)
     bases = [_base(config, name, 1.0 if config.learning_rate is None else config.learning_rate) for name in names]
     for base in bases:
         mnist.resolve(base)
