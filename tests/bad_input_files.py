@@ -1,7 +1,6 @@
 """Bad files: records, images, and what stands where a file should."""
 
 import gzip
-import io
 import json
 import os
 import struct
@@ -10,9 +9,9 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+
 from bad_input import Case
 from bad_input_calls import arrays, record
-
 from lplr_jax import archives, data, records
 from lplr_jax.data import DataError
 from lplr_jax.experiments import ablation, initialisation, mnist
@@ -24,7 +23,9 @@ MIB = 2**20
 def npy(array, *, shape=None, descr=None, version=(1, 0), body=None):
     """An npy member that may declare another shape and type than it holds."""
     array = np.asarray(array)
-    header = repr({"descr": descr or array.dtype.str, "fortran_order": False, "shape": array.shape if shape is None else shape})
+    header = repr(
+        {"descr": descr or array.dtype.str, "fortran_order": False, "shape": array.shape if shape is None else shape}
+    )
     text = header.encode("latin1") + b"\n"
     size = struct.pack("<H", len(text)) if version[0] == 1 else struct.pack("<I", len(text))
     return b"\x93NUMPY" + bytes(version) + size + text + (array.tobytes() if body is None else body)
@@ -109,7 +110,17 @@ def special(kind, path):
     return path
 
 
-SPECIAL = ("pipe", "link to a pipe", "folder", "link to itself", "link to nowhere", "socket", "/dev/zero", "/dev/null", "/dev/random")
+SPECIAL = (
+    "pipe",
+    "link to a pipe",
+    "folder",
+    "link to itself",
+    "link to nowhere",
+    "socket",
+    "/dev/zero",
+    "/dev/null",
+    "/dev/random",
+)
 
 
 def load_case(name, write, message, errors=(RecordError,)):
@@ -119,11 +130,14 @@ def load_case(name, write, message, errors=(RecordError,)):
 def record_files():
     text = np.array("x")
     deep = "[" * 100_000
-    way = r"(intact copy|run again|upgrade|expected an npz|writes|must agree|must hold|must be|knows|ordinary file)"
     found = []
     for name, changes, message in (
         ("newer schema", {"schema_version": np.array(99)}, "schema 99, this version reads up to 1; upgrade"),
-        ("newer schema with unknown arrays", {"schema_version": np.array(2), "colour": np.zeros(3)}, "schema 2, this version reads up to 1; upgrade"),
+        (
+            "newer schema with unknown arrays",
+            {"schema_version": np.array(2), "colour": np.zeros(3)},
+            "schema 2, this version reads up to 1; upgrade",
+        ),
         ("schema 0", {"schema_version": np.array(0)}, "schema 0.*run again"),
         ("schema -1", {"schema_version": np.array(-1)}, "schema -1.*run again"),
         ("schema NaN", {"schema_version": np.array(np.nan)}, "schema_version must be one integer, got float64"),
@@ -152,18 +166,42 @@ def record_files():
         ("another checksum", {"checksum": np.array("sha256:0")}, "altered after it was written.*run again"),
         ("another loss", {"loss": np.zeros(7)}, "altered after it was written"),
         ("another experiment", {"experiment": np.array("cifar")}, "altered after it was written"),
-        ("loss too short", {"loss": np.zeros(5)}, "grad_sq_norm has 7 entries along 'epoch' where loss has 5|loss has 5 entries along 'epoch' where epoch has 7"),
-        ("probes of unequal length", {"ntk_max_eig": np.ones(2)}, "ntk_max_eig has 2 entries along 'probe' where probe_epoch has 3"),
-        ("spectrum of unequal length", {"spectrum": np.ones((3, 4)), "residual_energy": np.ones((3, 5))}, "along 'eigenvalue'"),
+        (
+            "loss too short",
+            {"loss": np.zeros(5)},
+            "grad_sq_norm has 7 entries along 'epoch' where loss has 5|loss has 5 entries along 'epoch' where epoch has 7",
+        ),
+        (
+            "probes of unequal length",
+            {"ntk_max_eig": np.ones(2)},
+            "ntk_max_eig has 2 entries along 'probe' where probe_epoch has 3",
+        ),
+        (
+            "spectrum of unequal length",
+            {"spectrum": np.ones((3, 4)), "residual_energy": np.ones((3, 5))},
+            "along 'eigenvalue'",
+        ),
         ("loss a table", {"loss": np.zeros((7, 2))}, "loss must be numeric"),
         ("loss a text", {"loss": np.array(["a"] * 7)}, "loss must be numeric"),
         ("loss complex", {"loss": np.zeros(7, complex)}, "loss must be numeric"),
         ("loss of booleans", {"loss": np.zeros(7, bool)}, "loss must be numeric"),
         ("loss of dates", {"loss": np.zeros(7, "M8[s]")}, "loss must be numeric"),
         ("loss structured", {"loss": npy(np.zeros(7), descr=[("a", "<f8")])}, "loss must be numeric"),
-        ("loss pickled", {"loss": npy(np.zeros(7), descr="|O", body=b"cos\nsystem\n(S'true'\ntR.")}, "pickled objects, which are never loaded"),
-        ("config pickled", {"config": npy(np.zeros(()), descr="|O", body=b"cos\nsystem\n(S'true'\ntR.")}, "pickled objects, which are never loaded"),
-        ("an object inside a structure", {"loss": npy(np.zeros(7), descr=[("a", "|O")])}, "pickled objects, which are never loaded"),
+        (
+            "loss pickled",
+            {"loss": npy(np.zeros(7), descr="|O", body=b"cos\nsystem\n(S'true'\ntR.")},
+            "pickled objects, which are never loaded",
+        ),
+        (
+            "config pickled",
+            {"config": npy(np.zeros(()), descr="|O", body=b"cos\nsystem\n(S'true'\ntR.")},
+            "pickled objects, which are never loaded",
+        ),
+        (
+            "an object inside a structure",
+            {"loss": npy(np.zeros(7), descr=[("a", "|O")])},
+            "pickled objects, which are never loaded",
+        ),
         ("an unknown array", {"colour": np.zeros(7)}, "'colour', which schema 1 does not know"),
         ("n NaN", {"n": np.array(np.nan)}, "n must be an integer >= 1, got nan"),
         ("n negative", {"n": np.array(-4)}, "n must be an integer >= 1, got -4"),
@@ -175,13 +213,33 @@ def record_files():
         ("loss_scale NaN", {"loss_scale": np.array(np.nan)}, "loss_scale must be a finite number > 0, got nan"),
         ("learning_rate zero", {"learning_rate": np.array(0.0)}, "learning_rate must be a finite number > 0, got 0"),
         ("epoch fractional", {"epoch": np.arange(7.0)}, "epoch must hold integers"),
-        ("probe beyond the run", {"probe_epoch": np.array([0, 3, 99])}, "probe_epoch must lie in the run's epochs 0 to 6, got 0 to 99"),
-        ("probe before the run", {"probe_epoch": np.array([-1, 3, 6])}, "probe_epoch must lie in the run's epochs 0 to 6, got -1 to 6"),
-        ("probe far beyond int64", {"probe_epoch": np.array([0, 3, 2**63 + 5], np.uint64)}, "probe_epoch must lie in the run's epochs"),
+        (
+            "probe beyond the run",
+            {"probe_epoch": np.array([0, 3, 99])},
+            "probe_epoch must lie in the run's epochs 0 to 6, got 0 to 99",
+        ),
+        (
+            "probe before the run",
+            {"probe_epoch": np.array([-1, 3, 6])},
+            "probe_epoch must lie in the run's epochs 0 to 6, got -1 to 6",
+        ),
+        (
+            "probe far beyond int64",
+            {"probe_epoch": np.array([0, 3, 2**63 + 5], np.uint64)},
+            "probe_epoch must lie in the run's epochs",
+        ),
         ("subset beyond n", {"subset_ids": np.array([0, 4])}, "subset_ids must lie in the run's samples 0 to 3"),
-        ("no epochs at all", {k: np.zeros(0, np.int64) for k in ("epoch", "loss", "grad_sq_norm", "drift")}, "no epoch; epoch 0"),
+        (
+            "no epochs at all",
+            {k: np.zeros(0, np.int64) for k in ("epoch", "loss", "grad_sq_norm", "drift")},
+            "no epoch; epoch 0",
+        ),
         ("no loss", {"loss": None}, "lacks loss; every record holds"),
-        ("declared far beyond the file", {"loss": npy(np.zeros(7), shape=(10**15,))}, "8,000,000,000,000,000 bytes in loss.npy, as its header declares, found 56"),
+        (
+            "declared far beyond the file",
+            {"loss": npy(np.zeros(7), shape=(10**15,))},
+            "8,000,000,000,000,000 bytes in loss.npy, as its header declares, found 56",
+        ),
         ("declared below the file", {"loss": npy(np.zeros(7), shape=(6,))}, "48 bytes in loss.npy"),
         ("negative side", {"loss": npy(np.zeros(7), shape=(-7,))}, "sides >= 0"),
         ("sides that multiply beyond int64", {"loss": npy(np.zeros(7), shape=(2**40, 2**40))}, "bytes in loss.npy"),
@@ -193,15 +251,35 @@ def record_files():
         ("no npy inside", {"loss": b"GIF89a and so on"}, "to start as an npy array, found b'GIF89a'"),
         ("an empty member", {"loss": b""}, "to start as an npy array"),
         ("a header that is no literal", {"loss": b"\x93NUMPY\x01\x00\x04\x00(((("}, "a header in loss.npy"),
-        ("a header that calls", {"loss": b"\x93NUMPY\x01\x00\x20\x00" + b"__import__('os').system('true')\n"}, "a header in loss.npy"),
+        (
+            "a header that calls",
+            {"loss": b"\x93NUMPY\x01\x00\x20\x00" + b"__import__('os').system('true')\n"},
+            "a header in loss.npy",
+        ),
         ("a header longer than the member", {"loss": b"\x93NUMPY\x01\x00\xff\xff{}"}, "a header in loss.npy"),
         ("a header with other keys", {"loss": npy(np.zeros(7)).replace(b"shape", b"shame")}, "a header in loss.npy"),
         ("a type that is none", {"loss": npy(np.zeros(7), descr="<q99")}, "a header in loss.npy"),
     ):
         found.append(load_case(name, lambda p, c=changes: save_dict(p, **c), f"{message}.*|{message}"))
-    for name in ("../loss.npy", "/etc/loss.npy", "C:\\loss.npy", "a/loss.npy", ".loss.npy", "lo\0ss.npy", "loss .npy", "lo\nss.npy", "é.npy"):
+    for name in (
+        "../loss.npy",
+        "/etc/loss.npy",
+        "C:\\loss.npy",
+        "a/loss.npy",
+        ".loss.npy",
+        "lo\0ss.npy",
+        "loss .npy",
+        "lo\nss.npy",
+        "é.npy",
+    ):
         members = {**members_of(), name: npy(np.zeros(7))}
-        found.append(load_case(f"a member named {name!r}", lambda p, m=members: pack(p / "record.npz", m), "members with plain names, found"))
+        found.append(
+            load_case(
+                f"a member named {name!r}",
+                lambda p, m=members: pack(p / "record.npz", m),
+                "members with plain names, found",
+            )
+        )
     found += [
         load_case("a member that is no array", lambda p: pack(p / "record.npz", {**members_of(), "notes.txt": b"x"}), "members that are npy arrays, found 'notes.txt'"),
         load_case("a name twice", lambda p: pack(p / "record.npz", [*members_of().items(), ("loss.npy", npy(np.zeros(7)))]), "a name twice, 'loss'"),
@@ -228,7 +306,6 @@ def record_files():
         load_case("below a file", lambda p: put(p, b"x") / "record.npz", "there is no record at"),
         load_case("a device by its name", lambda p: Path("/dev/zero"), "is a device; name an ordinary file"),
     ]  # fmt: skip
-    del way
     return found
 
 
@@ -279,7 +356,10 @@ def idx_pair(folder, images=None, labels=None, *, suffix="", name="train-images-
     """MNIST files of two digits, of which either may be replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     good = (struct.pack(">4I", 0x803, 2, 28, 28) + bytes(1568), struct.pack(">2I", 0x801, 2) + b"\x03\x08")
-    for content, default, what in ((images, good[0], name), (labels, good[1], name.replace("images", "labels").replace("idx3", "idx1"))):
+    for content, default, what in (
+        (images, good[0], name),
+        (labels, good[1], name.replace("images", "labels").replace("idx3", "idx1")),
+    ):
         content = default if content is None else content
         if content != b"absent":
             (folder / (what + suffix)).write_bytes(gzip.compress(content) if suffix == ".gz" else content)
@@ -287,29 +367,60 @@ def idx_pair(folder, images=None, labels=None, *, suffix="", name="train-images-
 
 
 def images_case(name, write, message, problem="mnist", **settings):
-    return Case(f"images: {name}", lambda p: data.load(problem, data_dir=write(p), n_train=settings.get("n_train", 2)), (DataError,), message)
+    return Case(
+        f"images: {name}",
+        lambda p: data.load(problem, data_dir=write(p), n_train=settings.get("n_train", 2)),
+        (DataError,),
+        message,
+    )
 
 
 def image_files():
     found = []
     for suffix in ("", ".gz"):
         for name, images, labels, message in (
-            ("declares 4 billion images", struct.pack(">4I", 0x803, 2**32 - 1, 28, 28), None, "at most 60,000 items, found 4,294,967,295 declared"),
-            ("declares 60,000 images", struct.pack(">4I", 0x803, 60_000, 28, 28) + bytes(1568), None, "47,040,000 bytes.*found 1,568"),
-            ("declares images of 4 billion pixels a side", struct.pack(">4I", 0x803, 2, 2**32 - 1, 2**32 - 1), None, r"items of shape \(28, 28\), found"),
+            (
+                "declares 4 billion images",
+                struct.pack(">4I", 0x803, 2**32 - 1, 28, 28),
+                None,
+                "at most 60,000 items, found 4,294,967,295 declared",
+            ),
+            (
+                "declares 60,000 images",
+                struct.pack(">4I", 0x803, 60_000, 28, 28) + bytes(1568),
+                None,
+                "47,040,000 bytes.*found 1,568",
+            ),
+            (
+                "declares images of 4 billion pixels a side",
+                struct.pack(">4I", 0x803, 2, 2**32 - 1, 2**32 - 1),
+                None,
+                r"items of shape \(28, 28\), found",
+            ),
             ("of another rank", struct.pack(">2I", 0x801, 2), None, "header of 16 bytes|magic"),
             ("of floats", struct.pack(">4I", 0xD03, 2, 28, 28) + bytes(1568 * 4), None, "magic number"),
             ("little-endian", struct.pack("<4I", 0x803, 2, 28, 28) + bytes(1568), None, "magic number"),
             ("empty", b"", None, "header of 16 bytes, found 0 bytes"),
             ("one byte short", struct.pack(">4I", 0x803, 2, 28, 28) + bytes(1567), None, "1,568 bytes.*found 1,567"),
             ("one byte long", struct.pack(">4I", 0x803, 2, 28, 28) + bytes(1569), None, "found more"),
-            ("without images", struct.pack(">4I", 0x803, 0, 28, 28), struct.pack(">2I", 0x801, 0), "images of each of 2 classes|expected"),
+            (
+                "without images",
+                struct.pack(">4I", 0x803, 0, 28, 28),
+                struct.pack(">2I", 0x801, 0),
+                "images of each of 2 classes|expected",
+            ),
             ("labels of another number", None, struct.pack(">2I", 0x801, 1) + b"\x03", "2 labels, as many as"),
             ("labels above 9", None, struct.pack(">2I", 0x801, 2) + b"\x03\xff", r"labels in 0\.\.9"),
             ("labels absent", None, b"absent", "its labels beside it"),
             ("labels declare 4 billion", None, struct.pack(">2I", 0x801, 2**32 - 1) + b"\x03", "at most 60,000 items"),
         ):
-            found.append(images_case(f"IDX{suffix} {name}", lambda p, i=images, la=labels, s=suffix: idx_pair(p / "d", i, la, suffix=s), message))
+            found.append(
+                images_case(
+                    f"IDX{suffix} {name}",
+                    lambda p, i=images, la=labels, s=suffix: idx_pair(p / "d", i, la, suffix=s),
+                    message,
+                )
+            )
     found += [
         images_case("gz that is none", lambda p: put(idx_pair(p / "d", suffix=".gz"), b"plain", "train-images-idx3-ubyte.gz").parent, "BadGzipFile.*intact copy"),
         images_case("gz cut short", lambda p: cut(idx_pair(p / "d", suffix=".gz") / "train-images-idx3-ubyte.gz", 0.7).parent, "EOFError|header"),
@@ -319,18 +430,30 @@ def image_files():
     x, y = np.zeros((2, 28, 28), np.uint8), np.array([3, 8], np.uint8)
     for name, members, message in (
         ("pickled", {"x_train.npy": npy(x, descr="|O"), "y_train.npy": npy(y)}, "pickled objects"),
-        ("declared far beyond the file", {"x_train.npy": npy(x, shape=(10**12, 28, 28)), "y_train.npy": npy(y)}, "bytes in x_train.npy"),
+        (
+            "declared far beyond the file",
+            {"x_train.npy": npy(x, shape=(10**12, 28, 28)), "y_train.npy": npy(y)},
+            "bytes in x_train.npy",
+        ),
         ("float", {"x_train.npy": npy(x.astype(float)), "y_train.npy": npy(y)}, "uint8.*found float64"),
         ("flat", {"x_train.npy": npy(x.reshape(2, -1)), "y_train.npy": npy(y)}, r"found uint8 of shape \(2, 784\)"),
         ("transposed", {"x_train.npy": npy(x.reshape(28, 28, 2)), "y_train.npy": npy(y)}, r"found uint8 of shape"),
-        ("one-hot labels", {"x_train.npy": npy(x), "y_train.npy": npy(np.eye(2, dtype=np.uint8))}, r"y_train.npy as uint8"),
+        (
+            "one-hot labels",
+            {"x_train.npy": npy(x), "y_train.npy": npy(np.eye(2, dtype=np.uint8))},
+            r"y_train.npy as uint8",
+        ),
         ("without labels", {"x_train.npy": npy(x)}, "members x_train and y_train, found x_train"),
         ("fewer labels", {"x_train.npy": npy(x), "y_train.npy": npy(y[:1])}, "2 labels in y_train"),
         ("labels -1", {"x_train.npy": npy(x), "y_train.npy": npy(np.array([-1, 3], np.int8))}, r"labels in 0\.\.9"),
         ("path", {"../x.npy": npy(x), "x_train.npy": npy(x), "y_train.npy": npy(y)}, "plain names"),
         ("empty", {"x_train.npy": npy(x[:0]), "y_train.npy": npy(y[:0])}, "images of each of 2 classes"),
         ("one class", {"x_train.npy": npy(x), "y_train.npy": npy(np.array([3, 3], np.uint8))}, "0 of class 8"),
-        ("a member of 1 GiB", {"x_train.npy": npy(x), "y_train.npy": npy(y), "z.npy": bytes(64 * MIB)}, "members of at most"),
+        (
+            "a member of 1 GiB",
+            {"x_train.npy": npy(x), "y_train.npy": npy(y), "z.npy": bytes(64 * MIB)},
+            "members of at most",
+        ),
     ):
         found.append(images_case(f"npz {name}", lambda p, m=members: pack(p / "mnist.npz", m), message))
     for kind in SPECIAL:
@@ -378,7 +501,11 @@ def prepared(root, features):
     folder.mkdir(parents=True)
     (folder / "mnist-train.array_record-00000-of-00001").write_bytes(b"x")
     (folder / "dataset_info.json").write_text("{}")
-    text = {None: "{not json", "deep": "[" * 60_000}.get(features) if not isinstance(features, dict) else json.dumps(features)
+    text = (
+        {None: "{not json", "deep": "[" * 60_000}.get(features)
+        if not isinstance(features, dict)
+        else json.dumps(features)
+    )
     if features != "absent":
         (folder / "features.json").write_text(text or "")
     return root
@@ -405,7 +532,7 @@ def other_files():
     ]  # fmt: skip
     found += [
         Case("predictions.json a pipe", lambda p: special("pipe", p / "predictions.json") and ablation.run(ablation.AblationConfig(**config), p), (ValueError,), "is a pipe"),
-        Case("widths_of with a bad record", lambda p: (p / "m4-seed0").mkdir() or put(p / "m4-seed0", b"x") and initialisation.widths_of(p), (RecordError,), "no readable record"),
+        Case("widths_of with a bad record", lambda p: (p / "m4-seed0").mkdir() or (put(p / "m4-seed0", b"x") and initialisation.widths_of(p)), (RecordError,), "no readable record"),
         *[Case(f"open_regular of a {kind}", lambda p, kind=kind: archives.open_regular(special(kind, p / "x")).__enter__(), (archives.ArchiveError,), "name (an ordinary file|a file that can)")
           for kind in SPECIAL],
         Case("mnist.run with images that are none", lambda p: mnist.run(mnist.MnistConfig(data=put(p, b"x", "mnist.npz"), n_train=4, epochs=6, width=4)), (DataError,), "not a zip file"),
@@ -416,18 +543,3 @@ def other_files():
 def cases():
     """Return every case of this module."""
     return [*record_files(), *image_files(), *other_files()]
-
-
-def measured(call):
-    """Return the resident memory, in bytes, that a refusal took at its peak; call in a process of its own."""
-    import resource
-
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:
-        call()
-    except (RecordError, DataError):
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    raise AssertionError("accepted")
-
-
-__all__ = ["bomb", "cases", "io", "measured"]

@@ -58,16 +58,12 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     except (OSError, ValueError) as error:  # ValueError: a name that holds a NUL
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ArchiveError(f"{str(path)!r} cannot be read ({reason}); name a file that can") from error
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+        raise ArchiveError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'no file')}; name an ordinary file")
     with os.fdopen(handle, "rb") as file:
-        mode = os.fstat(handle).st_mode
-        if not stat.S_ISREG(mode):
-            kinds = {
-                stat.S_IFDIR: "a folder",
-                stat.S_IFIFO: "a pipe",
-                stat.S_IFCHR: "a device",
-                stat.S_IFBLK: "a device",
-            }
-            raise ArchiveError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'no file')}; name an ordinary file")
         yield file
 
 

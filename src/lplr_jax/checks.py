@@ -15,9 +15,9 @@ _REPR.maxstring = _REPR.maxother = 120
 
 def shown(value: Any) -> str:
     """Return a value for a message: its type and shape for an array, else its repr, cut where it is long."""
-    if hasattr(value, "shape") and hasattr(value, "dtype") and value.shape != ():
+    if hasattr(value, "dtype") and isinstance(getattr(value, "shape", None), tuple) and value.shape:
         return f"{type(value).__name__} of dtype {value.dtype} and shape {tuple(value.shape)}"
-    return _REPR.repr(value)
+    return " ".join(_REPR.repr(value).split())
 
 
 def whole(name: str, value: Any, *, least: int | None = None, most: int | None = None, of: str = "") -> int:
@@ -103,11 +103,11 @@ def path(name: str, value: Any) -> Path:
     if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
         raise TypeError(f"{name} must be a path, text or pathlib.Path, got {shown(value)}")
     if not os.fspath(value) or "\0" in os.fspath(value):
-        raise ValueError(f"{name} must be the name of a file or folder without NUL, got {os.fspath(value)!r}")
+        raise ValueError(f"{name} must be the name of a file or folder without NUL, got {shown(os.fspath(value))}")
     try:
         return Path(value).expanduser()
     except RuntimeError:
-        raise ValueError(f"{name} names the home of a user who is not known, got {os.fspath(value)!r}") from None
+        raise ValueError(f"{name} names the home of a user who is not known, got {shown(os.fspath(value))}") from None
 
 
 def folder(name: str, value: Any) -> Path:

@@ -160,7 +160,15 @@ class Record:
 
         Returns:
             The path written.
+
+        Raises:
+            TypeError: for what is no path.
+            ValueError: for a path without a file name.
+            OSError: if it cannot be written; what was there before stays.
         """
+        path = checks.path("path", path)
+        if not path.name:
+            raise ValueError(f"path must be that of a file, got {str(path)!r}")
         texts = {
             "experiment": self.experiment,
             "config": json.dumps(dict(self.config), sort_keys=True),
@@ -168,9 +176,9 @@ class Record:
             "checksum": self.checksum(),
         }
         members = {**self.arrays, **{name: np.array(text) for name, text in texts.items()}}
-        with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, schema_version=np.array(SCHEMA_VERSION), **members)
-        return Path(path)
+        return path
 
     def to_xarray(self) -> xr.Dataset:
         """Return the arrays as an xarray Dataset with units, meanings, and the config among its attributes."""
@@ -217,6 +225,8 @@ def _check_values(arrays: Mapping[str, np.ndarray]) -> None:
             value = float(arrays[name])
             if not (value >= 1 and value == np.floor(value) and value < 2**63):
                 raise RecordError(f"{name} must be an integer >= 1, got {value:g}")
+    if "kernel_samples" in arrays and int(arrays["kernel_samples"]) > int(arrays["n"]):
+        raise RecordError(f"kernel_samples must be <= n = {int(arrays['n'])}, got {int(arrays['kernel_samples'])}")
     for name in ("loss_scale", "learning_rate"):
         value = float(arrays[name])
         # A record of a single point has no step size.
@@ -270,8 +280,11 @@ def load(path: str | os.PathLike[str]) -> Record:
         TypeError: for what is no path.
     """
     path = checks.path("path", path)
-    if path.is_dir():
-        path = path / "record.npz"
+    try:
+        path = path / "record.npz" if path.is_dir() else path
+    except OSError as error:  # a name that is too long, a link to itself
+        place = checks.shown(str(path))
+        raise RecordError(f"there is no record at {place} ({error.strerror}); name another") from error
     if not os.path.lexists(path):
         raise RecordError(f"there is no record at {path}; `lplr mnist --out DIR` writes DIR/record.npz")
     try:

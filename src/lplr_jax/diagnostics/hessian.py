@@ -187,9 +187,9 @@ def hessian_extremes(
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(f"parameters must be floating arrays, got a leaf of dtype {jnp.result_type(leaf)}")
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
-    if reduction is not None and (len(lengths) != 1 or lengths == {()}):
+    if reduction is not None and (len(lengths) != 1 or lengths <= {(), (0,)}):
         raise ValueError(
-            f"with reduction, all data must share their leading axis; the leading axes are {sorted(lengths)}"
+            f"with reduction, all data must share their leading axis of samples; the leading axes are {sorted(lengths)}"
         )
     with precision_scope(dtype):
         params, data = cast_floating((params, data), dtype)

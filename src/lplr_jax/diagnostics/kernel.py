@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -56,7 +57,9 @@ def certified_min_eig(apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np
         for the exact kernel. For any other the interval is about the computed kernel alone: `proved` is False and
         `reason` says so.
     """
-    linalg.as_symmetric(theta)
+    n = jax.tree.leaves(x)[0].shape[0]
+    if linalg.as_symmetric(theta).shape[0] % n:
+        raise ValueError(f"theta must be the full kernel, ({n} c, {n} c) for {n} samples, got shape {theta.shape}")
     bound = assembly_bound(apply_fn, params, x, theta)
     if bound is not None:
         return linalg.min_eig(theta, **vars(bound))

@@ -185,6 +185,8 @@ def _evaluate(apply_fn: ApplyFn, params: Any, x: Any) -> np.ndarray:
         ) from error
     if not _is_array(out):
         raise ValueError(f"apply_fn must return one array (n, c) or (n,), got {type(out).__name__}")
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise ValueError(f"apply_fn must return real floating-point outputs, got dtype {out.dtype}; cast them")
     return np.asarray(out)
 
 
