@@ -128,7 +128,7 @@ def arm(folder, name, **changes):
 def mnist_extra():
     small = SMALL["mnist"]
     return [
-        Command("lplr", lambda p: [], "required|usage|COMMAND|following"),
+        Command("lplr", lambda p: [], "Expected one of {mnist, ablation"),
         Command("lplr magic", lambda p: ["magic"], "magic|invalid choice"),
         Command("lplr ''", lambda p: [""], "invalid choice|argument"),
         Command("lplr --magic", lambda p: ["--magic"], "magic|required"),

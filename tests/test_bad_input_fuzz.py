@@ -138,6 +138,7 @@ junk = st.one_of(
     ),
 )
 LOSS = np.exp(-0.1 * np.arange(30.0))
+NO_PROBES = arrays(probe_epoch=None, ntk_min_eig=None)
 W = np.full((3, 1), 0.5, np.float32)
 
 
@@ -185,7 +186,7 @@ DOORS = {
     "verify regime": lambda v: theory.verify(Record("a", arrays(), {"regime_start": v})),
     "four_panel": plotting.four_panel,
     "ablation": plotting.ablation,
-    "ablation width": lambda v: plotting.ablation([Record("a", arrays(probe_epoch=None, ntk_min_eig=None), {"width": v, "seed": 0})]),
+    "ablation width": lambda v: plotting.ablation([Record("a", NO_PROBES, {"width": v, "seed": 0})]),
     "boundary": lambda v: plotting.boundary(v, [1, 1], [1, 1], [1, 1]),
     "config width": lambda v: mnist.resolve(mnist.MnistConfig(width=v)),
     "config learning_rate": lambda v: mnist.resolve(mnist.MnistConfig(learning_rate=v)),

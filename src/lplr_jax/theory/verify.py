@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lplr_jax.diagnostics import loss_floor
 from lplr_jax.models import ApplyFn, Params
 from lplr_jax.records import Record
 from lplr_jax.summary import check_record
@@ -44,6 +45,7 @@ def verify(record: Record) -> tuple[Verdict, ...]:
         ValueError: if the loss has no finite value, or arrays of probes differ in length.
     """
     check_record(record)
+    loss_floor(record["loss"])  # which wants one finite loss
     evidence = Evidence(record)
     first = consistency(evidence)
     if first.inconsistent:
