@@ -33,7 +33,7 @@ def test_bracket_at_its_edges():
     np.testing.assert_array_equal(low, [np.inf, np.nan, 1.0, 1.0])
     np.testing.assert_array_equal(high, [np.inf, np.nan, 2 / 1.5, np.inf])
     for floor in (-1.0, np.nan, np.inf):
-        with pytest.raises(ValueError, match="floor must be a finite loss >= 0"):
+        with pytest.raises(ValueError, match="floor must be a finite number >= 0"):
             diagnostics.pl_bracket(1.0, 1.0, floor)
 
 
