@@ -16,7 +16,7 @@ from lplr_jax.diagnostics import (
     rate_report,
     stable_regime,
 )
-from lplr_jax.diagnostics.rate import EMPTY, MIN_EPOCHS
+from lplr_jax.diagnostics.rate import EMPTY, MIN_EPOCHS, check_regime
 from lplr_jax.records import Record
 
 
@@ -55,14 +55,13 @@ def summarise(record: Record) -> Summary:
     check_record(record)
     loss, last = record["loss"], record["epoch"].size - 1
     named = {name: record.config.get(f"regime_{name}") for name in ("start", "stop")}
-    named = {name: checks.whole(f"regime_{name}", end) for name, end in named.items() if end is not None}
     # Held against the whole run, so that a record with a regime outside it is refused, not bent.
-    stable_regime(np.ones(last + 1), **named)
+    check_regime(last + 1, **named)
 
     def window(curve: Float[np.ndarray, " t"]) -> slice:
         # An override is given in epochs of the whole run; the same share of a shorter one is meant.
         share = (curve.size - 1) / last if last else 1.0
-        ends = {name: round(end * share) for name, end in named.items()}
+        ends = {name: round(end * share) for name, end in named.items() if end is not None}
         # A run that diverged, or one cut short, may have too few epochs left in the regime that was named.
         recorded = int(np.isfinite(curve).argmin()) if not np.isfinite(curve).all() else curve.size
         if "stop" in ends:

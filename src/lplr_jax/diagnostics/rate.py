@@ -32,6 +32,17 @@ def _smoothing(length: int) -> int:
     return max(1, length // 100)
 
 
+def check_regime(recorded: int, start: int | None, stop: int | None) -> None:
+    """Raise ValueError if start and stop do not name, in order, epochs of a run of which `recorded` are known."""
+    for name, value in (("start", start), ("stop", stop)):
+        if value is not None:
+            checks.whole(f"regime_{name}", value)
+    if (start is not None and not 0 <= start < recorded) or (stop is not None and not 0 < stop <= recorded):
+        raise ValueError(f"regime start {start} and stop {stop} must lie in the run's epochs 0 to {recorded - 1}")
+    if start is not None and stop is not None and stop - start < MIN_EPOCHS:
+        raise ValueError(f"a regime needs at least {MIN_EPOCHS} epochs, got start {start} and stop {stop}")
+
+
 def stable_regime(
     loss: Float[np.ndarray, " t"], *, floor: float | None = None, start: int | None = None, stop: int | None = None
 ) -> slice:
@@ -58,16 +69,10 @@ def stable_regime(
         ValueError: if start and stop do not name epochs of the run in order.
     """
     loss = checks.real_array("loss", loss, axes="t")
-    for name, value in (("start", start), ("stop", stop)):
-        if value is not None:
-            checks.whole(f"regime {name}", value)
     if floor is not None:
         checks.number("floor", floor, least=0)
     recorded = int(np.isfinite(loss).argmin()) if not np.isfinite(loss).all() else loss.size
-    if (start is not None and not 0 <= start < recorded) or (stop is not None and not 0 < stop <= recorded):
-        raise ValueError(f"regime start {start} and stop {stop} must lie in the run's epochs 0 to {recorded - 1}")
-    if start is not None and stop is not None and stop - start < MIN_EPOCHS:
-        raise ValueError(f"a regime needs at least {MIN_EPOCHS} epochs, got start {start} and stop {stop}")
+    check_regime(recorded, start, stop)
     if recorded < MIN_EPOCHS:
         return EMPTY
     loss = loss[:recorded]

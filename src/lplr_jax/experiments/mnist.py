@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array
 
 from lplr_jax import checks, data, diagnostics, theory
+from lplr_jax.diagnostics.rate import check_regime
 from lplr_jax.experiments.probe import KernelProbe
 from lplr_jax.experiments.run import (
     Observer,
@@ -135,7 +136,7 @@ def resolve(config: MnistConfig) -> tuple[MnistConfig, int, int]:
             raise ValueError(
                 f"{name} must be an epoch of the run, {least} to {config.epochs + least}, got {checks.shown(value)}"
             )
-    diagnostics.stable_regime(np.ones(config.epochs + 1), start=config.regime_start, stop=config.regime_stop)
+    check_regime(config.epochs + 1, config.regime_start, config.regime_stop)
     check_kernel_name(config.kernel)
     return replace(config, probe_every=probe_every, subset_size=subset_size), probe_every, subset_size
 
