@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SECONDS = int(os.environ.get("BAD_INPUT_SECONDS", "60"))
+SECONDS = int(os.environ.get("BAD_INPUT_SECONDS", "300"))
 """Longest that any one case may take; a case that waits for a pipe would take for ever."""
 
 

@@ -288,7 +288,7 @@ def record_files():
         load_case("encrypted", lambda p: flip(saved(p), b"PK\x01\x02", 8, 1), "without a password, found"),
         load_case("no members", lambda p: pack(p / "record.npz", {}), "no record: it lacks"),
         load_case("a bomb of 2 GiB that says so", lambda p: big(p / "record.npz", 2**31), "at most 1,073,741,824 bytes"),
-        load_case("a bomb of 256 MiB that declares 800 bytes", lambda p: bomb(p / "record.npz", real=256 * MIB, declared=800), "epoch|bytes|CRC"),
+        load_case("a bomb of 256 MiB that declares 56 bytes", lambda p: bomb(p / "record.npz", real=256 * MIB, declared=56), "altered after it was written"),
         load_case("a directory of 2 MiB", lambda p: many(p / "record.npz"), "a zip directory of at most 1,048,576 bytes"),
         load_case("empty", lambda p: put(p, b""), "not a zip file"),
         load_case("text", lambda p: put(p, b"not a zip at all"), "not a zip file"),

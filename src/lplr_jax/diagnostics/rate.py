@@ -1,5 +1,7 @@
 """How fast a loss falls, by which law, and how much of the answer is made by the proxy for L*."""
 
+import heapq
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -91,12 +93,27 @@ def _past_transient(loss: np.ndarray, stop: int) -> int:
         log = np.log(loss)
         rate = (log[:-width] - log[width:]) / width
     stop = min(stop, rate.size)
-    for epoch in range(stop - MIN_EPOCHS + 1):
-        middle = float(np.median(rate[epoch:stop]))
-        steady = middle > 0 and middle / STEADINESS <= rate[epoch] <= STEADINESS * middle
-        if steady and loss[epoch] <= loss[0]:
-            return epoch
-    return stop
+    rate = rate[:stop]
+    middle = _suffix_medians(rate)
+    steady = (middle > 0) & (middle / STEADINESS <= rate) & (rate <= STEADINESS * middle) & (loss[:stop] <= loss[0])
+    first = np.flatnonzero(steady[: max(0, stop - MIN_EPOCHS + 1)])
+    return int(first[0]) if first.size else stop
+
+
+def _suffix_medians(values: np.ndarray) -> np.ndarray:
+    """Return the median of values[k:] for every k, in k log k: a long run that never settles must not take for ever."""
+    low, high = [], []  # the lower half, negated, and the upper half; both heaps, the lower one longer by one at most
+    medians = np.empty(values.size)
+    for k in range(values.size - 1, -1, -1):
+        value = float(values[k])
+        if math.isnan(value):
+            medians[: k + 1] = np.nan
+            break
+        heapq.heappush(high, -heapq.heappushpop(low, -value))
+        if len(high) > len(low):
+            heapq.heappush(low, -heapq.heappop(high))
+        medians[k] = -low[0] if len(low) > len(high) else 0.5 * (high[0] - low[0])
+    return medians
 
 
 def middle_half(loss: Float[np.ndarray, " t"]) -> slice:
