@@ -67,6 +67,22 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def read_text(path: Path, *, most_bytes: int) -> str:
+    """Read an ordinary file of UTF-8 text.
+
+    Raises:
+        ArchiveError: if it is none, or longer than `most_bytes`.
+    """
+    with open_regular(path) as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise _refused(path, f"at most {most_bytes:,} bytes", "more")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise _refused(path, "UTF-8 text", str(error)) from error
+
+
 def read_npz(
     path: Path,
     *,
@@ -131,8 +147,14 @@ def _check_directory(path: Path, file: BinaryIO) -> None:
     if at < 0 or at + 22 > len(tail):
         raise _refused(path, "an npz file", f"BadZipFile: File is not a zip file ({size:,} bytes)")
     (directory,) = struct.unpack("<I", tail[at + 12 : at + 16])
-    if directory > _DIRECTORY_BYTES or tail[max(0, at - 20) : at].startswith(b"PK\x06\x07"):
-        raise _refused(path, f"a zip directory of at most {_DIRECTORY_BYTES:,} bytes", f"{directory:,} or a zip64 one")
+    if tail[max(0, at - 20) : at].startswith(b"PK\x06\x07"):
+        # A locator: zipfile looks for the larger record right before it, whatever place the locator names.
+        file.seek(max(0, tail_at + at - 20 - 56))
+        record = file.read(56)
+        if record.startswith(b"PK\x06\x06"):
+            (directory,) = struct.unpack("<Q", record[40:48])
+    if directory > _DIRECTORY_BYTES:
+        raise _refused(path, f"a zip directory of at most {_DIRECTORY_BYTES:,} bytes", f"{directory:,}")
     file.seek(0)
 
 

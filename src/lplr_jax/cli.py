@@ -1,5 +1,6 @@
 """The `lplr` command: wiring from options to experiments, records and figures."""
 
+import errno
 import io
 import json
 import logging
@@ -7,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,12 +21,14 @@ from rich.logging import RichHandler
 from lplr_jax import checks, plotting, records, theory
 from lplr_jax import data as datasets
 from lplr_jax.experiments import ablation as ablation_experiment
-from lplr_jax.experiments import ablation_table, report, tables
+from lplr_jax.experiments import ablation_table, interrupt, place, report, tables
 from lplr_jax.experiments import boundary as boundary_experiment
 from lplr_jax.experiments import initialisation as initialisation_experiment
 from lplr_jax.experiments import mnist as mnist_experiment
+from lplr_jax.experiments.checkpoint import Checkpoints
+from lplr_jax.experiments.run import Observer
 
-OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, IN_USE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 
 Preset = Literal["smoke", "default", "paper"]
 
@@ -34,11 +38,17 @@ CONSOLE = Console() if sys.stdout.isatty() else Console(width=130)
 
 def _mnist(preset: Preset, config: mnist_experiment.MnistConfig) -> int:
     folder, figures = _places("mnist", preset, config.out)
-    with report.progress(CONSOLE, config.epochs) as observer:
-        record = mnist_experiment.run(config, observer=observer, probe_dir=folder / "probes")
-    path = record.save(folder / "record.npz")
+    identity = mnist_experiment.identity(config)
+
+    def make(checkpoints: Checkpoints) -> records.Record:
+        with report.progress(CONSOLE, config.epochs) as observer:
+            settings = {"probe_dir": folder / "probes", "checkpoints": checkpoints}
+            return mnist_experiment.run(config, observer=observer, **settings)
+
+    with place.claimed(folder, "mnist", identity, force=config.force, say=_say) as lock:
+        record = place.kept(folder, "mnist", identity, make, check=lock.check, say=_say)
     CONSOLE.print(report.summary_table(record))
-    _say(f"record   {path}")
+    _say(f"record   {folder / 'record.npz'}")
     _draw(record, figures / "mnist.png")
     verdicts = theory.verify(record)
     report.print_verdicts(CONSOLE, verdicts)
@@ -49,6 +59,10 @@ def _mnist(preset: Preset, config: mnist_experiment.MnistConfig) -> int:
 
 def _draw(record: records.Record, target: Path) -> None:
     _save(plotting.four_panel(record), target)
+
+
+def _follow(epochs: int) -> AbstractContextManager[Observer]:
+    return report.progress(CONSOLE, epochs)
 
 
 def _say(line: str) -> None:
@@ -75,8 +89,10 @@ def _tabulate(table: tables.Table, stem: Path) -> None:
 
 def _ablation(preset: Preset, config: ablation_experiment.AblationConfig) -> int:
     folder, figures = _places("ablation", preset, config.out)
-    done = ablation_experiment.run(config, folder, say=_say, follow=lambda epochs: report.progress(CONSOLE, epochs))
-    _tabulate(ablation_table.table(done), folder / "ablation")
+    identity = ablation_experiment.identity(config)
+    with place.claimed(folder, "ablation", identity, force=config.force, say=_say) as lock:
+        done = ablation_experiment.run(config, folder, say=_say, follow=_follow, check=lock.check)
+        _tabulate(ablation_table.table(done), folder / "ablation")
     _save(plotting.ablation([record for _, record in done]), figures / "ablation.png")
     verdicts = {arm.name: theory.verify(record) for arm, record in done}
     CONSOLE.print(report.verdict_matrix(verdicts))
@@ -85,9 +101,11 @@ def _ablation(preset: Preset, config: ablation_experiment.AblationConfig) -> int
 
 def _boundary(preset: Preset, config: boundary_experiment.BoundaryConfig) -> int:
     folder, figures = _places("boundary", preset, config.out)
-    points = boundary_experiment.run(config, say=_say)
-    _say(f"points   {boundary_experiment.save(points, config, folder)}")
-    _tabulate(boundary_experiment.table(points, config), folder / "boundary")
+    identity = boundary_experiment.identity(config)
+    with place.claimed(folder, "boundary", identity, force=config.force, say=_say) as lock:
+        points = boundary_experiment.run_in(config, folder, say=_say, check=lock.check)
+        _say(f"points   {folder / 'boundary.json'}")
+        _tabulate(boundary_experiment.table(points, config), folder / "boundary")
     brackets = [point.bracket for point in points]
     figure = plotting.boundary(
         [point.width for point in points],
@@ -104,10 +122,10 @@ def _initialisation(preset: Preset, config: initialisation_experiment.Initialisa
     beside = config.ablation or _places("ablation", preset, None)[0]
     # Read first: a bad record beside must not be found after the training.
     widths = initialisation_experiment.widths_of(beside)
-    done = initialisation_experiment.run(
-        config, folder, say=_say, follow=lambda epochs: report.progress(CONSOLE, epochs)
-    )
-    _tabulate(initialisation_experiment.table(done), folder / "initialisation")
+    identity = initialisation_experiment.identity(config)
+    with place.claimed(folder, "initialisation", identity, force=config.force, say=_say) as lock:
+        done = initialisation_experiment.run(config, folder, say=_say, follow=_follow, check=lock.check)
+        _tabulate(initialisation_experiment.table(done), folder / "initialisation")
     if not widths:
         _say(f"no width ablation at {beside}: the panel of loss against width is left out (`lplr ablation` makes one)")
     figure = plotting.initialisation({arm.name: record for arm, record in done}, widths, epoch=config.loss_epoch)
@@ -277,7 +295,7 @@ def _parse_and_run(argv: Sequence[str]) -> int:
         prog="lplr",
         description="Which hypotheses of local Polyak-Łojasiewicz theory hold on a training run.",
         args=argv,
-        config=(tyro.conf.FlagConversionOff,),
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
 
 
@@ -301,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 1 a claim of --strict is unmet, 2 bad input, 3 inconsistent, 4 diverged, 5 input or
-        output failed, 130 interrupted.
+        output failed, 6 the directory is in use, 130 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
@@ -318,15 +336,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         _use_compilation_cache()
-        return _parse_and_run(argv)
+        with interrupt.handled():
+            return _parse_and_run(argv)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
-    except KeyboardInterrupt:
-        code, message = INTERRUPTED, "interrupted; nothing was written but the probes so far"
+    except KeyboardInterrupt as interruption:
+        code, message = INTERRUPTED, f"{interruption}; the same command goes on from there"
+    except place.DirectoryInUseError as error:
+        code, message = IN_USE, str(error)
     except (ValueError, TypeError, KeyError, ImportError) as error:
         code, message = BAD_INPUT, _sentence(error)
     except OSError as error:
         code, message = IO_FAILED, _sentence(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message += "; make room: what was saved before is intact, and the same command goes on from there"
     except Exception as error:
         code, message = INCONSISTENT, f"a fault of lplr-jax, {type(error).__name__}: {_sentence(error)}; try --debug"
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):

@@ -102,11 +102,7 @@ def _check_folder(folder: Path) -> None:
             raise damaged(folder, "ordinary files", f"{file.name}, which is none")
     path = folder / "features.json"
     with reading(path, "the features as JSON"):
-        with archives.open_regular(path) as file:
-            text = file.read(_FEATURES_BYTES + 1)
-        if len(text) > _FEATURES_BYTES:
-            raise damaged(path, f"at most {_FEATURES_BYTES:,} bytes", "more")
-        todo = [json.loads(text)]
+        todo = [json.loads(archives.read_text(path, most_bytes=_FEATURES_BYTES))]
     while todo:
         content = todo.pop()
         if isinstance(content, dict):

@@ -1,24 +1,22 @@
 """Initialisations side by side at one η, for the figures of the paper's earlier version."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lplr_jax import checks, records
-from lplr_jax.experiments import mnist
+from lplr_jax.experiments import ablation_table, mnist
 from lplr_jax.experiments.ablation import (
     Arm,
     Follow,
     Say,
-    finished,
     run_arm,
     sharpness_of_all,
     three_digits,
     unfollowed,
     write_predictions,
 )
-from lplr_jax.experiments.ablation_table import row
 from lplr_jax.experiments.tables import Cell, Measured, Quantity, Table
 from lplr_jax.records import Record
 from lplr_jax.summary import gradient_law, summarise
@@ -69,7 +67,7 @@ class InitialisationConfig:
     out: Path | None = None
     """Folder for one folder an arm [default: runs/initialisation, or runs/initialisation-PRESET]."""
     force: bool = False
-    """Run arms anew whose record is there."""
+    """Start afresh; what is in the folder is kept aside under another name."""
 
 
 PRESETS: dict[str, InitialisationConfig] = {
@@ -80,20 +78,20 @@ PRESETS: dict[str, InitialisationConfig] = {
 """Named sets of defaults. All calibrated."""
 
 
-def run(
-    config: InitialisationConfig, folder: Path, *, say: Say = lambda line: None, follow: Follow = unfollowed
-) -> tuple[tuple[Arm, Record], ...]:
-    """Train one network from every initialisation at one η; arms whose record is there are read instead.
-
-    Args:
-        config: what to run; `out` and `ablation` are for the caller.
-        folder: where every arm gets a folder of its own.
-        say: told one line at a time what is predicted and observed.
-        follow: from a number of epochs to a context with an observer for one arm.
+def identity(config: InitialisationConfig) -> dict[str, Any]:
+    """Return everything that decides the numbers of the arms.
 
     Raises:
         ValueError: for a field out of range or data that cannot be had.
     """
+    names = _names(config)
+    shown = (*mnist.PLACES, "ablation", "loss_epoch")
+    fields = {name: value for name, value in asdict(config).items() if name not in shown}
+    return {**fields, "inits": ",".join(names), "data_checksum": mnist.load_data(_base(config, names[0], 1.0)).checksum}
+
+
+def _names(config: InitialisationConfig) -> tuple[str, ...]:
+    """Return the initialisations of a config that can be run."""
     names = tuple(part.strip() for part in config.inits.split(",")) if isinstance(config.inits, str) else (None,)
     unknown = [name for name in names if name not in get_args(Init)]
     if unknown or len(set(names)) != len(names):
@@ -102,23 +100,47 @@ def run(
         )
     checks.number("share", config.share, above=0)
     checks.whole("loss_epoch", config.loss_epoch, least=0)
+    for name in names:
+        mnist.resolve(_base(config, name, 1.0 if config.learning_rate is None else config.learning_rate))
+    return names
+
+
+def run(
+    config: InitialisationConfig,
+    folder: Path,
+    *,
+    say: Say = lambda line: None,
+    follow: Follow = unfollowed,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[tuple[Arm, Record], ...]:
+    """Train one network from every initialisation at one η; arms whose record is there are read instead.
+
+    Args:
+        config: what to run; `out`, `force` and `ablation` are for the caller.
+        folder: where every arm gets a folder of its own.
+        say: told one line at a time what is predicted and observed.
+        follow: from a number of epochs to a context with an observer for one arm.
+        check: called before every write; raises where nothing must be written any more.
+
+    Raises:
+        ValueError: for a field out of range, data that cannot be had, or arms of another config in the folder.
+    """
+    names = _names(config)
     bases = [_base(config, name, 1.0 if config.learning_rate is None else config.learning_rate) for name in names]
-    for base in bases:
-        mnist.resolve(base)
-    betas = sharpness_of_all(bases, folder, force=config.force, say=say)
+    betas = sharpness_of_all(bases, folder, say=say)
     eta = three_digits(config.share * 2 / max(betas)) if config.learning_rate is None else config.learning_rate
     arms = [Arm(name, "common", _base(config, name, eta)) for name in names]
     words = f"η = {eta:g} as asked for"
     if config.learning_rate is None:
         words = f"η = {eta:g} is {config.share:g} of the least 2/β = {2 / max(betas):.4g}, calibrated"
     say(words)
+    check()
     write_predictions(words, list(zip(arms, betas, strict=True)), folder)
-    checksum = mnist.set_up(arms[0].config).dataset.checksum
-    done = []
-    for arm, beta in zip(arms, betas, strict=True):
-        there = None if config.force else finished(arm, folder, checksum)
-        done.append((arm, run_arm(arm, folder, beta, there=there, save_probes=False, say=say, follow=follow)))
-    return tuple(done)
+    settings = {"checksum": mnist.load_data(arms[0].config).checksum, "save_probes": False}
+    return tuple(
+        (arm, run_arm(arm, folder, beta, say=say, follow=follow, check=check, **settings))
+        for arm, beta in zip(arms, betas, strict=True)
+    )
 
 
 def _base(config: InitialisationConfig, init: str, learning_rate: float) -> mnist.MnistConfig:
@@ -146,17 +168,12 @@ def widths_of(folder: Path) -> tuple[Record, ...]:
     return tuple(found)
 
 
+_COMMON = {quantity.key: quantity for quantity in ablation_table.QUANTITIES}
+
 QUANTITIES = (
-    Quantity("learning_rate", "η (calibrated)", r"$\eta$ (calibrated)", "step size"),
-    Quantity("eta_beta", "η β at θ_0", r"$\eta\beta$ at $\theta_0$", "descent lemma: at most 1; boundary: 2"),
-    Quantity("p", "p", "$p$", "parameters"),
+    *(_COMMON[key] for key in ("learning_rate", "eta_beta", "p")),
     Quantity("loss_0", "L_0", "$L_0$", "loss at initialisation"),
-    Quantity("loss_t", "L_T", "$L_T$", "last training loss"),
-    Quantity("lambda_0", "λ_0", r"$\lambda_0$", "λ_min of the full kernel at epoch 0, output²/parameter²"),
-    Quantity("lambda_t", "λ_T", r"$\lambda_T$", "the same at the last probe"),
-    Quantity("drift_t", "drift, final", r"$\|\theta_T-\theta_0\|$", "‖θ_T - θ_0‖₂"),
-    Quantity("factor_zero", "factor/epoch, L* = 0", r"factor/epoch, $L^*=0$", "contraction, middle half of the run"),
-    Quantity("factor_proxy", "factor/epoch, proxy", "factor/epoch, proxy", "the same for the gap to the proxy"),
+    *(_COMMON[key] for key in ("loss_t", "lambda_0", "lambda_t", "drift_t", "factor_zero", "factor_proxy")),
     Quantity(
         "slope_proxy",
         "slope of ‖∇L‖² in the gap",
@@ -165,18 +182,18 @@ QUANTITIES = (
     ),
     Quantity("slope_zero", "slope of ‖∇L‖² in L", r"slope of $\|\nabla L\|^2$ in $L$", "the same with L* = 0"),
     Quantity("slope_range", "gaps fitted", "gaps fitted", "least and largest gap to the proxy in the fit"),
-    Quantity("predicted", "predicted", "predicted", "before the first step, from η β at θ_0"),
-    Quantity("observed", "observed", "observed", "by the rule of diagnostics.observe"),
-    Quantity("verdict", "prediction", "prediction", "whether the observed outcome was among the predicted ones"),
+    *(_COMMON[key] for key in ("predicted", "observed", "verdict")),
 )
+"""The lines of the table; those of the width ablation where it has them."""
 
 
 def table(done: Sequence[tuple[Arm, Record]]) -> Table:
     """Return one column an initialisation."""
     columns: list[dict[str, Cell]] = []
     for arm, record in done:
+        common = ablation_table.row(arm, record)
         cells: dict[str, Cell] = {
-            key: Measured(value) if isinstance(value, float) else value for key, value in row(arm, record).items()
+            key: Measured(value) if isinstance(value, float) else value for key, value in common.items()
         }
         proxy, zero = gradient_law(record, summarise(record).floor), gradient_law(record, 0.0)
         cells |= {

@@ -26,18 +26,7 @@ def lqcr(evidence: Evidence) -> Verdict:
     assert shown is not None
     outcome = weakest(part.outcome for part in parts) if slope is not None else "undecided"
     note = "; ".join(part.note for part in (slope, curvature) if part is not None)
-    verdict = Verdict(
-        "lqcr",
-        "Definition 4.2",
-        outcome,
-        measured=shown.measured,
-        bound=shown.bound,
-        margin=shown.margin,
-        step=shown.step,
-        units=shown.units,
-        note=note,
-    )
-    return verdict.with_parts(*parts)
+    return shown.standing_for("lqcr", "Definition 4.2", outcome, note).with_parts(*parts)
 
 
 def _curvature(evidence: Evidence) -> Verdict | None:
