@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lplr_jax import diagnostics
+from lplr_jax.diagnostics.rate import _suffix_medians
 from lplr_jax.models import MLP
 from lplr_jax.ntk import empirical_ntk
 from lplr_jax.training import Objective
@@ -33,7 +34,7 @@ def test_bracket_at_its_edges():
     np.testing.assert_array_equal(low, [np.inf, np.nan, 1.0, 1.0])
     np.testing.assert_array_equal(high, [np.inf, np.nan, 2 / 1.5, np.inf])
     for floor in (-1.0, np.nan, np.inf):
-        with pytest.raises(ValueError, match="floor must be a finite loss >= 0"):
+        with pytest.raises(ValueError, match="floor must be a finite number >= 0"):
             diagnostics.pl_bracket(1.0, 1.0, floor)
 
 
@@ -244,6 +245,19 @@ def test_regime_can_be_overridden():
     ):
         with pytest.raises(ValueError, match=message):
             diagnostics.stable_regime(loss, start=start, stop=stop)
+
+
+@given(st.lists(st.floats(-5, 5) | st.sampled_from([np.inf, 0.0, np.nan]), min_size=1, max_size=30))
+def test_medians_of_all_ends_of_a_series(values):
+    found = _suffix_medians(np.array(values))
+    with np.errstate(invalid="ignore"):
+        expected = [np.median(values[k:]) for k in range(len(values))]
+    np.testing.assert_allclose(found, expected, rtol=1e-15, atol=0)
+
+
+def test_a_long_run_that_only_rises_is_read_in_good_time():
+    # Median by median this is 10^10 operations.
+    assert diagnostics.stable_regime(np.linspace(1, 2, 100_001), stop=100_000) == slice(0, 0)
 
 
 def test_fit_without_enough_epochs_is_undecided():

@@ -216,9 +216,9 @@ def test_same_loss_is_traced_once():
     [
         ({"num_matvecs": 1}, "num_matvecs must be >= 2, got 1"),
         ({"num_matvecs": 9, "max_matvecs": 8}, "max_matvecs must be >= num_matvecs = 9, got 8"),
-        ({"tolerance": 0.0}, "tolerance must be > 0"),
-        ({"reduction": "max"}, 'reduction must be "sum", "mean" or None'),
-        ({"memory_budget": 0}, "memory_budget must be a positive"),
+        ({"tolerance": 0.0}, "tolerance must be a finite number > 0"),
+        ({"reduction": "max"}, "reduction must be one of sum, mean, got 'max'"),
+        ({"memory_budget": 0}, "memory_budget must be >= 1, got 0"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

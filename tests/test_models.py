@@ -58,8 +58,8 @@ def test_initialisation_is_he_normal():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"width": 0}, "width must be an integer >= 1, got 0"),
-        ({"depth": -2}, "depth must be an integer >= 1, got -2"),
+        ({"width": 0}, "width must be >= 1, got 0"),
+        ({"depth": -2}, "depth must be >= 1, got -2"),
         ({"outputs": 1.5}, "outputs must be an integer >= 1, got 1.5"),
         ({"width": True}, "width must be an integer >= 1, got True"),
         ({"activation": "swish"}, "activation must be one of relu, softplus, tanh, got 'swish'"),

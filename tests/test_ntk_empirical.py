@@ -85,7 +85,7 @@ def test_names_are_checked():
         ({"dtype": "float16"}, "dtype must be one of float32, float64, got 'float16'"),
         ({"outputs": "diagonal", "x2": x}, "leave x2 out"),
         ({"kernel": "neural-tangents", "mesh": jax.make_mesh((1,), ("rows",))}, "mesh is for kernel="),
-        ({"memory_budget": 0}, "memory_budget must be a positive number of bytes or None, got 0"),
+        ({"memory_budget": 0}, "memory_budget must be >= 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             empirical_ntk(apply_fn, params, x, **settings)

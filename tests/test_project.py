@@ -21,8 +21,8 @@ PACKAGE = Path(lplr_jax.__file__).parent
 # Bottom first: a module may import from those before it, and a package from itself.
 # fmt: off
 ROOMS = (
-    "files", "certificates", "lanczos", "linalg", "data", "models", "training", "ntk", "diagnostics", "records",
-    "summary", "theory", "plotting", "experiments", "cli",
+    "checks", "archives", "files", "certificates", "lanczos", "linalg", "data", "models", "training", "ntk",
+    "diagnostics", "records", "summary", "theory", "plotting", "experiments", "cli",
 )
 # fmt: on
 TRACKED = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "Makefile", "pyproject.toml")

@@ -1,6 +1,7 @@
 """The `lplr` command: wiring from options to experiments, records and figures."""
 
 import errno
+import io
 import json
 import logging
 import os
@@ -17,8 +18,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.logging import RichHandler
 
+from lplr_jax import checks, plotting, records, theory
 from lplr_jax import data as datasets
-from lplr_jax import plotting, records, theory
 from lplr_jax.experiments import ablation as ablation_experiment
 from lplr_jax.experiments import ablation_table, interrupt, place, report, tables
 from lplr_jax.experiments import boundary as boundary_experiment
@@ -36,9 +37,7 @@ CONSOLE = Console() if sys.stdout.isatty() else Console(width=130)
 
 
 def _mnist(preset: Preset, config: mnist_experiment.MnistConfig) -> int:
-    # A missing `out` is filled in here, so that two presets never share a folder by default.
-    folder = config.out or Path("runs") / ("mnist" if preset == "default" else f"mnist-{preset}")
-    figures = Path("figures") if preset == "default" and config.out is None else folder / "figures"
+    folder, figures = _places("mnist", preset, config.out)
     identity = mnist_experiment.identity(config)
 
     def make(checkpoints: Checkpoints) -> records.Record:
@@ -78,7 +77,8 @@ def _save(figure: Figure, target: Path) -> None:
 def _places(experiment: str, preset: Preset, out: Path | None) -> tuple[Path, Path]:
     """Return the folder of an experiment and that of its figures; two presets never share one by default."""
     folder = out or Path("runs") / (experiment if preset == "default" else f"{experiment}-{preset}")
-    return folder, Path("figures") if preset == "default" and out is None else folder / "figures"
+    figures = Path("figures") if preset == "default" and out is None else folder / "figures"
+    return checks.folder("--out", folder), checks.folder("the folder of the figures", figures)
 
 
 def _tabulate(table: tables.Table, stem: Path) -> None:
@@ -119,12 +119,13 @@ def _boundary(preset: Preset, config: boundary_experiment.BoundaryConfig) -> int
 
 def _initialisation(preset: Preset, config: initialisation_experiment.InitialisationConfig) -> int:
     folder, figures = _places("initialisation", preset, config.out)
+    beside = config.ablation or _places("ablation", preset, None)[0]
+    # Read first: a bad record beside must not be found after the training.
+    widths = initialisation_experiment.widths_of(beside)
     identity = initialisation_experiment.identity(config)
     with place.claimed(folder, "initialisation", identity, force=config.force, say=_say) as lock:
         done = initialisation_experiment.run(config, folder, say=_say, follow=_follow, check=lock.check)
         _tabulate(initialisation_experiment.table(done), folder / "initialisation")
-    beside = config.ablation or _places("ablation", preset, None)[0]
-    widths = initialisation_experiment.widths_of(beside)
     if not widths:
         _say(f"no width ablation at {beside}: the panel of loss against width is left out (`lplr ablation` makes one)")
     figure = plotting.initialisation({arm.name: record for arm, record in done}, widths, epoch=config.loss_epoch)
@@ -139,10 +140,11 @@ def _plot(record: Annotated[Path, tyro.conf.Positional], /, out: Path | None = N
         record: record.npz, or the folder that holds it, or one that holds a folder for each arm of an experiment.
         out: figure to write, as PNG and PDF [default: beside the record, named after its experiment].
     """
+    record = checks.path("RECORD", record)
     arms = sorted(record.glob("*/record.npz"))
     if arms and not (record / "record.npz").exists():
         loaded_arms = {path.parent.name: records.load(path) for path in arms}
-        inits = {arm.config.get("init") for arm in loaded_arms.values()}
+        inits = {repr(arm.config.get("init")) for arm in loaded_arms.values()}
         if len(inits) > 1:
             _save(plotting.initialisation(loaded_arms), out or record / "initialisation.png")
         else:
@@ -207,11 +209,7 @@ def _data(
         source: where the images come from.
     """
     found = datasets.load(name, source=source, data_dir=data, n_train=n_train)
-    CONSOLE.print(
-        f"{found.name}: x {found.x.shape}, y {found.y.shape}\nsource   {found.source}\nchecksum {found.checksum}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    _say(f"{found.name}: x {found.x.shape}, y {found.y.shape}\nsource   {found.source}\nchecksum {found.checksum}")
     return OK
 
 
@@ -309,6 +307,13 @@ def _use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def _sentence(error: BaseException) -> str:
+    """Return what an error says as one line that a terminal can show; a KeyError's text is its argument."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    line = " ".join(text.split()) or type(error).__name__
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -325,6 +330,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         handlers=[RichHandler(console=CONSOLE, show_time=False, show_path=False)],
     )
     logging.getLogger("lplr_jax").setLevel(logging.INFO)
+    for stream in (sys.stdout, sys.stderr):
+        # Greek letters must not end a run whose output goes to an ASCII log.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         _use_compilation_cache()
         with interrupt.handled():
@@ -336,11 +345,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except place.DirectoryInUseError as error:
         code, message = IN_USE, str(error)
     except (ValueError, TypeError, KeyError, ImportError) as error:
-        code, message = BAD_INPUT, str(error)
+        code, message = BAD_INPUT, _sentence(error)
     except OSError as error:
-        code, message = IO_FAILED, str(error)
+        code, message = IO_FAILED, _sentence(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message += "; make room: what was saved before is intact, and the same command goes on from there"
+    except Exception as error:
+        code, message = INCONSISTENT, f"a fault of lplr-jax, {type(error).__name__}: {_sentence(error)}; try --debug"
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            code, message = BAD_INPUT, f"out of memory ({_sentence(error)}); lower --width, --n-train or --epochs"
     if debug:
         traceback.print_exc()
     Console(stderr=True).print(f"lplr: {message}", style="red", highlight=False, soft_wrap=True, markup=False)

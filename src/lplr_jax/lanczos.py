@@ -17,6 +17,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 from matfree import decomp
 
+from lplr_jax import checks
+
 Matvec = Callable[..., Any]
 """(vector, *args) -> product, vector and product pytrees of the same structure; `args` are traced, never captured."""
 
@@ -124,12 +126,13 @@ def extreme_ritz(
     Raises:
         ValueError: for settings out of range.
     """
-    if num_matvecs < 2:
-        raise ValueError(f"num_matvecs must be >= 2, got {num_matvecs}")
-    if max_matvecs < num_matvecs:
+    checks.whole("num_matvecs", num_matvecs, least=2)
+    if checks.whole("max_matvecs", max_matvecs) < num_matvecs:
         raise ValueError(f"max_matvecs must be >= num_matvecs = {num_matvecs}, got {max_matvecs}")
-    if not tolerance > 0.0:
-        raise ValueError(f"tolerance must be > 0, got {tolerance}")
+    checks.number("tolerance", tolerance, above=0)
+    checks.whole("seed", seed, least=0)
+    if start is not None:
+        checks.instance("start", start, Ritz, "an earlier result")
     flat, unravel = ravel_pytree(like)
     p, dtype = flat.size, flat.dtype
     if p == 0:

@@ -12,7 +12,7 @@ import scipy.linalg
 import scipy.sparse.linalg
 from jaxtyping import Float
 
-from lplr_jax import certificates
+from lplr_jax import certificates, checks
 
 # Up to here a dense solver for one eigenpair is cheaper than Cholesky with inverse iteration (measured on two cores).
 _DENSE_MAX = 400
@@ -59,9 +59,12 @@ class MinEig:
 
 def _checked(matrix: Any) -> tuple[Float[np.ndarray, "n n"], float]:
     """Return the matrix in float64 and its largest |a - aᵀ|; reads blocks of rows, so memory stays at one matrix."""
-    a = np.asarray(matrix)
-    if not (np.issubdtype(a.dtype, np.floating) or np.issubdtype(a.dtype, np.integer)):
-        raise TypeError(f"expected a real matrix, got dtype {a.dtype}")
+    a = checks.as_array(matrix)
+    if a is None or not (np.issubdtype(a.dtype, np.floating) or np.issubdtype(a.dtype, np.integer)):
+        raise TypeError(
+            f"expected a real matrix of shape (n, n), got {checks.shown(matrix)}, "
+            f"{'no array' if a is None else f'dtype {a.dtype}'}"
+        )
     a = a.astype(np.float64, copy=False)
     if a.ndim != 2 or a.shape[0] != a.shape[1] or a.shape[0] == 0:
         raise ValueError(f"expected a square matrix of shape (n, n) with n >= 1, got shape {a.shape}")
@@ -121,8 +124,9 @@ def min_eig(
         True
     """
     for name, error in (("assembly_error", assembly_error), ("factor_error", factor_error)):
-        if not error >= 0.0:
-            raise ValueError(f"{name} must be >= 0, got {error}")
+        checks.number(name, error, least=0, finite=False)
+    if not (isinstance(assumptions, tuple) and all(isinstance(text, str) for text in assumptions)):
+        raise TypeError(f"assumptions must be a tuple of texts, got {checks.shown(assumptions)}")
     a, asymmetry = _checked(matrix)
     exponent = _exponent(a)
     if abs(exponent) > certificates.MAX_EXPONENT:

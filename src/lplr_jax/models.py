@@ -12,6 +12,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from lplr_jax import checks
+
 Params = Any
 """A pytree of parameter arrays."""
 
@@ -92,13 +94,12 @@ class MLP(nn.Module):
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "outputs"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(sorted(ACTIVATIONS))}, got {self.activation!r}")
-        if self.initialisation not in INITS:
-            raise ValueError(f"initialisation must be one of {', '.join(INITS)}, got {self.initialisation!r}")
+            checks.whole(name, getattr(self, name), least=1)
+        checks.one_of("activation", self.activation, sorted(ACTIVATIONS))
+        checks.one_of("initialisation", self.initialisation, INITS)
+        if self.dtype is not None:
+            _check_floating("dtype", self.dtype)
+        _check_floating("param_dtype", self.param_dtype)
         if self.initialisation == "antisymmetric" and (self.width % 2 or self.depth < 2):
             raise ValueError(
                 "the antisymmetric initialisation pairs hidden units: it needs an even width and depth >= 2, "
@@ -109,7 +110,15 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array | np.ndarray, "n ..."]) -> Float[Array, "n c"]:
         """Map inputs (n, ...), flattened per sample, to outputs (n, c)."""
+        if not (hasattr(x, "shape") and jnp.issubdtype(x.dtype, jnp.number) and x.shape and all(x.shape[1:])):
+            raise ValueError(f"x must be an array of numbers (n, ...), at least one a sample, got {checks.shown(x)}")
         h = jnp.reshape(x, (x.shape[0], -1))
+        there = self.variables.get("params", {}).get("dense_0")
+        if there is not None and there["kernel"].shape[0] != h.shape[1]:
+            raise ValueError(
+                f"x has {h.shape[1]} features a sample, shape {x.shape}, but the parameters were made for "
+                f"{there['kernel'].shape[0]}; initialise with inputs of the same shape"
+            )
         for layer in range(self.depth):
             last = layer == self.depth - 1
             h = nn.Dense(
@@ -125,6 +134,23 @@ class MLP(nn.Module):
         return h
 
 
+def _check_floating(name: str, value: Any) -> None:
+    try:
+        floating = value is not None and jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(f"{name} must be a floating type such as float32, got {checks.shown(value)}")
+
+
 def count_parameters(params: Params) -> int:
-    """Return p, the number of scalars in a pytree of parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    """Return p, the number of scalars in a pytree of parameters.
+
+    Raises:
+        TypeError: if a leaf is no array.
+    """
+    leaves = jax.tree.leaves(params)
+    for leaf in leaves:
+        if not hasattr(leaf, "size"):
+            raise TypeError(f"params must be a pytree of arrays, got a leaf {checks.shown(leaf)}")
+    return sum(leaf.size for leaf in leaves)

@@ -4,8 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import xarray as xr
 
+from lplr_jax import archives, checks
+
 SCHEMA_VERSION = 1
+
+MOST_BYTES = 2**30
+"""Bytes that a record may unpack to; one of 10^6 epochs and 9 spectra of 10^4 eigenvalues takes some 50 MB."""
+_TEXT_BYTES = 2**24
 
 
 class RecordError(ValueError):
@@ -87,6 +93,7 @@ SCHEMA: dict[str, Entry] = {
 
 REQUIRED = ("epoch", "loss", "grad_sq_norm", "drift", "loss_scale", "learning_rate", "n", "c", "p")
 _TEXT = ("experiment", "config", "provenance", "checksum")
+_INDICES = ("epoch", "probe_epoch", "subset_ids")
 
 
 @dataclass(frozen=True)
@@ -106,20 +113,20 @@ class Record:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        missing = [name for name in REQUIRED if name not in self.arrays]
-        if missing:
-            raise RecordError(f"the record lacks {', '.join(missing)}; every record holds {', '.join(REQUIRED)}")
-        lengths: dict[str, tuple[int, str]] = {}
+        # The name becomes part of file names.
+        if not (isinstance(self.experiment, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", self.experiment)):
+            raise RecordError(
+                f"experiment must be a name of letters, digits, - and _, got {checks.shown(self.experiment)}"
+            )
+        for what in ("arrays", "config", "provenance"):
+            content = getattr(self, what)
+            if not (isinstance(content, Mapping) and all(isinstance(name, str) for name in content)):
+                raise RecordError(f"{what} must be a mapping from names (a JSON object), got {checks.shown(content)}")
         for name, array in self.arrays.items():
-            if name not in SCHEMA:
-                raise RecordError(f"the record holds {name!r}, which schema {SCHEMA_VERSION} does not know")
-            dims = SCHEMA[name].dims
-            if array.ndim != len(dims) or array.dtype.kind not in "iuf":
-                raise RecordError(f"{name} must be numeric with axes {dims}, got {array.dtype} of shape {array.shape}")
-            for dim, length in zip(dims, array.shape, strict=True):
-                first, by = lengths.setdefault(dim, (length, name))
-                if first != length:
-                    raise RecordError(f"{name} has {length} entries along {dim!r} where {by} has {first}")
+            if not isinstance(array, np.ndarray):
+                raise RecordError(f"{name} must be a numpy array, got {checks.shown(array)}; wrap it in np.asarray")
+        _check_form({name: (array.shape, array.dtype) for name, array in self.arrays.items()})
+        _check_values(self.arrays)
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return one array by its name in `SCHEMA`.
@@ -157,7 +164,15 @@ class Record:
 
         Returns:
             The path written.
+
+        Raises:
+            TypeError: for what is no path.
+            ValueError: for a path without a file name.
+            OSError: if it cannot be written; what was there before stays.
         """
+        path = checks.path("path", path)
+        if not path.name:
+            raise ValueError(f"path must be that of a file, got {str(path)!r}")
         texts = {
             "experiment": self.experiment,
             "config": json.dumps(dict(self.config), sort_keys=True),
@@ -165,9 +180,9 @@ class Record:
             "checksum": self.checksum(),
         }
         members = {**self.arrays, **{name: np.array(text) for name, text in texts.items()}}
-        with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, schema_version=np.array(SCHEMA_VERSION), **members)
-        return Path(path)
+        return path
 
     def to_xarray(self) -> xr.Dataset:
         """Return the arrays as an xarray Dataset with units, meanings, and the config among its attributes."""
@@ -181,6 +196,51 @@ class Record:
         }
         attributes = {"experiment": self.experiment, "config": json.dumps(dict(self.config), sort_keys=True)}
         return xr.Dataset(variables, coords=coords, attrs=attributes)
+
+
+def _check_form(arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+    """Hold names, types, ranks and lengths against the schema; the numbers themselves are not needed."""
+    missing = [name for name in REQUIRED if name not in arrays]
+    if missing:
+        raise RecordError(f"the record lacks {', '.join(missing)}; every record holds {', '.join(REQUIRED)}")
+    lengths: dict[str, tuple[int, str]] = {}
+    for name, (shape, dtype) in arrays.items():
+        if name not in SCHEMA:
+            raise RecordError(
+                f"the record holds {name!r}, which schema {SCHEMA_VERSION} does not know; it knows {', '.join(SCHEMA)}"
+            )
+        dims = SCHEMA[name].dims
+        if len(shape) != len(dims) or dtype.kind not in "iuf":
+            raise RecordError(f"{name} must be numeric with axes {dims}, got {dtype} of shape {shape}")
+        if name in _INDICES and dtype.kind not in "iu":
+            raise RecordError(f"{name} must hold integers, got {dtype}; it counts {SCHEMA[name].units}")
+        for dim, length in zip(dims, shape, strict=True):
+            first, by = lengths.setdefault(dim, (length, name))
+            if first != length:
+                raise RecordError(f"{name} has {length} entries along {dim!r} where {by} has {first}; they must agree")
+    if not lengths["epoch"][0]:
+        raise RecordError("the record has no epoch; epoch 0, the initialisation, is the least that one holds")
+
+
+def _check_values(arrays: Mapping[str, np.ndarray]) -> None:
+    """Hold the numbers by which others are counted or divided against their range."""
+    for name in ("n", "c", "p", "kernel_samples"):
+        if name in arrays:
+            value = float(arrays[name])
+            if not (value >= 1 and value == np.floor(value) and value < 2**63):
+                raise RecordError(f"{name} must be an integer >= 1, got {value:g}")
+    if "kernel_samples" in arrays and int(arrays["kernel_samples"]) > int(arrays["n"]):
+        raise RecordError(f"kernel_samples must be <= n = {int(arrays['n'])}, got {int(arrays['kernel_samples'])}")
+    for name in ("loss_scale", "learning_rate"):
+        value = float(arrays[name])
+        # A record of a single point has no step size.
+        if not (np.isfinite(value) and value > 0) and not (name == "learning_rate" and np.isnan(value)):
+            raise RecordError(f"{name} must be a finite number > 0, got {value:g}")
+    ranges = {"probe_epoch": ("epochs", arrays["epoch"].size), "subset_ids": ("samples", int(arrays["n"]))}
+    for name, (what, end) in ranges.items():
+        if name in arrays and arrays[name].size and not 0 <= int(arrays[name].min()) <= int(arrays[name].max()) < end:
+            span = f"{arrays[name].min()} to {arrays[name].max()}"
+            raise RecordError(f"{name} must lie in the run's {what} 0 to {end - 1}, got {span}")
 
 
 class atomic_write:  # noqa: N801 - reads as a function at every call
@@ -242,37 +302,73 @@ def sync_tree(folder: Path) -> None:
 def load(path: str | os.PathLike[str]) -> Record:
     """Read a record, and check its schema, its shapes and its integrity.
 
+    Nothing in the file is run or unpickled, and no array is allocated before names, types and sizes of all are known to
+    be those of a record of at most `MOST_BYTES`.
+
     Args:
         path: an npz file, or a directory that holds `record.npz`.
 
     Raises:
         RecordError: if the file is missing, is no record, is of a newer schema, holds pickled objects, or was altered.
+        TypeError: for what is no path.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "record.npz"
-    if not path.exists():
+    path = checks.path("path", path)
+    try:
+        path = path / "record.npz" if path.is_dir() else path
+    except OSError as error:  # a name that is too long, a link to itself
+        place = checks.shown(str(path))
+        raise RecordError(f"there is no record at {place} ({error.strerror}); name another") from error
+    if not os.path.lexists(path):
         raise RecordError(f"there is no record at {path}; `lplr mnist --out DIR` writes DIR/record.npz")
     try:
-        # NumPy leaves a file that it opened itself and could not read to the garbage collector.
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            members = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise RecordError(f"{path} is no readable record ({error}); expected an npz without pickled objects") from error
-    version = members.pop("schema_version", None)
-    missing = [name for name in _TEXT if name not in members]
-    if version is None or missing:
-        raise RecordError(f"{path} is an npz file but no record: it lacks {', '.join(missing or ['schema_version'])}")
-    if int(version) > SCHEMA_VERSION:
+        members = _members(path)
+    except RecordError as error:
+        raise RecordError(f"{path}: {error}") from error
+    except archives.ArchiveError as error:
         raise RecordError(
-            f"{path} has schema {int(version)}, this version reads up to {SCHEMA_VERSION}; upgrade lplr-jax"
-        )
+            f"{path} is no readable record ({error}); expected an npz without pickled objects, as `lplr` writes it"
+        ) from error
     texts = {name: str(members.pop(name)) for name in _TEXT}
     try:
         config, provenance = json.loads(texts["config"]), json.loads(texts["provenance"])
         record = Record(texts["experiment"], members, config, provenance)
-    except ValueError as error:
-        raise RecordError(f"{path}: {error}") from error
-    if record.checksum() != texts["checksum"]:
+        intact = record.checksum() == texts["checksum"]
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{path}: {error}; use an intact copy, or run again") from error
+    if not intact:
         raise RecordError(f"{path} was altered after it was written: its arrays do not match its checksum; run again")
     return record
+
+
+def _members(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays and texts of a record; its schema version decides whether the others are looked at."""
+
+    def has_version(headers: Mapping[str, archives.Header]) -> None:
+        missing = [name for name in ("schema_version", *_TEXT) if name not in headers]
+        if missing:
+            raise RecordError(f"an npz file but no record: it lacks {', '.join(missing)}; `lplr mnist` writes one")
+        version = headers["schema_version"]
+        if version.shape or version.dtype.kind not in "iu":
+            raise RecordError(
+                f"schema_version must be one integer, got {version.dtype} of shape {version.shape}; run again"
+            )
+
+    def is_record(headers: Mapping[str, archives.Header]) -> None:
+        for name in _TEXT:
+            text = headers[name]
+            if text.shape or text.dtype.kind != "U" or text.nbytes > _TEXT_BYTES:
+                raise RecordError(
+                    f"{name} must be one text of at most {_TEXT_BYTES // 4:,} letters, "
+                    f"got {text.dtype} of shape {text.shape}; run again"
+                )
+        rest = {name: header for name, header in headers.items() if name not in ("schema_version", *_TEXT)}
+        _check_form({name: (header.shape, header.dtype) for name, header in rest.items()})
+
+    first = archives.read_npz(path, most_bytes=MOST_BYTES, admit=has_version, only=("schema_version",))
+    version = int(first["schema_version"])
+    if not 1 <= version <= SCHEMA_VERSION:
+        way = "upgrade lplr-jax" if version > SCHEMA_VERSION else "the file is damaged; run again"
+        raise RecordError(f"the file has schema {version}, this version reads up to {SCHEMA_VERSION}; {way}")
+    members = archives.read_npz(path, most_bytes=MOST_BYTES, admit=is_record)
+    del members["schema_version"]
+    return members

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from lplr_jax import checks
 from lplr_jax.diagnostics import (
     PowerLaw,
     RateReport,
@@ -15,6 +16,7 @@ from lplr_jax.diagnostics import (
     rate_report,
     stable_regime,
 )
+from lplr_jax.diagnostics.rate import EMPTY, MIN_EPOCHS, check_regime
 from lplr_jax.records import Record
 
 
@@ -39,19 +41,33 @@ class Summary:
     middle_rate: RateReport
 
 
+def check_record(record: Record, name: str = "record") -> None:
+    """Raise TypeError for what is no record."""
+    checks.instance(name, record, Record, "as records.load returns one")
+
+
 def summarise(record: Record) -> Summary:
     """Derive the summary of a record, with the regime that its config overrides, if it does.
 
     Raises:
         ValueError: if the record's loss has no finite value, or its config names a regime outside the run.
     """
+    check_record(record)
     loss, last = record["loss"], record["epoch"].size - 1
-    start, stop = record.config.get("regime_start"), record.config.get("regime_stop")
+    named = {name: record.config.get(f"regime_{name}") for name in ("start", "stop")}
+    # Held against the whole run, so that a record with a regime outside it is refused, not bent.
+    check_regime(last + 1, **named)
 
     def window(curve: Float[np.ndarray, " t"]) -> slice:
         # An override is given in epochs of the whole run; the same share of a shorter one is meant.
         share = (curve.size - 1) / last if last else 1.0
-        ends = {name: None if end is None else round(end * share) for name, end in (("start", start), ("stop", stop))}
+        ends = {name: round(end * share) for name, end in named.items() if end is not None}
+        # A run that diverged, or one cut short, may have too few epochs left in the regime that was named.
+        recorded = int(np.isfinite(curve).argmin()) if not np.isfinite(curve).all() else curve.size
+        if "stop" in ends:
+            ends["stop"] = min(ends["stop"], recorded)
+        if min(ends.get("stop", recorded), recorded) - ends.get("start", 0) < MIN_EPOCHS:
+            return EMPTY
         return stable_regime(curve, **ends)
 
     floor = loss_floor(loss)

@@ -12,9 +12,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from lplr_jax import checks
 from lplr_jax.models import ApplyFn, Params
 
 LossScale = Literal["sum", "mean"]
+
+_OPTAX = "such as optax.sgd(0.1)"
+_OBJECTIVE = "made of a function and a loss scale"
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Objective:
     loss_scale: LossScale
 
     def __post_init__(self) -> None:
-        if self.loss_scale not in ("sum", "mean"):
+        checks.function("apply_fn", self.apply_fn, "(params, x) -> outputs (n, c)")
+        if not isinstance(self.loss_scale, str) or self.loss_scale not in ("sum", "mean"):
             raise ValueError(f'loss_scale must be "sum" (s = 1) or "mean" (s = n), got {self.loss_scale!r}')
 
     def scale(self, n: int) -> int:
@@ -48,6 +53,12 @@ class Objective:
         # GPUs take TF32 and TPUs bfloat16 passes unless told; loss and gradient feed verdicts.
         with jax.default_matmul_precision("highest"):
             outputs = self.apply_fn(params, x)
+        for name, array in (("y", y), ("apply_fn", outputs)):
+            if not (hasattr(array, "shape") and jnp.issubdtype(array.dtype, jnp.number)):
+                verb = "must be" if name == "y" else "must return one"
+                raise TypeError(f"{name} {verb} array (n, c) of numbers, got {checks.shown(array)}")
+        if not y.size:
+            raise ValueError(f"y has no samples, or no outputs; it must be (n, c) with both >= 1, got shape {y.shape}")
         if outputs.shape != y.shape:
             raise ValueError(f"apply_fn returns shape {outputs.shape} but y has shape {y.shape}; both must be (n, c)")
         return outputs - y
@@ -81,7 +92,12 @@ class EpochMetrics(NamedTuple):
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return the state before the first step; it holds copies, so that donating it leaves `params` usable."""
+    """Return the state before the first step; it holds copies, so that donating it leaves `params` usable.
+
+    Raises:
+        TypeError: for what is no optax transformation.
+    """
+    checks.instance("optimizer", optimizer, optax.GradientTransformation, _OPTAX)
     return TrainState(jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
@@ -110,6 +126,8 @@ def train_step(
     Returns:
         The next state, and the metrics at the parameters that came in.
     """
+    checks.instance("objective", objective, Objective, _OBJECTIVE)
+    checks.instance("optimizer", optimizer, optax.GradientTransformation, _OPTAX)
     loss, gradient = objective.value_and_gradient(state.params, *batch)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -131,6 +149,7 @@ def train_epochs(
     Returns:
         The state after `epochs` steps and the metrics before each of them, every field of shape (epochs,).
     """
+    checks.whole("epochs", epochs, least=1)
 
     def body(carry: TrainState, _: None) -> tuple[TrainState, EpochMetrics]:
         return train_step(carry, batch, initial, objective=objective, optimizer=optimizer)
@@ -141,5 +160,6 @@ def train_epochs(
 @partial(jax.jit, static_argnames=("objective",))
 def evaluate(params: Params, batch: tuple[Any, Array], initial: Params, *, objective: Objective) -> EpochMetrics:
     """Return the metrics at `params` without a step: those of the epoch after the last one."""
+    checks.instance("objective", objective, Objective, _OBJECTIVE)
     loss, gradient = objective.value_and_gradient(params, *batch)
     return _metrics(loss, gradient, params, initial)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import re
 import struct
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
+from lplr_jax import archives
 from lplr_jax.data.problem import (
     CIFAR10,
     MNIST,
@@ -63,7 +65,8 @@ def _open_idx(path: Path) -> Pool:
 
 def _read_idx(path: Path, magic: int, shape: tuple[int, ...]) -> np.ndarray:
     """Reads an IDX file of unsigned bytes whose items have the given shape; memory grows with what is really there."""
-    with reading(path, "an IDX file"), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+    with reading(path, "an IDX file"), archives.open_regular(path) as raw, ExitStack() as stack:
+        file = stack.enter_context(gzip.open(raw)) if path.suffix == ".gz" else raw
         head = file.read(8 + 4 * len(shape))
         if len(head) < 8 + 4 * len(shape):
             raise damaged(path, f"an IDX header of {8 + 4 * len(shape)} bytes", f"{len(head)} bytes")
@@ -88,12 +91,12 @@ def _open_batches(paths: Sequence[Path]) -> Pool:
     """CIFAR-10 binary batches: records of one label byte and 3 x 32 x 32 bytes, colour planes first."""
     images, labels = [], []
     for path in paths:
-        with reading(path, "a CIFAR-10 binary batch"):
-            size = path.stat().st_size
+        with reading(path, "a CIFAR-10 binary batch"), archives.open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             if size == 0 or size % 3073 or size > 3073 * CIFAR10.largest:
                 expected = f"1 to {CIFAR10.largest:,} records of 3,073 bytes (one label, 3,072 pixels)"
                 raise damaged(path, expected, f"{size:,} bytes")
-            records = np.fromfile(path, np.uint8).reshape(-1, 3073)
+            records = np.frombuffer(file.read(size), np.uint8).reshape(-1, 3073)
         images.append(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels.append(checked_labels(records[:, 0], path))
     source = "CIFAR-10 binary batches " + ", ".join(path.stem.removeprefix("data_batch_") for path in paths)
@@ -102,44 +105,25 @@ def _open_batches(paths: Sequence[Path]) -> Pool:
 
 
 def _open_npz(problem: Problem, path: Path) -> Pool:
-    """Reads x_train and y_train from an npz without NumPy's loader, which would allocate what a header declares."""
-    bound = problem.largest * math.prod(problem.shape) + 65_536
-    with reading(path, "an npz file"), zipfile.ZipFile(path) as archive:
-        members = {info.filename: info for info in archive.infolist()}
-        if len(members) != len(archive.infolist()):
-            raise damaged(path, "members with different names", "a name twice")
-        for name, info in members.items():
-            if re.search(r"[/\\:]|^\.", name):
-                raise damaged(path, "members with plain names", repr(name))
-            if info.file_size > bound:
-                raise damaged(path, f"members of at most {bound:,} bytes", f"{name} with {info.file_size:,} declared")
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise damaged(path, "members stored or deflated", f"{name} with method {info.compress_type}")
-        for name in ("x_train.npy", "y_train.npy"):
-            if name not in members:
-                raise damaged(path, "members x_train and y_train", ", ".join(members) or "none")
-        images = _read_npy(archive, path, "x_train.npy", ("uint8",), problem.shape)
-        labels = _read_npy(archive, path, "y_train.npy", ("uint8", "int8", "int16", "int32", "int64"), ())
-    if len(images) != len(labels):
-        raise damaged(path, f"{len(images):,} labels in y_train, as x_train has images", f"{len(labels):,}")
-    return in_memory(images, checked_labels(labels, path), f"npz file {path.name}", path)
+    """Reads x_train and y_train from an npz."""
+    kinds = {"x_train": ("uint8",), "y_train": ("uint8", "int8", "int16", "int32", "int64")}
+    items = {"x_train": problem.shape, "y_train": ()}
 
+    def admit(headers: Mapping[str, archives.Header]) -> None:
+        if not kinds.keys() <= headers.keys():
+            raise damaged(path, "members x_train and y_train", ", ".join(headers) or "none")
+        for name, allowed in kinds.items():
+            shape, dtype = headers[name].shape, headers[name].dtype
+            if dtype.name not in allowed or len(shape) != 1 + len(items[name]) or shape[1:] != items[name]:
+                raise damaged(
+                    path, f"{name}.npy as {allowed[0]} of shape {('N', *items[name])}", f"{dtype.name} of shape {shape}"
+                )
+        images, labels = headers["x_train"].shape[0], headers["y_train"].shape[0]
+        if images != labels:
+            raise damaged(path, f"{images:,} labels in y_train, as x_train has images", f"{labels:,}")
 
-def _read_npy(
-    archive: zipfile.ZipFile, path: Path, member: str, kinds: tuple[str, ...], item: tuple[int, ...]
-) -> np.ndarray:
-    """Reads one array of shape (N, *item); the member's declared size was checked, and zipfile reads no further."""
-    with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise damaged(path, f"{member} in format 1.0 or 2.0", f"{version[0]}.{version[1]}")
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(file)
-        if dtype.hasobject:
-            raise damaged(path, f"{member} to hold numbers", "pickled objects, which are never loaded")
-        if dtype.name not in kinds or len(shape) != 1 + len(item) or shape[1:] != item:
-            raise damaged(path, f"{member} as {kinds[0]} of shape {('N', *item)}", f"{dtype.name} of shape {shape}")
-        body = file.read()
-    if len(body) != math.prod(shape) * dtype.itemsize:
-        raise damaged(path, f"{math.prod(shape) * dtype.itemsize:,} bytes in {member}", f"{len(body):,}")
-    return np.frombuffer(body, dtype).reshape(shape, order="F" if fortran else "C")
+    bound = problem.largest * (math.prod(problem.shape) + 8) + 65_536
+    with reading(path, "an npz file"):
+        arrays = archives.read_npz(path, most_bytes=bound, admit=admit, only=("x_train", "y_train"))
+    labels = checked_labels(arrays["y_train"], path)
+    return in_memory(arrays["x_train"], labels, f"npz file {path.name}", path)

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import importlib.metadata
 import importlib.util
+import json
 import logging
 import math
 import re
@@ -22,11 +23,26 @@ from typing import Any
 
 import numpy as np
 
-from lplr_jax.data.problem import AbsentError, DataError, Pool, Problem, UnusableError, checked_labels, damaged
+from lplr_jax import archives
+from lplr_jax.data.problem import (
+    AbsentError,
+    DataError,
+    Pool,
+    Problem,
+    UnusableError,
+    checked_labels,
+    damaged,
+    reading,
+)
 
 log = logging.getLogger("lplr_jax.data")
 
 PROBE_SECONDS = 3.0
+
+_FEATURES_BYTES = 2**16
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type", "proto_cls")
+_FEATURE_CLASS = r"tensorflow_datasets(\.\w+)+"
+_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 
 # MD5 of the uncompressed train-labels-idx1-ubyte, as published with the data.
 _MNIST_LABELS_MD5 = "a25bea736e30d166cdddb491f175f624"
@@ -44,6 +60,7 @@ def open_prepared(problem: Problem, path: Path) -> Pool:
     if not ready:
         raise AbsentError(f"{name}/<version>/{name}-train.array_record* in {path}")
     folder = max(ready, key=lambda folder: [int(part) for part in folder.name.split(".")])
+    _check_folder(folder)
     with _tensorflow_datasets(folder) as tfds:
         read = functools.partial(
             tfds.data_source, f"{name}:{folder.name}", split="train", data_dir=folder.parent.parent, download=False
@@ -62,12 +79,39 @@ def open_prepared(problem: Problem, path: Path) -> Pool:
 
     def images(wanted: np.ndarray) -> np.ndarray:
         with _tensorflow_datasets(folder):
-            pixels = np.stack([row["image"] for row in decoded.__getitems__(order[wanted].tolist())])
+            rows_wanted = order[wanted].tolist()
+            # A PNG says its size ahead of its pixels, so that none is unpacked into more than is wanted.
+            heads = {bytes(rows[row]["image"][:24]) for row in rows_wanted}
+            if wrong := heads - {_PNG + struct.pack(">II", *problem.shape[1::-1])}:
+                raise damaged(folder, f"PNG images of {problem.shape[:2]} pixels", repr(wrong.pop()))
+            pixels = np.stack([row["image"] for row in decoded.__getitems__(rows_wanted)])
             if pixels.dtype != np.uint8 or pixels[0].size != math.prod(problem.shape):
                 raise damaged(folder, f"uint8 images of shape {problem.shape}", f"{pixels.dtype} {pixels.shape[1:]}")
         return pixels.reshape(-1, *problem.shape)
 
     return Pool(labels[order], images, source, str(folder))
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses what the library would wait for or run: pipes among the files, and features of other packages.
+
+    It imports the module of every feature class that features.json names, whatever that module is.
+    """
+    for file in folder.iterdir():
+        if not file.is_file():
+            raise damaged(folder, "ordinary files", f"{file.name}, which is none")
+    path = folder / "features.json"
+    with reading(path, "the features as JSON"):
+        todo = [json.loads(archives.read_text(path, most_bytes=_FEATURES_BYTES))]
+    while todo:
+        content = todo.pop()
+        if isinstance(content, dict):
+            for key, name in content.items():
+                if key in _CLASS_KEYS and not (isinstance(name, str) and re.fullmatch(_FEATURE_CLASS, name)):
+                    raise damaged(path, "features of tensorflow_datasets alone", repr(name))
+            todo.extend(content.values())
+        elif isinstance(content, list):
+            todo.extend(content)
 
 
 def _original_order(ids: list[bytes], labels: np.ndarray) -> np.ndarray | None:

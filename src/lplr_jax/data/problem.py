@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-import tokenize
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
+
+from lplr_jax import archives
 
 
 class DataError(ValueError):
@@ -51,7 +51,7 @@ class Dataset:
         for letter, array in (("x", self.x), ("y", self.y)):
             if not isinstance(array, np.ndarray) or array.dtype != np.float32:
                 raise ValueError(f"{letter} must be a float32 numpy array, got {getattr(array, 'dtype', type(array))}")
-            if array.size == 0 or not np.isfinite(array).all():
+            if array.ndim == 0 or array.size == 0 or not np.isfinite(array).all():
                 raise ValueError(f"{letter} must hold finite numbers, got shape {array.shape} with NaN, inf or nothing")
         if self.x.ndim < 2 or self.y.ndim != 2 or len(self.x) != len(self.y):
             raise ValueError(f"x must be (n, ...) and y (n, c) with one n, got {self.x.shape} and {self.y.shape}")
@@ -153,9 +153,8 @@ def damaged(path: Path, expected: str, found: str) -> DataError:
     return DataError(f"{path}: expected {expected}, found {found}. Use an intact copy, or name another data_dir.")
 
 
-# Among them gzip.BadGzipFile (an OSError), NotImplementedError and the refusal of a password (RuntimeErrors).
-_UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, MemoryError, struct.error, zlib.error, tokenize.TokenError)
-_UNREADABLE += (zipfile.BadZipFile,)
+# Among them gzip.BadGzipFile, an OSError.
+_UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, MemoryError, struct.error, zlib.error)
 
 
 @contextmanager
@@ -165,6 +164,8 @@ def reading(path: Path, what: str) -> Iterator[None]:
         yield
     except DataError:
         raise
+    except archives.ArchiveError as error:
+        raise DataError(f"{error} Or name another data_dir.") from error
     except _UNREADABLE as error:
         raise damaged(path, what, f"{type(error).__name__}: {error}") from error
 

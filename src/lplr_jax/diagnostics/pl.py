@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lplr_jax import checks
 from lplr_jax.models import ApplyFn, Params
+from lplr_jax.ntk import checks as probes
 from lplr_jax.ntk.empirical import cast_floating, precision_scope
 from lplr_jax.training import LossScale, Objective
 
@@ -34,16 +36,18 @@ def pl_bracket(
         where L <= floor, and both are where L = 0: every constant holds there. NaN stays NaN.
 
     Raises:
-        ValueError: if floor is negative or not finite.
+        ValueError: if floor is negative or not finite, or the other two are no real arrays of one shape.
 
     Example:
         >>> low, high = pl_bracket(np.array([4.0, 1.0]), np.array([8.0, 1.0]), 1.0)
         >>> low.tolist(), high.tolist()
         ([1.0, 0.5], [1.3333333333333333, inf])
     """
-    if not (np.isfinite(floor) and floor >= 0):
-        raise ValueError(f"floor must be a finite loss >= 0, got {floor}")
-    loss_, half = np.broadcast_arrays(np.asarray(loss, np.float64), 0.5 * np.asarray(grad_sq_norm, np.float64))
+    floor = checks.number("floor", floor, least=0)
+    loss_ = checks.real_array("loss", loss, axes="...", empty=True)
+    half = 0.5 * checks.real_array("grad_sq_norm", grad_sq_norm, axes="...", empty=True)
+    if loss_.shape != half.shape:
+        raise ValueError(f"loss and grad_sq_norm must have the same shape, got {loss_.shape} and {half.shape}")
 
     def ratio(gap: np.ndarray) -> np.ndarray:
         known = ~(np.isnan(gap) | np.isnan(half))
@@ -59,7 +63,8 @@ def loss_floor(loss: Float[np.ndarray, " t"]) -> float:
 
     It is L_T on a run that descends; a catapult or a stochastic run passes below L_T.
     """
-    finite = np.asarray(loss)[np.isfinite(loss)]
+    loss = checks.real_array("loss", loss, axes="t")
+    finite = loss[np.isfinite(loss)]
     if finite.size == 0:
         raise ValueError("the loss has no finite value, so it has no floor")
     return float(finite.min())
@@ -122,9 +127,17 @@ def evaluate_point(apply_fn: ApplyFn, params: Params, x: Any, y: Any, *, loss_sc
 
     Returns:
         The values on the host.
+
+    Raises:
+        TypeError: for an `apply_fn` that is no function, or inputs that are no arrays of numbers.
+        ValueError: for empty, non-finite or wrongly shaped inputs, or an unknown loss scale.
     """
     objective = Objective(apply_fn, loss_scale)
+    if not (hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.number) and np.isfinite(np.asarray(y)).all()):
+        raise ValueError(f"y must be an array (n, c) of finite numbers, got {checks.shown(y)}")
     with precision_scope("float64"):
+        probes.inputs(params, x)
+        probes.deterministic(apply_fn, *cast_floating((params, x), "float64"))
         params, x, y = cast_floating((params, x, y), "float64")
         loss, grad_sq_norm, residual = jax.device_get(_at_point(params, x, y, objective=objective))
     return PointDiagnostics(float(loss), float(grad_sq_norm), residual, float(objective.scale(residual.shape[0])))
@@ -145,5 +158,5 @@ def pl_identity_tolerance(
         chain: terms on the longest chain of accumulations: Σ over layers of fan-in, forward and backward, plus n.
         unit_roundoff: u of the precision in which loss and gradient were computed.
     """
-    gamma = np.sqrt(chain) * unit_roundoff
+    gamma = np.sqrt(checks.whole("chain", chain, least=1)) * unit_roundoff
     return float((1 + gamma * np.sqrt(max(max_eig, rayleigh) / rayleigh)) ** 2 - 1 + 2 * gamma)

@@ -1,5 +1,7 @@
 """How fast a loss falls, by which law, and how much of the answer is made by the proxy for L*."""
 
+import heapq
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -7,6 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
+from lplr_jax import checks
 from lplr_jax.diagnostics.pl import loss_floor
 
 Law = Literal["exponential", "power law", "undecided"]
@@ -29,6 +32,17 @@ EMPTY = slice(0, 0)
 
 def _smoothing(length: int) -> int:
     return max(1, length // 100)
+
+
+def check_regime(recorded: int, start: int | None, stop: int | None) -> None:
+    """Raise ValueError if start and stop do not name, in order, epochs of a run of which `recorded` are known."""
+    for name, value in (("start", start), ("stop", stop)):
+        if value is not None:
+            checks.whole(f"regime_{name}", value)
+    if (start is not None and not 0 <= start < recorded) or (stop is not None and not 0 < stop <= recorded):
+        raise ValueError(f"regime start {start} and stop {stop} must lie in the run's epochs 0 to {recorded - 1}")
+    if start is not None and stop is not None and stop - start < MIN_EPOCHS:
+        raise ValueError(f"a regime needs at least {MIN_EPOCHS} epochs, got start {start} and stop {stop}")
 
 
 def stable_regime(
@@ -56,12 +70,11 @@ def stable_regime(
     Raises:
         ValueError: if start and stop do not name epochs of the run in order.
     """
-    loss = np.asarray(loss, np.float64)
+    loss = checks.real_array("loss", loss, axes="t")
+    if floor is not None:
+        checks.number("floor", floor, least=0)
     recorded = int(np.isfinite(loss).argmin()) if not np.isfinite(loss).all() else loss.size
-    if (start is not None and not 0 <= start < recorded) or (stop is not None and not 0 < stop <= recorded):
-        raise ValueError(f"regime start {start} and stop {stop} must lie in the run's epochs 0 to {recorded - 1}")
-    if start is not None and stop is not None and stop - start < MIN_EPOCHS:
-        raise ValueError(f"a regime needs at least {MIN_EPOCHS} epochs, got start {start} and stop {stop}")
+    check_regime(recorded, start, stop)
     if recorded < MIN_EPOCHS:
         return EMPTY
     loss = loss[:recorded]
@@ -80,17 +93,32 @@ def _past_transient(loss: np.ndarray, stop: int) -> int:
         log = np.log(loss)
         rate = (log[:-width] - log[width:]) / width
     stop = min(stop, rate.size)
-    for epoch in range(stop - MIN_EPOCHS + 1):
-        middle = float(np.median(rate[epoch:stop]))
-        steady = middle > 0 and middle / STEADINESS <= rate[epoch] <= STEADINESS * middle
-        if steady and loss[epoch] <= loss[0]:
-            return epoch
-    return stop
+    rate = rate[:stop]
+    middle = _suffix_medians(rate)
+    steady = (middle > 0) & (middle / STEADINESS <= rate) & (rate <= STEADINESS * middle) & (loss[:stop] <= loss[0])
+    first = np.flatnonzero(steady[: max(0, stop - MIN_EPOCHS + 1)])
+    return int(first[0]) if first.size else stop
+
+
+def _suffix_medians(values: np.ndarray) -> np.ndarray:
+    """Return the median of values[k:] for every k, in k log k: a long run that never settles must not take for ever."""
+    low, high = [], []  # the lower half, negated, and the upper half; both heaps, the lower one longer by one at most
+    medians = np.empty(values.size)
+    for k in range(values.size - 1, -1, -1):
+        value = float(values[k])
+        if math.isnan(value):
+            medians[: k + 1] = np.nan
+            break
+        heapq.heappush(high, -heapq.heappushpop(low, -value))
+        if len(high) > len(low):
+            heapq.heappush(low, -heapq.heappop(high))
+        medians[k] = -low[0] if len(low) > len(high) else 0.5 * (high[0] - low[0])
+    return medians
 
 
 def middle_half(loss: Float[np.ndarray, " t"]) -> slice:
     """Return the middle half of the recorded epochs, where a straight line in the gap is usually read off."""
-    last = int(np.isfinite(loss).sum()) - 1
+    last = int(np.isfinite(checks.real_array("loss", loss, axes="t", empty=True)).sum()) - 1
     return slice(last // 4, 3 * last // 4 + 1) if last >= 2 * MIN_EPOCHS else EMPTY
 
 
@@ -150,7 +178,8 @@ def contraction_factor(gap: Float[np.ndarray, " t"], regime: slice, *, floor: fl
         >>> round(float(contraction_factor(0.9 ** np.arange(50.0), slice(5, 40))), 12)
         0.9
     """
-    gap = np.asarray(gap, np.float64)
+    gap = checks.real_array("gap", gap, axes="t", empty=True)
+    checks.instance("regime", regime, slice, "such as stable_regime returns")
     epochs = np.arange(gap.size)[regime]
     epochs = epochs[(epochs >= 1) & np.isfinite(gap[epochs]) & (gap[epochs] > 0)]
     if epochs.size < MIN_EPOCHS:
@@ -205,7 +234,8 @@ def rate_report(loss: Float[np.ndarray, " t"], *, window: Window = stable_regime
         loss: L at every epoch from 0, shape (T + 1,); NaN after a run that ended early.
         window: rule that picks the epochs of a curve, applied to the whole run and to each shorter one.
     """
-    loss = np.asarray(loss, np.float64)
+    loss = checks.real_array("loss", loss, axes="t")
+    checks.function("window", window, "from losses (t,) to a slice, such as stable_regime")
     last = int(np.isfinite(loss).sum()) - 1
 
     def gap_decay(curve: np.ndarray, regime: slice) -> Decay:

@@ -6,6 +6,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from lplr_jax import checks
+
 Place = Literal["below 1/β", "between 1/β and 2/β", "above 2/β"]
 Outcome = Literal["monotone descent", "oscillation", "catapult", "divergence"]
 
@@ -36,8 +38,7 @@ def place_of(eta_beta: float) -> Place:
         >>> place_of(1.4)
         'between 1/β and 2/β'
     """
-    if not (np.isfinite(eta_beta) and eta_beta > 0):
-        raise ValueError(f"η β must be a finite number > 0, got {eta_beta}; the sharpness at initialisation is needed")
+    checks.number("η β", eta_beta, above=0)
     return "below 1/β" if eta_beta < 1 else "between 1/β and 2/β" if eta_beta < 2 else "above 2/β"
 
 
@@ -90,7 +91,10 @@ def observe(
     Raises:
         ValueError: if the first loss is not finite.
     """
-    loss, drift = np.asarray(loss, np.float64), np.asarray(drift, np.float64)
+    loss, drift = (checks.real_array(name, a, axes="t") for name, a in (("loss", loss), ("drift", drift)))
+    checks.number("unit_roundoff", unit_roundoff, above=0)
+    if loss.shape != drift.shape:
+        raise ValueError(f"loss and drift must have one entry an epoch, got shapes {loss.shape} and {drift.shape}")
     if not np.isfinite(loss[0]):
         raise ValueError("the loss at epoch 0 is not finite, so there is nothing to compare the run with")
     finite = np.isfinite(loss).all()
@@ -152,7 +156,9 @@ def power_law(x: Float[np.ndarray, " k"], y: Float[np.ndarray, " k"]) -> PowerLa
         >>> round(law.slope, 12), law.points
         (2.0, 3)
     """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    x, y = (checks.real_array(name, a, axes="k", empty=True) for name, a in (("x", x), ("y", y)))
+    if x.shape != y.shape:
+        raise ValueError(f"x and y must have the same shape (k,), got {x.shape} and {y.shape}")
     keep = np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)
     t, z = np.log(x[keep]), np.log(y[keep])
     if t.size < 2 or np.ptp(t) == 0:

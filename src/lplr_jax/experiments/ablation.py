@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lplr_jax import diagnostics, records
+from lplr_jax import archives, checks, diagnostics, records
 from lplr_jax.diagnostics.stability import EXPECTED, observe, place_of
 from lplr_jax.experiments import mnist
 from lplr_jax.experiments.checkpoint import Checkpoints
@@ -28,6 +28,7 @@ Follow = Callable[[int], AbstractContextManager[Observer | None]]
 
 WIDE = 512
 """Width from which the Hessian is measured at both ends alone."""
+_PREDICTIONS_BYTES = 2**20
 SHARPNESS_TOLERANCE = 1e-4
 """Residual of the sharpness at initialisation over its value; a float32 product leaves some 2e-5. Calibrated."""
 
@@ -106,8 +107,10 @@ def integers(name: str, text: str, *, least: int) -> tuple[int, ...]:
     """
     try:
         values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{name} must be integers with commas between them, such as 0,1,2; got {text!r}") from None
+    except (ValueError, AttributeError):
+        raise ValueError(
+            f"{name} must be integers with commas between them, such as 0,1,2; got {checks.shown(text)}"
+        ) from None
     if min(values) < least or len(set(values)) != len(values):
         raise ValueError(f"{name} must be distinct integers >= {least}, got {text!r}")
     return values
@@ -238,18 +241,16 @@ def arms_of(config: AblationConfig, rule: Rule) -> tuple[tuple[Arm, ...], ...]:
 def _check(config: AblationConfig) -> None:
     if len(integers("widths", config.widths, least=1)) < 2:
         raise ValueError(f"widths must be at least two, got {config.widths!r}; η lies between two boundaries")
-    _seeds(config)
-    if not 0 < config.place < 1:
-        raise ValueError(f"place must lie between 0 and 1, got {config.place}")
-    if not (math.isfinite(config.restore) and config.restore > 0):
-        raise ValueError(f"restore must be a finite number > 0, got {config.restore}")
+    if isinstance(config.place, str) or config.place is None or not 0 < config.place < 1:
+        raise ValueError(f"place must lie between 0 and 1, got {checks.shown(config.place)}")
+    checks.number("restore", config.restore, above=0)
     check_at_least_one("hessian_probes", config.hessian_probes)
     for name in ("learning_rate", "smaller_learning_rate"):
         value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a finite number > 0, got {value}")
-    for width in integers("widths", config.widths, least=1):
-        mnist.resolve(_base(config, width, 0, 1.0))
+        if value is not None:
+            mnist.check_learning_rate(name, value)
+    for width, seed in itertools.product(integers("widths", config.widths, least=1), _seeds(config)):
+        mnist.resolve(_base(config, width, seed, 1.0))
 
 
 def identity(config: AblationConfig) -> dict[str, Any]:
@@ -269,7 +270,7 @@ def identity(config: AblationConfig) -> dict[str, Any]:
 def sharpness_of_all(configs: Sequence[mnist.MnistConfig], folder: Path, *, say: Say) -> tuple[float, ...]:
     """Measure β_0 of every config, or take it from the predictions that were written before."""
     path = folder / "predictions.json"
-    known = json.loads(path.read_text(encoding="utf-8"))["sharpness"] if path.exists() else []
+    known = _known_sharpness(path) if path.exists() else []
     found: list[float] = []
     for config in configs:
         setting = sharpness_setting(config)
@@ -278,6 +279,20 @@ def sharpness_of_all(configs: Sequence[mnist.MnistConfig], folder: Path, *, say:
         what = f"width {config.width}, init {config.init}, seed {config.seed}"
         say(f"{what}: β = {found[-1]:.5g}, 2/β = {2 / found[-1]:.4g}")
     return tuple(found)
+
+
+def _known_sharpness(path: Path) -> list[dict[str, Any]]:
+    """Return the sharpnesses of a predictions.json, which may be anybody's file."""
+    try:
+        known = json.loads(archives.read_text(path, most_bytes=_PREDICTIONS_BYTES))["sharpness"]
+        for entry in known:
+            checks.instance("setting", entry["setting"], dict, "as was written")
+            checks.number("value", entry["value"], above=0)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is no file of predictions ({type(error).__name__}: {error}); remove it, or use --force"
+        ) from error
+    return known
 
 
 def sharpness_setting(config: mnist.MnistConfig) -> dict[str, Any]:

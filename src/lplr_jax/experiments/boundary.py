@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from lplr_jax import records
+from lplr_jax import checks, records
 from lplr_jax.diagnostics.stability import PowerLaw, power_law, rounding_allowance
 from lplr_jax.experiments import mnist
 from lplr_jax.experiments.ablation import initial_sharpness, integers
@@ -229,8 +229,7 @@ def _widths(config: BoundaryConfig) -> tuple[int, ...]:
     """Return the widths of a config that can be run, ascending."""
     widths = tuple(sorted(integers("widths", config.widths, least=1)))
     check_at_least_one("steps", config.steps)
-    if not config.tolerance > 0:
-        raise ValueError(f"tolerance must be > 0, got {config.tolerance}")
+    checks.number("tolerance", config.tolerance, above=0)
     for width in widths:
         mnist.resolve(_mnist_config(config, width))
     return widths

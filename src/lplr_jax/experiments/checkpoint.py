@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,10 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lplr_jax import records
+from lplr_jax import archives, records
 
 _LOG = logging.getLogger(__name__)
 _NAMES = "epoch_{:08d}"
+_MANIFEST_BYTES = 2**24
+_MEMORY_BYTES = 2**36
+"""A kernel of 60,000 rows in float64 takes 29 GB; the file's own directory is held against its bytes anyway."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class Checkpoints:
         for target in reversed(self._complete()):
             try:
                 saved = self._load(target, like)
-            except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+            # A manifest may be any JSON, with anything where its fields should be.
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
                 problems.append(f"{target}: {error}")
                 continue
             for problem in problems:
@@ -149,7 +152,10 @@ class Checkpoints:
         return sorted(self._folder.glob("epoch_*"))
 
     def _load(self, target: Path, like: Any) -> Saved:
-        manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(archives.read_text(target / "manifest.json", most_bytes=_MANIFEST_BYTES))
+        for key, (_, shape) in manifest["empty"].items():
+            if 0 not in shape:
+                raise ValueError(f"{key} of shape {shape} is not empty")
         with _orbax() as checkpointer:
             content = {key: np.asarray(value) for key, value in checkpointer.restore(target / "arrays").items()}
         content |= {key: np.zeros(shape, dtype) for key, (dtype, shape) in manifest["empty"].items()}
@@ -161,9 +167,10 @@ class Checkpoints:
         state = jax.tree.unflatten(structure, [_like(content[f"state-{i}"], leaf) for i, leaf in enumerate(leaves)])
         memory = {}
         for epoch, file in sorted((int(at), file) for at, file in manifest["memory"].items()):
-            # NumPy leaves a file that it opened itself and could not read to the garbage collector.
-            with (self._folder / "memory" / file).open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-                memory[epoch] = {name: arrays[name] for name in arrays.files}
+            if file != f"{_NAMES.format(epoch)}.npz":
+                raise ValueError(f"{file!r} is no name of what a probe at epoch {epoch} remembers")
+            path = self._folder / "memory" / file
+            memory[epoch] = archives.read_npz(path, most_bytes=_MEMORY_BYTES, admit=lambda headers: None)
         self._memory = {int(at): file for at, file in manifest["memory"].items()}
         named = {key.removeprefix("array-"): value for key, value in content.items() if key.startswith("array-")}
         return Saved(int(manifest["epoch"]), state, named, memory, manifest["facts"])

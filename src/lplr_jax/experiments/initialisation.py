@@ -1,12 +1,11 @@
 """Initialisations side by side at one η, for the figures of the paper's earlier version."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lplr_jax import records
+from lplr_jax import checks, records
 from lplr_jax.experiments import ablation_table, mnist
 from lplr_jax.experiments.ablation import (
     Arm,
@@ -93,12 +92,14 @@ def identity(config: InitialisationConfig) -> dict[str, Any]:
 
 def _names(config: InitialisationConfig) -> tuple[str, ...]:
     """Return the initialisations of a config that can be run."""
-    names = tuple(part.strip() for part in config.inits.split(","))
+    names = tuple(part.strip() for part in config.inits.split(",")) if isinstance(config.inits, str) else (None,)
     unknown = [name for name in names if name not in get_args(Init)]
     if unknown or len(set(names)) != len(names):
-        raise ValueError(f"inits must be distinct names among {', '.join(get_args(Init))}, got {config.inits!r}")
-    if not (math.isfinite(config.share) and config.share > 0):
-        raise ValueError(f"share must be a finite number > 0, got {config.share}")
+        raise ValueError(
+            f"inits must be distinct names among {', '.join(get_args(Init))}, got {checks.shown(config.inits)}"
+        )
+    checks.number("share", config.share, above=0)
+    checks.whole("loss_epoch", config.loss_epoch, least=0)
     for name in names:
         mnist.resolve(_base(config, name, 1.0 if config.learning_rate is None else config.learning_rate))
     return names

@@ -13,20 +13,21 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from lplr_jax import data, diagnostics, theory
+from lplr_jax import checks, data, diagnostics, theory
+from lplr_jax.diagnostics.rate import check_regime
 from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.experiments.probe import KernelProbe
 from lplr_jax.experiments.run import (
     Observer,
-    check_at_least_one,
     describe_environment,
     peak_memory_bytes,
     probe_epochs,
     run_training,
     spread,
 )
-from lplr_jax.models import INITS, MLP, Params, count_parameters
+from lplr_jax.models import ACTIVATIONS, INITS, MLP, Params, count_parameters
 from lplr_jax.ntk.empirical import Precision, check_kernel_name
+from lplr_jax.ntk.memory import bytes_of, total_memory
 from lplr_jax.records import Record
 from lplr_jax.training import EpochMetrics, LossScale, Objective, TrainState, evaluate, init_state, train_epochs
 
@@ -92,6 +93,17 @@ PLACES = ("data", "out", "force")
 """Config fields that say where things are, or what becomes of them, and decide no number."""
 
 
+MOST = {"width": 10**6, "depth": 1_000, "epochs": 10**7, "seed": 2**32 - 1}
+"""Largest values of some fields: beyond them nothing fits a machine, or two seeds would give the same keys."""
+
+
+def check_learning_rate(name: str, value: float) -> None:
+    """Raise ValueError for a step size that is not positive and finite in the precision of training."""
+    tiny, largest = (float(getattr(np.finfo(np.float32), end)) for end in ("tiny", "max"))
+    if not tiny <= checks.number(name, value, above=0) <= largest:
+        raise ValueError(f"{name} must be a finite number > 0 in float32, {tiny:.2g} to {largest:.2g}, got {value}")
+
+
 def resolve(config: MnistConfig) -> tuple[MnistConfig, int, int]:
     """Fill in the fields that follow from others; they are returned once more for those who count.
 
@@ -101,30 +113,33 @@ def resolve(config: MnistConfig) -> tuple[MnistConfig, int, int]:
     Raises:
         ValueError: for the first field whose value cannot be run.
     """
+    checks.instance("config", config, MnistConfig, "as in mnist.PRESETS")
     for name in ("width", "depth", "epochs", "n_train"):
-        check_at_least_one(name, getattr(config, name))
+        checks.whole(name, getattr(config, name), least=1, most=MOST.get(name))
     probe_every = max(1, config.epochs // 40) if config.probe_every is None else config.probe_every
     subset_size = max(1, config.n_train // 5) if config.subset_size is None else config.subset_size
     for name, value, most, of in (
         ("probe_every", probe_every, config.epochs, "epochs"),
         ("subset_size", subset_size, config.n_train, "n_train"),
     ):
-        check_at_least_one(name, value)
-        if value > most:
-            raise ValueError(f"{name} must be at most {of} = {most}, got {value}")
-    if not (np.isfinite(config.learning_rate) and config.learning_rate > 0):
-        raise ValueError(f"learning_rate must be a finite number > 0, got {config.learning_rate}")
+        checks.whole(name, value, least=1, most=most, of=of)
+    probe_epochs(config.epochs, probe_every)
+    check_learning_rate("learning_rate", config.learning_rate)
     for name in ("seed", "hessian_probes", "spectrum_probes", "search_steps"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} must be >= 0, got {getattr(config, name)}")
-    if config.init not in INITS:
-        raise ValueError(f"init must be one of {', '.join(INITS)}, got {config.init!r}")
-    if config.hessian_precision not in get_args(Precision):
-        raise ValueError(f"hessian_precision must be float32 or float64, got {config.hessian_precision!r}")
-    for name in ("regime_start", "regime_stop"):
+        checks.whole(name, getattr(config, name), least=0, most=MOST.get(name))
+    checks.one_of("activation", config.activation, ACTIVATIONS)
+    checks.one_of("init", config.init, INITS)
+    if config.init == "antisymmetric":
+        MLP(config.width, config.depth, initialisation=config.init)  # which needs an even width
+    checks.one_of("loss_scale", config.loss_scale, get_args(LossScale))
+    checks.one_of("hessian_precision", config.hessian_precision, get_args(Precision))
+    for name, least in (("regime_start", 0), ("regime_stop", 1)):
         value = getattr(config, name)
-        if value is not None and not 0 <= value <= config.epochs + 1:
-            raise ValueError(f"{name} must be an epoch of the run, 0 to {config.epochs}, got {value}")
+        if value is not None and not least <= checks.whole(name, value) <= config.epochs + least:
+            raise ValueError(
+                f"{name} must be an epoch of the run, {least} to {config.epochs + least}, got {checks.shown(value)}"
+            )
+    check_regime(config.epochs + 1, config.regime_start, config.regime_stop)
     check_kernel_name(config.kernel)
     return replace(config, probe_every=probe_every, subset_size=subset_size), probe_every, subset_size
 
@@ -150,6 +165,16 @@ class Problem(NamedTuple):
     params: Params
 
 
+def _check_memory(params: Params, config: MnistConfig) -> None:
+    """Raise before anything is allocated where the parameters alone, four times in training, exceed the machine."""
+    needed, there = 4 * bytes_of(params), total_memory()
+    if needed > there:
+        raise ValueError(
+            f"width = {config.width} and depth = {config.depth} make {count_parameters(params):,} parameters; training "
+            f"needs {needed / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}: lower --width or --depth"
+        )
+
+
 def set_up(config: MnistConfig) -> Problem:
     """Load the data and initialise the network of a config.
 
@@ -160,6 +185,7 @@ def set_up(config: MnistConfig) -> Problem:
     dataset = load_data(config)
     x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
     model = _model(config.width, config.depth, config.activation, dataset.c, initialisation=config.init)
+    _check_memory(jax.eval_shape(model.init, jax.random.key(config.seed), x[:1]), config)
     params = model.init(jax.random.key(config.seed), x[:1])
     objective = Objective(model.apply, config.loss_scale)
     return Problem(dataset, x, y, objective, _gradient_descent(config.learning_rate), params)

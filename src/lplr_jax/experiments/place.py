@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lplr_jax import records
+from lplr_jax import archives, records
 from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.records import Record
 
@@ -21,6 +22,7 @@ LOCK = ".lock"
 CARD = "config.json"
 CHECKPOINTS = "checkpoint"
 _ABSENT = "absent"
+_CARD_BYTES = 2**20
 
 
 class DirectoryInUseError(Exception):
@@ -50,7 +52,7 @@ class Lock:
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            handle = _open_lock(self._path)
             try:
                 taken = _flock(handle)
                 holder = _read_holder(self._path)
@@ -94,6 +96,20 @@ class Lock:
     def move(self, folder: Path) -> None:
         """Follow the directory to its new name."""
         self._path = folder / LOCK
+
+
+def _open_lock(path: Path) -> int:
+    """Open the lock file; a link or a pipe in its place is refused, as what it leads to would be overwritten."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise ValueError(f"{path} must be an ordinary file, not a link, folder or pipe; delete it") from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"{path} must be an ordinary file, not a link, folder or pipe; delete it")
+    return handle
 
 
 def _flock(handle: int) -> bool:
@@ -247,11 +263,10 @@ def read_card(folder: Path) -> tuple[str, dict[str, Any]] | None:
     """Return experiment and config of the run in a directory, None where there is none."""
     path = folder / CARD
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-        return str(card["experiment"]), dict(card["config"])
-    except FileNotFoundError:
-        pass
-    except (ValueError, TypeError, KeyError) as error:
+        if os.path.lexists(path):
+            card = json.loads(archives.read_text(path, most_bytes=_CARD_BYTES))
+            return str(card["experiment"]), dict(card["config"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({error}); start afresh with --force, which keeps the folder aside"
         ) from error

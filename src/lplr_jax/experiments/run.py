@@ -18,12 +18,16 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from lplr_jax import checks
 from lplr_jax.experiments import interrupt
 from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.models import Params
 from lplr_jax.training import EpochMetrics, TrainState
 
 _LOG = logging.getLogger(__name__)
+
+MOST_PROBES = 10_000
+"""Most kernel probes of a run; every pair of them is compared, so this is 800 MB. Calibrated."""
 
 Probe = Callable[[Params, int], Mapping[str, float]]
 """Measures at one epoch: parameters and epoch to values by record name."""
@@ -70,8 +74,7 @@ class Silent:
 
 def check_at_least_one(name: str, value: int) -> None:
     """Raise ValueError for a count below one."""
-    if value < 1:
-        raise ValueError(f"{name} must be >= 1, got {value}")
+    checks.whole(name, value, least=1)
 
 
 def probe_epochs(epochs: int, every: int) -> tuple[int, ...]:
@@ -82,11 +85,17 @@ def probe_epochs(epochs: int, every: int) -> tuple[int, ...]:
     """
     check_at_least_one("epochs", epochs)
     check_at_least_one("probe_every", every)
+    if epochs // every > MOST_PROBES:
+        raise ValueError(
+            f"probe_every must be at least {-(-epochs // MOST_PROBES)} for epochs = {epochs}, "
+            f"or there are more than {MOST_PROBES:,} probes; got {every}"
+        )
     return tuple(sorted({*range(0, epochs + 1, every), epochs}))
 
 
 def spread(epochs: Sequence[int], count: int) -> frozenset[int]:
     """Return `count` of the epochs, evenly spread with both ends; all of them where there are fewer."""
+    checks.whole("count", count, least=0)
     places = np.linspace(0, len(epochs) - 1, min(count, len(epochs))).round().astype(int)
     return frozenset(epochs[place] for place in places)
 

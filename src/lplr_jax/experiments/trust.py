@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from lplr_jax import data, linalg
+from lplr_jax import checks, data, linalg
 from lplr_jax.linalg import MinEig
 from lplr_jax.models import MLP
 from lplr_jax.ntk import empirical_ntk
@@ -41,6 +41,8 @@ class TrustRow:
 
 def near_duplicates(x: np.ndarray, distance: float, *, pairs: int = 50, seed: int = 0) -> np.ndarray:
     """Return x (n, d) with its last `pairs` rows replaced by neighbours of the first ones, `distance` away."""
+    checks.whole("pairs", pairs)
+    checks.number("distance", distance, above=0)
     if not 0 < 2 * pairs <= x.shape[0]:
         raise ValueError(f"pairs must be between 1 and half of the {x.shape[0]} samples, got {pairs}")
     step = np.random.default_rng(seed).standard_normal((pairs, x.shape[1]))

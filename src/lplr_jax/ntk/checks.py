@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from lplr_jax.checks import shown
+
 ApplyFn = Callable[[Any, Any], Any]
 
 # Samples that the coupling probe looks at together.
@@ -29,16 +31,27 @@ def inputs(params: Any, x: Any) -> None:
         x: Array (n, ...) or pytree of such arrays.
 
     Raises:
-        ValueError: If x has no arrays, no samples or leading axes that differ, or if x or params hold NaN or infinity.
-        TypeError: If a parameter is complex or a leaf of x is no array.
+        ValueError: If x has no arrays, no samples or leading axes that differ, if x or params hold NaN or infinity, or
+            params no floating array.
+        TypeError: If a parameter is complex, a leaf of x is no array, or an array holds text or objects.
     """
+    for name, tree in (("x", x), ("params", params)):
+        for path, leaf in tree_flatten_with_path(tree)[0]:
+            if _is_array(leaf) and leaf.dtype.kind in "OUSMm":
+                raise TypeError(f"{name}{keystr(path)} must hold numbers, got dtype {leaf.dtype}; convert it")
+    inexact = [leaf for leaf in jax.tree.leaves(params) if _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    if not inexact:
+        raise ValueError(
+            "params hold no floating array, so there is nothing to differentiate by; pass the pytree that apply_fn "
+            f"takes first, got {shown(params)}"
+        )
     leaves = tree_flatten_with_path(x)[0]
     if not leaves:
         raise ValueError("x holds no arrays; pass an array (n, ...) or a pytree of arrays with one leading axis n")
     sizes = {}
     for path, leaf in leaves:
         if not _is_array(leaf):
-            raise TypeError(f"x{keystr(path)} must be an array, got {type(leaf).__name__}; convert it with jnp.asarray")
+            raise TypeError(f"x{keystr(path)} must be an array, got {shown(leaf)}; convert it with jnp.asarray")
         if leaf.ndim == 0:
             raise ValueError(f"x{keystr(path)} is a scalar; every array in x needs a leading axis of samples")
         sizes[f"x{keystr(path)}"] = leaf.shape[0]
@@ -50,6 +63,24 @@ def inputs(params: Any, x: Any) -> None:
     for name, tree in (("x", x), ("params", params)):
         for path, leaf in tree_flatten_with_path(tree)[0]:
             _check_finite(f"{name}{keystr(path)}", leaf, is_param=name == "params")
+
+
+def alike(x1: Any, x2: Any) -> None:
+    """Checks that two sets of samples differ in their number alone.
+
+    Raises:
+        ValueError: If their structures or the shapes of one sample differ.
+    """
+    if jax.tree.structure(x1) != jax.tree.structure(x2):
+        raise ValueError(
+            f"x1 and x2 must have the same tree structure, got {jax.tree.structure(x1)} and {jax.tree.structure(x2)}"
+        )
+    for (path, one), two in zip(tree_flatten_with_path(x1)[0], jax.tree.leaves(x2), strict=True):
+        if one.shape[1:] != two.shape[1:]:
+            raise ValueError(
+                f"a sample must have the same shape in x1{keystr(path)} and x2{keystr(path)}, "
+                f"got {one.shape} and {two.shape}"
+            )
 
 
 def deterministic(apply_fn: ApplyFn, params: Any, x: Any) -> None:
@@ -149,6 +180,8 @@ class Probe:
         out = self._apply_fn(jax.tree.unflatten(self._treedef, leaves), jax.tree.unflatten(self._xdef, samples))
         if not _is_array(out):
             raise ValueError(f"apply_fn must return one array (n, c) or (n,), got {type(out).__name__}")
+        if not jnp.issubdtype(out.dtype, jnp.floating):
+            raise ValueError(f"apply_fn must return real floating-point outputs, got dtype {out.dtype}; cast them")
         count = samples[0].shape[0]
         if out.ndim not in (1, 2) or out.shape[0] != count:
             raise ValueError(f"apply_fn must return (n, c) or (n,); for {count} samples it gave shape {out.shape}")

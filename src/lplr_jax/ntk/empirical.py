@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from lplr_jax.checks import function, instance, one_of, whole
 from lplr_jax.models import ApplyFn, Params
 from lplr_jax.ntk import checks, engine, neural_tangents
 from lplr_jax.ntk.explain import Explanation
@@ -28,8 +29,7 @@ KERNELS = (
 
 def check_kernel_name(kernel: str) -> None:
     """Raise ValueError for a name that is not in `KERNELS`."""
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+    one_of("kernel", kernel, KERNELS)
 
 
 @contextmanager
@@ -38,8 +38,7 @@ def precision_scope(dtype: Precision) -> Iterator[None]:
 
     TPUs have no IEEE float64, so there a float64 scope places its work on the CPU backend.
     """
-    if dtype not in get_args(Precision):
-        raise ValueError(f"dtype must be one of {', '.join(get_args(Precision))}, got {dtype!r}")
+    one_of("dtype", dtype, get_args(Precision))
     with jax.default_matmul_precision("highest"):
         if dtype == "float32":
             yield
@@ -70,6 +69,13 @@ def cast_floating(tree: Any, dtype: Precision) -> Any:
     return jax.tree.map(cast, tree)
 
 
+def _check_settings(apply_fn: ApplyFn, outputs: str, memory_budget: int | None) -> None:
+    function("apply_fn", apply_fn, "(params, x) -> outputs (n, c)")
+    one_of("outputs", outputs, get_args(Outputs))
+    if memory_budget is not None:
+        whole("memory_budget", memory_budget, least=1)
+
+
 def explain(
     apply_fn: ApplyFn,
     params: Params,
@@ -91,10 +97,16 @@ def explain(
 
     Returns:
         The explanation; print it for a table of rules, multiply-adds and bytes.
+
+    Raises:
+        TypeError: for an `apply_fn` that is no function, or inputs that are no arrays of numbers.
+        ValueError: as for `empirical_ntk`.
     """
+    _check_settings(apply_fn, outputs, memory_budget)
     with precision_scope(dtype):
         checks.inputs(params, x)
         params, x = cast_floating((params, x), dtype)
+        checks.deterministic(apply_fn, params, x)
         return engine.explain(apply_fn, params, x, outputs=outputs, memory_budget=memory_budget)
 
 
@@ -135,6 +147,7 @@ def empirical_ntk(
         ValueError: for an unknown name, empty, non-finite or mismatched inputs, or an `apply_fn` that is not a
         deterministic
             function of each sample alone.
+        TypeError: for an `apply_fn` that is no function, or inputs that are no arrays of numbers.
         ImportError: when neural-tangents is asked for and cannot be imported.
 
     Example:
@@ -144,18 +157,18 @@ def empirical_ntk(
         [[1.0, 0.0], [0.0, 4.0]]
     """
     check_kernel_name(kernel)
-    if outputs not in get_args(Outputs):
-        raise ValueError(f"outputs must be one of {', '.join(get_args(Outputs))}, got {outputs!r}")
+    _check_settings(apply_fn, outputs, memory_budget)
     if outputs == "diagonal" and x2 is not None:
         raise ValueError('outputs="diagonal" compares each sample with itself; leave x2 out')
+    if mesh is not None:
+        instance("mesh", mesh, Mesh, "as jax.make_mesh gives one")
     if mesh is not None and kernel not in ("auto", "engine"):
         raise ValueError(f'mesh is for kernel="engine"; {kernel!r} runs on one device, so leave one of the two out')
-    if memory_budget is not None and memory_budget <= 0:
-        raise ValueError(f"memory_budget must be a positive number of bytes or None, got {memory_budget}")
     with precision_scope(dtype):
         checks.inputs(params, x1)
         if x2 is not None:
             checks.inputs(params, x2)
+            checks.alike(x1, x2)
         params, x1, x2 = cast_floating((params, x1, x2), dtype)
         checks.deterministic(apply_fn, params, x1)
         checks.sample_coupling(apply_fn, params, x1)

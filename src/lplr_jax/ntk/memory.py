@@ -43,11 +43,16 @@ def budget(requested: int | None) -> int:
     stats = (device if isinstance(device, jax.Device) else jax.local_devices()[0]).memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"]) // 4
+    share = jax.local_device_count() if jax.default_backend() == "cpu" else 1  # simulated devices share the machine
+    return total_memory() // 4 // share
+
+
+def total_memory() -> int:
+    """Bytes of memory of the machine, or of the container."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")  # a container may have less than the machine
     text = limit.read_text().strip() if limit.exists() else "max"
-    share = jax.local_device_count() if jax.default_backend() == "cpu" else 1  # simulated devices share the machine
-    return min(total, int(text) if text.isdigit() else total) // 4 // share
+    return min(total, int(text) if text.isdigit() else total)
 
 
 def bytes_of(tree: Any) -> int:

@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
+from lplr_jax import checks
 from lplr_jax.diagnostics.stability import observe, power_law
-from lplr_jax.plotting.style import STYLE
+from lplr_jax.plotting.style import STYLE, plain
 from lplr_jax.records import Record
-from lplr_jax.summary import Summary, gradient_law, summarise
+from lplr_jax.summary import Summary, check_record, gradient_law, summarise
 
 MARKERS = "osD^vPX"
 """One marker a width, so that the figure reads without colour."""
@@ -33,11 +34,12 @@ def ablation(records: Sequence[Record]) -> Figure:
         The figure; `save` writes it.
 
     Raises:
-        ValueError: without records.
+        TypeError: for what is no sequence of records.
+        ValueError: without records, or for records of another kind of run.
+        KeyError: for records without kernel probes.
     """
-    if not records:
-        raise ValueError("there is no record to draw")
-    widths = sorted({int(record.config["width"]) for record in records})
+    _check(records)
+    widths = sorted({_integer(record, "width", least=1) for record in records})
     with mpl.rc_context(fname=STYLE):
         # A map whose lightness rises steadily keeps the widths apart in grey; its lightest end is left out.
         colours = dict(zip(widths, mpl.colormaps["viridis"](np.linspace(0, 0.85, len(widths))), strict=True))
@@ -45,16 +47,16 @@ def ablation(records: Sequence[Record]) -> Figure:
         FigureCanvasAgg(figure)
         (a, b), (c, d) = figure.subplots(2, 2)
         handles = []
-        for record in sorted(records, key=lambda one: (one.config["width"], -float(one["learning_rate"]))):
-            width = int(record.config["width"])
+        for record in sorted(records, key=lambda one: (_integer(one, "width", least=1), -float(one["learning_rate"]))):
+            width = _integer(record, "width", least=1)
             outcome = observe(record["loss"], record["drift"]).outcome
             unstable = outcome in ("catapult", "divergence")
             style = {"color": colours[width], "linestyle": "--" if unstable else "-"}
             marker = MARKERS[widths.index(width) % len(MARKERS)]
             _draw_arm((a, b, c, d), record, summarise(record), style, marker)
             label = f"m = {width}, η = {float(record['learning_rate']):.3g}: {outcome}"
-            if int(record.config["seed"]):
-                label += f" (seed {record.config['seed']})"
+            if seed := _integer(record, "seed", least=0):
+                label += f" (seed {seed})"
             handles.append(Line2D([], [], **style, marker=marker, markersize=4, label=label))
         for axes, title, unit in (
             (
@@ -81,6 +83,22 @@ def ablation(records: Sequence[Record]) -> Figure:
         d.set_ylim(_span([record["loss"] - summarise(record).floor for record in records]))
         figure.legend(handles=handles, loc="outside lower center", ncol=min(3, len(handles)), fontsize=8)
     return figure
+
+
+def _check(records: Any, name: str = "records") -> None:
+    if isinstance(records, str | Record) or not isinstance(records, Sequence):
+        raise TypeError(f"{name} must be a sequence of records, got {checks.shown(records)}; put one in a list")
+    for index, record in enumerate(records):
+        check_record(record, f"{name}[{index}]")
+    if not records:
+        raise ValueError("there is no record to draw; `lplr ablation` makes some")
+
+
+def _integer(record: Record, name: str, *, least: int) -> int:
+    """Return an integer of a record's config, which another kind of run may lack."""
+    if name not in record.config:
+        raise ValueError(f"a {record.experiment} record without {name} in its config is no arm of a width ablation")
+    return checks.whole(f"{name} in the config of a {record.experiment} record", record.config[name], least=least)
 
 
 def _positive(values: np.ndarray) -> np.ndarray:
@@ -124,17 +142,23 @@ def initialisation(records: Mapping[str, Record], widths: Sequence[Record] = (),
         The figure; `save` writes it.
 
     Raises:
-        ValueError: without records.
+        TypeError: for what is no mapping of records.
+        ValueError: without records, for an epoch below 0, or for widths of another kind of run.
     """
-    if not records:
-        raise ValueError("there is no record to draw")
+    if not isinstance(records, Mapping):
+        raise TypeError(f"records must be a mapping from names to records, got {checks.shown(records)}")
+    _check(list(records.values()))
+    if len(widths):
+        _check(widths, "widths")
+    checks.whole("epoch", epoch, least=0)
     widths = [record for record in widths if record["loss"].size > epoch and np.isfinite(record["loss"][epoch])]
     with mpl.rc_context(fname=STYLE):
         figure = Figure(figsize=(14 if widths else 9.5, 4.6))
         FigureCanvasAgg(figure)
         left, middle, *rest = figure.subplots(1, 3 if widths else 2)
         gaps = []
-        for (name, record), colour, line in zip(records.items(), COLOURS, ("-", "--", "-.", ":"), strict=False):
+        named = [(plain(name), record) for name, record in records.items()]
+        for (name, record), colour, line in zip(named, COLOURS, ("-", "--", "-.", ":"), strict=False):
             summary = summarise(record)
             gaps.append(record["loss"] - summary.floor)
             left.plot(
@@ -172,7 +196,7 @@ def initialisation(records: Mapping[str, Record], widths: Sequence[Record] = (),
 
 
 def _loss_against_width(axes: Axes, records: Sequence[Record], epoch: int) -> None:
-    m = np.array([int(record.config["width"]) for record in records], np.float64)
+    m = np.array([_integer(record, "width", least=1) for record in records], np.float64)
     loss = np.array([record["loss"][epoch] for record in records])
     calm = np.array([observe(r["loss"], r["drift"]).outcome not in ("catapult", "divergence") for r in records])
     law = power_law(m[calm], loss[calm])

@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+from lplr_jax import checks
 from lplr_jax.diagnostics.stability import power_law
 from lplr_jax.plotting.style import STYLE
 
@@ -31,13 +32,18 @@ def boundary(
         The figure; `save` writes it.
 
     Raises:
-        ValueError: if the four do not agree in length, or hold fewer than two points.
+        ValueError: if the four do not agree in length, hold fewer than two points, or numbers that are not positive.
     """
-    if not len(widths) == len(predicted) == len(descends) == len(fails) >= 2:
-        lengths = [len(column) for column in (widths, predicted, descends, fails)]
+    named = {"widths": widths, "predicted": predicted, "descends": descends, "fails": fails}
+    columns = {name: checks.real_array(name, column, axes="k") for name, column in named.items()}
+    lengths = [len(column) for column in columns.values()]
+    if len(set(lengths)) > 1 or lengths[0] < 2:
         raise ValueError(f"widths, predicted, descends and fails must be as long and at least two, got {lengths}")
-    m, low, high = (np.asarray(column, np.float64) for column in (widths, descends, fails))
-    two_over_beta, measured = np.asarray(predicted, np.float64), np.sqrt(low * high)
+    for name, column in columns.items():
+        if not (np.isfinite(column) & (column > 0)).all():
+            raise ValueError(f"{name} must hold finite numbers > 0, got {column.tolist()}")
+    m, two_over_beta, low, high = columns.values()
+    measured = np.sqrt(low * high)
     with mpl.rc_context(fname=STYLE):
         figure = Figure(figsize=(6.4, 6.2))
         FigureCanvasAgg(figure)

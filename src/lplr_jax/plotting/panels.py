@@ -1,5 +1,7 @@
 """The four panels of one run."""
 
+from collections.abc import Mapping
+
 import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
@@ -13,7 +15,7 @@ from matplotlib.patches import Patch
 
 from lplr_jax import theory
 from lplr_jax.diagnostics import Decay, middle_half
-from lplr_jax.plotting.style import STYLE
+from lplr_jax.plotting.style import STYLE, plain
 from lplr_jax.records import Record
 from lplr_jax.summary import Summary, summarise
 
@@ -40,6 +42,7 @@ def four_panel(record: Record) -> Figure:
         The figure; `save` writes it.
 
     Raises:
+        TypeError: for what is no record.
         KeyError: if the record has no kernel probes.
         ValueError: if its loss has no finite value.
     """
@@ -81,14 +84,15 @@ def _verdict_strip(figure: Figure, verdicts: tuple[theory.Verdict, ...]) -> None
 
 
 def _title(record: Record, summary: Summary) -> str:
-    config, where = record.config, record.provenance.get("data", {}).get("source", "source not recorded")
+    config, source = record.config, record.provenance.get("data")
+    where = source.get("source", "source not recorded") if isinstance(source, Mapping) else "source not recorded"
     name = (
         f"{record.experiment}: {config.get('depth')}-layer {config.get('activation')} MLP, width {config.get('width')}"
     )
     eta, s = float(record["learning_rate"]), float(record["loss_scale"])
     numbers = f"η = {eta:.3g},  n = {int(record['n']):,},  s = {s:g},  p = {int(record['p']):,}"
     end = "" if record.diverged_at is None else f",  diverged at epoch {record.diverged_at}"
-    return f"{name},  {numbers},  {where}{end}"
+    return plain(f"{name},  {numbers},  {where}{end}")
 
 
 def _mark_epochs(axes: Axes, record: Record, summary: Summary) -> None:
@@ -118,7 +122,7 @@ def _min_eig_panel(axes: Axes, record: Record) -> None:
         label = f"random subset of {k}: an upper bound"
         axes.plot(epoch, record["ntk_min_eig_subset"], color=VERMILION, marker="s", markersize=3, label=label)
     shown = np.concatenate([record[name] for name in ("ntk_min_eig", "ntk_min_eig_subset") if name in record])
-    if np.nanmin(shown) > 0:
+    if np.isfinite(shown).any() and np.nanmin(shown) > 0:
         axes.set_yscale("log")
     else:
         axes.axhline(0, color="0.4", linewidth=0.8)

@@ -6,9 +6,15 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from lplr_jax import checks
 from lplr_jax.records import atomic_write
 
 STYLE = Path(__file__).with_name("lplr.mplstyle")
+
+
+def plain(text: str) -> str:
+    """Return text from a record or a file name for a label: no mathematics begins in it, and all of it can be drawn."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "").replace("$", r"\$")
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -20,8 +26,15 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> tuple[Path, Path]:
 
     Returns:
         The two paths.
+
+    Raises:
+        TypeError: for what is no figure, or no path.
+        ValueError: for a path without a file name.
     """
-    stem = Path(path)
+    checks.instance("figure", figure, Figure, "as four_panel returns one")
+    stem = checks.path("path", path)
+    if not stem.name:
+        raise ValueError(f"path must be that of a file, whose suffix is replaced, got {str(path)!r}")
     written = []
     # No dates in the files: the same record gives the same bytes.
     for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None, "Producer": None})):

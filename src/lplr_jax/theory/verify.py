@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lplr_jax.diagnostics import loss_floor
 from lplr_jax.models import ApplyFn, Params
 from lplr_jax.records import Record
+from lplr_jax.summary import check_record
 from lplr_jax.theory.conclusions import linear_rate, local_pl
 from lplr_jax.theory.consistency import consistency
 from lplr_jax.theory.evidence import Evidence
@@ -39,8 +41,11 @@ def verify(record: Record) -> tuple[Verdict, ...]:
         be read off a record that contradicts itself.
 
     Raises:
+        TypeError: for what is no record.
         ValueError: if the loss has no finite value, or arrays of probes differ in length.
     """
+    check_record(record)
+    loss_floor(record["loss"])  # which wants one finite loss
     evidence = Evidence(record)
     first = consistency(evidence)
     if first.inconsistent:
