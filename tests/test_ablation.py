@@ -284,6 +284,7 @@ def test_deviation_over_seeds():
     cell = tables.mean_of([1.0, 2.0, 4.0])
     assert (cell.value, cell.deviation) == (pytest.approx(7 / 3), pytest.approx(np.std([1, 2, 4], ddof=1)))
     assert tables.mean_of([2.5]) == tables.Measured(2.5)
+    assert [tables.as_text(tables.Measured(value)) for value in (0.99945678, 0.9, 1.0)] == ["0.999457", "0.9", "1"]
     assert tables.mean_of([float("nan")]) is None
     assert tables.mean_of([float("inf"), float("inf")]) == tables.Measured(float("inf"))
 
@@ -334,6 +335,10 @@ def test_figure_dashes_the_unstable_arm_and_keeps_one_colour_a_width(tmp_path):
     assert [line.get_linestyle() for line in drift] == ["-", "--", "-"]
     assert len({str(line.get_color()) for line in drift}) == 2
     assert str(drift[1].get_color()) == str(drift[2].get_color()) != str(drift[0].get_color())
+    # The inset shows the catapult, which one step of the long axis would hide.
+    (inset,) = figure.axes[3].child_axes
+    assert [line.get_ydata()[1] > 1 for line in inset.lines] == [False, True, False]
+    assert inset.lines[1].get_xdata()[-1] == 20
     # Apart in grey as well.
     light = [np.dot(line.get_color()[:3], [0.299, 0.587, 0.114]) for line in drift]
     assert abs(light[0] - light[1]) > 0.2

@@ -358,6 +358,8 @@ def test_extremes_and_norm_above_the_dense_size():
     assert extremes(a) == pytest.approx((2 - edge, 2 + edge), abs=1e-12)
     assert spectral_norm(a - 3.0 * np.eye(n)) == pytest.approx(1 + edge, abs=1e-12)
     assert spectral_norm(np.diag([-3.0, 2.0])) == 3.0
+    # A Ritz value with a residual of a tenth of its own: below the norm, and no further than that.
+    assert 0.9 * (1 + edge) <= spectral_norm(a - 3.0 * np.eye(n), tolerance=0.1) <= (1 + edge) * (1 + 1e-14)
 
 
 def test_extremes_fall_back_to_the_dense_solver(monkeypatch):

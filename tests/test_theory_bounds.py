@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lplr_jax.models import MLP
+from lplr_jax.theory import measure
 from lplr_jax.theory.bounds import anchor, certified_radius
-from lplr_jax.theory.measure import float32_spacing, max_eig_upper
+from lplr_jax.theory.measure import flat_parameters, float32_spacing, max_eig_upper, pair_distances
 from lplr_jax.theory.search import pair_shifts, search_ball
 from lplr_jax.theory.structure import is_affine
 
@@ -275,6 +276,21 @@ def test_pair_shifts_of_large_kernels_stay_below_and_come_near():
     for i, j, scale in ((0, 1, 1.0), (0, 2, 3.0), (1, 2, 2.0)):
         truth = scale * float(base[0] @ base[0])
         assert truth * (1 - 1e-9) <= shifts[i, j] <= truth * (1 + 1e-9)
+
+
+def test_pair_distances_are_those_of_whole_vectors(monkeypatch):
+    monkeypatch.setattr(measure, "_COLUMNS", 7)  # several blocks a leaf, the last one short
+    rng = np.random.default_rng(3)
+    base = {"w": rng.standard_normal((5, 9)).astype(np.float32), "b": np.float32(2.0)}
+    # The last pair is so close that squares of norms would not tell the two apart.
+    moves = (0.0, 1.0, 1e-6)
+    points = [jax.tree.map(lambda leaf, by=by: np.asarray(leaf + np.float32(by)), base) for by in moves]
+    found = pair_distances(points)
+    for i, one in enumerate(points):
+        for j, two in enumerate(points):
+            assert found[i, j] == pytest.approx(np.linalg.norm(flat_parameters(one) - flat_parameters(two)), rel=1e-13)
+    assert 0 < found[0, 2] < 2e-5
+    assert pair_distances(points[:1]).tolist() == [[0.0]]
 
 
 def test_search_finds_the_end_of_a_parabola():

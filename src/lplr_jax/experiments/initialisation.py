@@ -151,7 +151,7 @@ def _base(config: InitialisationConfig, init: str, learning_rate: float) -> mnis
         probe_every=max(1, config.epochs // 8) if config.probe_every is None else config.probe_every,
         hessian_probes=2,
         hessian_precision="float32",
-        spectrum_probes=0,
+        spectrum_probes=2,
         search_steps=0,
         source=config.source,
         data=config.data,

@@ -82,7 +82,8 @@ def _number(value: float) -> str:
         return MISSING
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
-    return f"{value:.4g}"
+    # A factor per epoch is told by its distance to one.
+    return f"{value:.6f}" if 0.99 < value < 1 else f"{value:.4g}"
 
 
 def as_text(cell: Cell) -> str:

@@ -20,6 +20,8 @@ from lplr_jax.summary import Summary, check_record, gradient_law, summarise
 MARKERS = "osD^vPX"
 """One marker a width, so that the figure reads without colour."""
 COLOURS = ("C0", "C1", "C2", "C3")
+FIRST = 20
+"""Last epoch of the inset that shows how an arm starts: a catapult is over by then. Calibrated."""
 
 
 def ablation(records: Sequence[Record]) -> Figure:
@@ -42,10 +44,11 @@ def ablation(records: Sequence[Record]) -> Figure:
     widths = sorted({_integer(record, "width", least=1) for record in records})
     with mpl.rc_context(fname=STYLE):
         # A map whose lightness rises steadily keeps the widths apart in grey; its lightest end is left out.
-        colours = dict(zip(widths, mpl.colormaps["viridis"](np.linspace(0, 0.85, len(widths))), strict=True))
+        colours = dict(zip(widths, mpl.colormaps["viridis"](np.linspace(0, 0.8, len(widths))), strict=True))
         figure = Figure(figsize=(11, 8.6))
         FigureCanvasAgg(figure)
         (a, b), (c, d) = figure.subplots(2, 2)
+        start = d.inset_axes((0.5, 0.61, 0.47, 0.3))
         handles = []
         for record in sorted(records, key=lambda one: (_integer(one, "width", least=1), -float(one["learning_rate"]))):
             width = _integer(record, "width", least=1)
@@ -54,6 +57,8 @@ def ablation(records: Sequence[Record]) -> Figure:
             style = {"color": colours[width], "linestyle": "--" if unstable else "-"}
             marker = MARKERS[widths.index(width) % len(MARKERS)]
             _draw_arm((a, b, c, d), record, summarise(record), style, marker)
+            first = slice(min(FIRST + 1, record["epoch"].size))
+            start.plot(record["epoch"][first], record["loss"][first] / record["loss"][0], **style, linewidth=1)
             label = f"m = {width}, η = {float(record['learning_rate']):.3g}: {outcome}"
             if seed := _integer(record, "seed", least=0):
                 label += f" (seed {seed})"
@@ -65,7 +70,7 @@ def ablation(records: Sequence[Record]) -> Figure:
                 r"$\lambda_{\min}$   [output² / parameter²]",
             ),
             (b, "(b)  drift from the initialisation", r"$\|\theta_t-\theta_0\|_2$   [parameter]"),
-            (c, "(c)  PL ratio: L* = 0 (line) to the proxy (upper edge of the band)", "PL ratio   [units of L]"),
+            (c, "(c)  PL ratio: L* = 0 (line) to the proxy (thin line)", "PL ratio   [units of L]"),
             (d, "(d)  gap to the proxy (line) and loss itself (thin)", "loss   [units of L]"),
         ):
             axes.set_title(title)
@@ -80,7 +85,12 @@ def ablation(records: Sequence[Record]) -> Figure:
         values = np.concatenate(settled)
         if np.isfinite(values).any():
             c.set_ylim(float(np.nanmin(values)) / 2, float(np.nanmax(values)) * 10)
-        d.set_ylim(_span([record["loss"] - summarise(record).floor for record in records]))
+        low, high = _span([record["loss"] - summarise(record).floor for record in records]) or d.get_ylim()
+        # Room for the inset above the curves of the arms that stay below their first loss.
+        d.set_ylim(low, max(high, 1e3 * float(np.nanmedian(np.concatenate([r["loss"] for r in records])))))
+        start.set_yscale("log")
+        start.set_title(rf"$L_t/L_0$, first {FIRST} epochs", fontsize=7.5)
+        start.tick_params(labelsize=7)
         figure.legend(handles=handles, loc="outside lower center", ncol=min(3, len(handles)), fontsize=8)
     return figure
 
@@ -115,7 +125,8 @@ def _draw_arm(
     a.plot(probes, _positive(record["ntk_min_eig"]), marker=marker, markersize=4, markevery=sparse, **style)
     b.plot(epoch, record["drift"], marker=marker, markersize=4, markevery=every, **style)
     lower, upper = (_positive(end) for end in summary.bracket)
-    c.fill_between(epoch, lower, upper, color=style["color"], alpha=0.13, linewidth=0)
+    c.fill_between(epoch, lower, upper, color=style["color"], alpha=0.08, linewidth=0)
+    c.plot(epoch, upper, linewidth=0.8, alpha=0.8, **style)
     c.plot(epoch, lower, marker=marker, markersize=4, markevery=every, **style)
     d.plot(epoch, _positive(record["loss"] - summary.floor), marker=marker, markersize=4, markevery=every, **style)
     d.plot(epoch, _positive(record["loss"]), linewidth=0.8, alpha=0.8, **style)
