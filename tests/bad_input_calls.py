@@ -181,7 +181,7 @@ def ntk_cases():
         Case("ntk of integer outputs", lambda _: full(lambda w, x: (x @ w).astype(jnp.int32), W, X), VALUE, r"real floating-point outputs, got dtype int32"),
         Case("ntk of a list", lambda _: full(lambda w, x: [x @ w], W, X), EITHER, r"must return one array"),
         Case("ntk of NaN outputs", lambda _: full(lambda w, x: jnp.log(-jnp.abs(x @ w) - 1), W, X), VALUE, "NaN or infinite outputs.*check"),
-        Case("ntk of a raising function", lambda _: full(lambda w, x: 1 / 0, W, X), VALUE, "apply_fn fails on one sample of shape"),
+        Case("ntk of a raising function", lambda _: full(lambda w, x: 1 / 0, W, X), VALUE, "apply_fn fails on samples of shape"),
         Case("ntk of a rank-3 function", lambda _: full(lambda w, x: (x @ w)[..., None], W, X), VALUE, r"must return \(n, c\) or \(n,\)"),
     ]  # fmt: skip
     return found
@@ -257,7 +257,7 @@ def diagnostics_cases():
           for case in each(f"pl_identity_tolerance {name}", lambda v, name=name: d.pl_identity_tolerance(**{"max_eig": 1.0, "rayleigh": 1.0, "chain": 9, name: v}), values, rf"{name} must be .*got")],
         *each("hessian loss_fn", lambda v: d.hessian_extremes(v, np.ones(3)), (None, 3, "loss"), r"loss_fn must be a function.*got", EITHER),
         *each("hessian params", lambda v: hessian(v), (None, [], "w", np.ones(3, int), np.zeros(0), np.ones(3) * NAN, np.ones(3) * 1j, object()), r"param|empty", EITHER),
-        Case("hessian of a vector", lambda _: hessian(f=lambda w: w), VALUE, r"must return a scalar, got shape \(3,\)"),
+        Case("hessian of a vector", lambda _: hessian(f=lambda w: w), VALUE, r"must return a scalar, got shape \(3, 1\)"),
         Case("hessian of a tuple", lambda _: hessian(f=lambda w: (w.sum(), 1)), EITHER, r"loss_fn must return a scalar"),
         Case("hessian of a raising function", lambda _: hessian(f=lambda w: 1 / 0), EITHER, r"loss_fn fails"),
         *each("hessian reduction", lambda v: hessian(reduction=v), ("average", 3, ["sum"], "sum"), r"reduction.*"),

@@ -67,7 +67,7 @@ def options_of(command):
         if "Literal" in kind or field.name in ("loss_scale", "hessian_precision", "source", "activation", "init"):
             values, message = ("magic", "", "HE", "3"), rf"{flag}|invalid choice"
         elif "bool" in kind:
-            values, message = ("maybe", "2", ""), rf"{flag}"
+            values, message = ("maybe", "2"), "Unrecognized options: (maybe|2)"
         elif "float" in kind:
             values, message = NOT_NUMBERS, rf"{flag}|Missing|argument"
         elif "int" in kind:
@@ -130,7 +130,7 @@ def mnist_extra():
     return [
         Command("lplr", lambda p: [], "Expected one of {mnist, ablation"),
         Command("lplr magic", lambda p: ["magic"], "magic|invalid choice"),
-        Command("lplr ''", lambda p: [""], "invalid choice|argument"),
+        Command("lplr ''", lambda p: [""], "Available subcommands: mnist"),
         Command("lplr --magic", lambda p: ["--magic"], "magic|required"),
         Command("lplr mnist regime backwards", lambda p: ["mnist", *small, "--regime-start", "30", "--regime-stop", "10"], "at least 3 epochs, got start 30 and stop 10"),
         Command("lplr mnist regime of two", lambda p: ["mnist", *small, "--regime-start", "30", "--regime-stop", "32"], "at least 3 epochs, got start 30 and stop 32"),

@@ -52,6 +52,27 @@ def whole(name: str, value: Any, *, least: int | None = None, most: int | None =
     return found
 
 
+def integers(name: str, text: str, *, least: int) -> tuple[int, ...]:
+    """Read distinct integers from text with commas.
+
+    Raises:
+        ValueError: for anything else, or a number below `least`.
+
+    Example:
+        >>> integers("seeds", "0,1, 2", least=0)
+        (0, 1, 2)
+    """
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except (ValueError, AttributeError):
+        raise ValueError(
+            f"{name} must be integers with commas between them, such as 0,1,2; got {shown(text)}"
+        ) from None
+    if min(values) < least or len(set(values)) != len(values):
+        raise ValueError(f"{name} must be distinct integers >= {least}, got {text!r}")
+    return values
+
+
 def number(
     name: str, value: Any, *, above: float | None = None, least: float | None = None, finite: bool = True
 ) -> float:

@@ -90,6 +90,8 @@ def _tabulate(table: tables.Table, stem: Path) -> None:
 def _ablation(preset: Preset, config: ablation_experiment.AblationConfig) -> int:
     folder, figures = _places("ablation", preset, config.out)
     identity = ablation_experiment.identity(config)
+    if not config.force:
+        ablation_experiment.known_sharpness(folder)  # a damaged file is refused before anything is written
     with place.claimed(folder, "ablation", identity, force=config.force, say=_say) as lock:
         done = ablation_experiment.run(config, folder, say=_say, follow=_follow, check=lock.check)
         _tabulate(ablation_table.table(done), folder / "ablation")
@@ -123,6 +125,8 @@ def _initialisation(preset: Preset, config: initialisation_experiment.Initialisa
     # Read first: a bad record beside must not be found after the training.
     widths = initialisation_experiment.widths_of(beside)
     identity = initialisation_experiment.identity(config)
+    if not config.force:
+        ablation_experiment.known_sharpness(folder)
     with place.claimed(folder, "initialisation", identity, force=config.force, say=_say) as lock:
         done = initialisation_experiment.run(config, folder, say=_say, follow=_follow, check=lock.check)
         _tabulate(initialisation_experiment.table(done), folder / "initialisation")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lplr_jax import archives, checks, diagnostics, records
+from lplr_jax.checks import integers
 from lplr_jax.diagnostics.stability import EXPECTED, observe, place_of
 from lplr_jax.experiments import mnist
 from lplr_jax.experiments.checkpoint import Checkpoints
@@ -93,27 +95,6 @@ PRESETS: dict[str, AblationConfig] = {
     "paper": AblationConfig(seeds="0,1,2", epochs=10_000),
 }
 """Named sets of defaults: a run of seconds, the standard one, and a longer one for an accelerator. All calibrated."""
-
-
-def integers(name: str, text: str, *, least: int) -> tuple[int, ...]:
-    """Read distinct integers from text with commas.
-
-    Raises:
-        ValueError: for anything else, or a number below `least`.
-
-    Example:
-        >>> integers("seeds", "0,1, 2", least=0)
-        (0, 1, 2)
-    """
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except (ValueError, AttributeError):
-        raise ValueError(
-            f"{name} must be integers with commas between them, such as 0,1,2; got {checks.shown(text)}"
-        ) from None
-    if min(values) < least or len(set(values)) != len(values):
-        raise ValueError(f"{name} must be distinct integers >= {least}, got {text!r}")
-    return values
 
 
 def _seeds(config: AblationConfig) -> tuple[int, ...]:
@@ -269,8 +250,7 @@ def identity(config: AblationConfig) -> dict[str, Any]:
 
 def sharpness_of_all(configs: Sequence[mnist.MnistConfig], folder: Path, *, say: Say) -> tuple[float, ...]:
     """Measure β_0 of every config, or take it from the predictions that were written before."""
-    path = folder / "predictions.json"
-    known = _known_sharpness(path) if path.exists() else []
+    known = known_sharpness(folder)
     found: list[float] = []
     for config in configs:
         setting = sharpness_setting(config)
@@ -281,8 +261,15 @@ def sharpness_of_all(configs: Sequence[mnist.MnistConfig], folder: Path, *, say:
     return tuple(found)
 
 
-def _known_sharpness(path: Path) -> list[dict[str, Any]]:
-    """Return the sharpnesses of a predictions.json, which may be anybody's file."""
+def known_sharpness(folder: Path) -> list[dict[str, Any]]:
+    """Return the sharpnesses of a folder's predictions.json, which may be anybody's file; none where there is none.
+
+    Raises:
+        ValueError: if it is not what `write_predictions` writes.
+    """
+    path = folder / "predictions.json"
+    if not os.path.lexists(path):
+        return []
     try:
         known = json.loads(archives.read_text(path, most_bytes=_PREDICTIONS_BYTES))["sharpness"]
         for entry in known:

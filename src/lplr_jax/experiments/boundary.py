@@ -17,9 +17,10 @@ import optax
 from jaxtyping import Array
 
 from lplr_jax import checks, records
+from lplr_jax.checks import integers
 from lplr_jax.diagnostics.stability import PowerLaw, power_law, rounding_allowance
 from lplr_jax.experiments import mnist
-from lplr_jax.experiments.ablation import initial_sharpness, integers
+from lplr_jax.experiments.ablation import initial_sharpness
 from lplr_jax.experiments.place import CHECKPOINTS
 from lplr_jax.experiments.run import check_at_least_one, describe_environment
 from lplr_jax.experiments.tables import Measured, Quantity, Table
