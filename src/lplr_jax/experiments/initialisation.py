@@ -92,7 +92,7 @@ def identity(config: InitialisationConfig) -> dict[str, Any]:
 
 def _names(config: InitialisationConfig) -> tuple[str, ...]:
     """Return the initialisations of a config that can be run."""
-    names = tuple(part.strip() for part in config.inits.split(",")) if isinstance(config.inits, str) else (None,)
+    names = tuple(part.strip() for part in config.inits.split(",")) if isinstance(config.inits, str) else ("",)
     unknown = [name for name in names if name not in get_args(Init)]
     if unknown or len(set(names)) != len(names):
         raise ValueError(
