@@ -3,10 +3,12 @@
 The only module that knows a layer. Everything downstream sees `apply_fn(params, x)`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -91,12 +93,8 @@ class MLP(nn.Module):
     initialisation: str = "he"
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "outputs"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(sorted(ACTIVATIONS))}, got {self.activation!r}")
+        _check_counts(self, ("width", "depth", "outputs"))
+        _check_activation(self.activation)
         if self.initialisation not in INITS:
             raise ValueError(f"initialisation must be one of {', '.join(INITS)}, got {self.initialisation!r}")
         if self.initialisation == "antisymmetric" and (self.width % 2 or self.depth < 2):
@@ -125,6 +123,149 @@ class MLP(nn.Module):
         return h
 
 
+class ResNet(nn.Module):
+    """Residual network for small images: GroupNorm, basic blocks, He-normal weights (paper, section 6.3).
+
+    A 3×3 stem, `stages` stages of `blocks` residual blocks with width, 2 width, 4 width, ... channels, the mean over
+    pixels, and an affine output layer. A block is conv, norm, activation, conv, norm, added to its input and activated
+    (He et al. 2016, figure 2); the first block of every stage but the first halves the resolution with stride 2, and
+    where the shape changes the input passes a 1×1 convolution of the same stride and a norm. Convolutions have no
+    bias, as a norm follows each. GroupNorm sees one sample at a time, so outputs never mix samples.
+
+    With 3 stages, 2 blocks, 3 channels and 5 outputs it has p = 676 w² + 117 w + 5 parameters.
+
+    Attributes:
+        width: channels w of the first stage; a multiple of `groups`.
+        stages: number of stages.
+        blocks: residual blocks of every stage.
+        groups: groups of every GroupNorm.
+        outputs: outputs c per sample.
+        activation: "relu", "softplus" or "tanh".
+        dtype: type of the computation; None takes that of parameters and inputs.
+        param_dtype: type in which the parameters are initialised.
+    """
+
+    width: int = 64
+    stages: int = 3
+    blocks: int = 2
+    groups: int = 8
+    outputs: int = 5
+    activation: str = "relu"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        _check_counts(self, ("width", "stages", "blocks", "groups", "outputs"))
+        _check_activation(self.activation)
+        if self.width % self.groups:
+            raise ValueError(f"width must be a multiple of groups = {self.groups}, got {self.width}")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Float[Array | np.ndarray, "n h w d"]) -> Float[Array, "n c"]:
+        """Map images (n, height, width, channels) to outputs (n, c)."""
+        activation, shared = ACTIVATIONS[self.activation], {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def conv(h: Array, channels: int, *, size: int, stride: int, name: str) -> Array:
+            h = nn.Conv(
+                channels, (size, size), stride, use_bias=False, kernel_init=he_normal, name=f"conv_{name}", **shared
+            )(h)
+            # The two-pass variance does not cancel; reductions stay in the type of the computation.
+            return nn.GroupNorm(
+                self.groups,
+                use_fast_variance=False,
+                force_float32_reductions=False,
+                name=f"norm_{name}",
+                **shared,
+            )(h)
+
+        h = activation(conv(jnp.asarray(x), self.width, size=3, stride=1, name="stem"))
+        for stage in range(self.stages):
+            channels = self.width * 2**stage
+            for block in range(self.blocks):
+                stride, name = 2 if stage and not block else 1, f"{stage}_{block}"
+                branch = activation(conv(h, channels, size=3, stride=stride, name=f"{name}_first"))
+                branch = conv(branch, channels, size=3, stride=1, name=f"{name}_second")
+                if h.shape != branch.shape:
+                    h = conv(h, channels, size=1, stride=stride, name=f"{name}_skip")
+                h = activation(h + branch)
+        return nn.Dense(self.outputs, kernel_init=he_normal, name="dense", **shared)(jnp.mean(h, axis=(1, 2)))
+
+
+def _check_counts(module: nn.Module, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(module, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(sorted(ACTIVATIONS))}, got {activation!r}")
+
+
 def count_parameters(params: Params) -> int:
     """Return p, the number of scalars in a pytree of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+_CALLS = ("jit", "pjit")
+
+
+def plain_convolutions(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `fn` with the convolutions of its program laid out as NHWC × HWIO -> NHWC, transposes around them.
+
+    For gradients inside `lax.scan` on a CPU: there XLA brings a convolution into the one layout that its fast routine
+    takes only outside of loops, and a gradient's own layouts run some twenty times slower inside. The sums are the
+    same; on other backends `fn` is returned as it is. Apply it outside of `jax.grad`, inside of `jax.jit`.
+
+    Args:
+        fn: function of pytrees of arrays; called bodies are inlined, loops and custom derivatives left whole.
+    """
+    if jax.default_backend() != "cpu":
+        return fn
+
+    @wraps(fn)
+    def wrapped(*args: Any) -> Any:
+        leaves, tree = jax.tree.flatten(args)
+        closed, out = jax.make_jaxpr(lambda *flat: fn(*tree.unflatten(flat)), return_shape=True)(*leaves)
+        return jax.tree.unflatten(jax.tree.structure(out), _with_plain_convolutions(closed, leaves))
+
+    return wrapped
+
+
+def _with_plain_convolutions(closed: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+    known: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    known.update(zip(closed.jaxpr.invars, args, strict=True))
+
+    def value(atom: Any) -> Any:
+        return atom.val if isinstance(atom, jex.Literal) else known[atom]
+
+    for eqn in closed.jaxpr.eqns:
+        operands = [value(atom) for atom in eqn.invars]
+        if eqn.primitive.name in _CALLS:
+            results = _with_plain_convolutions(eqn.params["jaxpr"], operands)
+        elif eqn.primitive is jex.primitives.conv_general_dilated_p:
+            results = [_plain_convolution(*operands, **eqn.params)]
+        else:
+            bound = eqn.primitive.get_bind_params(eqn.params)
+            functions, params = bound if isinstance(bound, tuple) else ((), bound)  # a pair up to JAX 0.9
+            out = eqn.primitive.bind(*functions, *operands, **params)
+            results = out if eqn.primitive.multiple_results else [out]
+        known.update(zip(eqn.outvars, results, strict=True))
+    return [value(atom) for atom in closed.jaxpr.outvars]
+
+
+def _plain_convolution(lhs: Array, rhs: Array, *, dimension_numbers: Any, **params: Any) -> Array:
+    """Bind the convolution with batch, pixels, channels of inputs and outputs, pixels, inputs, outputs of the kernel."""
+    left, right, result = dimension_numbers
+    pixels = tuple(range(1, len(left) - 1))
+    inputs = (0, len(pixels) + 1, *pixels)
+    kernel = (len(pixels) + 1, len(pixels), *range(len(pixels)))
+    out = jex.primitives.conv_general_dilated_p.bind(
+        jnp.transpose(lhs, (left[0], *left[2:], left[1])),
+        jnp.transpose(rhs, (*right[2:], right[1], right[0])),
+        dimension_numbers=jax.lax.ConvDimensionNumbers(inputs, kernel, inputs),
+        **params,
+    )
+    return jnp.transpose(out, np.argsort((result[0], *result[2:], result[1])).tolist())
