@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import jax
 import tyro
@@ -18,14 +18,16 @@ from rich.logging import RichHandler
 from lplr_jax import data as datasets
 from lplr_jax import plotting, records, theory
 from lplr_jax.experiments import ablation as ablation_experiment
-from lplr_jax.experiments import ablation_table, report, tables
+from lplr_jax.experiments import ablation_table, cifar_table, report, tables
 from lplr_jax.experiments import boundary as boundary_experiment
+from lplr_jax.experiments import cifar as cifar_experiment
 from lplr_jax.experiments import initialisation as initialisation_experiment
 from lplr_jax.experiments import mnist as mnist_experiment
 
 OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
 Preset = Literal["smoke", "default", "paper"]
+CifarPreset = Literal["smoke", "default", "paper", "cpu"]
 
 # Files and pipes have no width of their own; 80 columns break every row of the table.
 CONSOLE = Console() if sys.stdout.isatty() else Console(width=130)
@@ -49,7 +51,7 @@ def _mnist(preset: Preset, config: mnist_experiment.MnistConfig) -> int:
 
 
 def _draw(record: records.Record, target: Path) -> None:
-    _save(plotting.four_panel(record), target)
+    _save(plotting.cifar([record]) if record.experiment == "cifar" else plotting.four_panel(record), target)
 
 
 def _say(line: str) -> None:
@@ -61,7 +63,7 @@ def _save(figure: Figure, target: Path) -> None:
         _say(f"figure   {path}")
 
 
-def _places(experiment: str, preset: Preset, out: Path | None) -> tuple[Path, Path]:
+def _places(experiment: str, preset: str, out: Path | None) -> tuple[Path, Path]:
     """Return the folder of an experiment and that of its figures; two presets never share one by default."""
     folder = out or Path("runs") / (experiment if preset == "default" else f"{experiment}-{preset}")
     return folder, Path("figures") if preset == "default" and out is None else folder / "figures"
@@ -114,6 +116,24 @@ def _initialisation(preset: Preset, config: initialisation_experiment.Initialisa
     return OK
 
 
+def _cifar(preset: CifarPreset, config: cifar_experiment.CifarConfig) -> int:
+    # "default" and the preset that it stands for share a folder.
+    folder, figures = _places("cifar", "default" if preset == cifar_experiment.default_preset() else preset, config.out)
+    done = cifar_experiment.run_all(config, folder, say=_say, follow=lambda epochs: report.progress(CONSOLE, epochs))
+    _tabulate(cifar_table.table(done), folder / "cifar")
+    _save(plotting.cifar(list(done.values())), figures / "cifar.png")
+    verdicts = {f"seed {seed}": theory.verify(record) for seed, record in done.items()}
+    if len(verdicts) > 1:
+        CONSOLE.print(report.verdict_matrix(verdicts))
+    first, of_first = next(iter(verdicts.items()))
+    _say(f"{first}:")
+    report.print_verdicts(CONSOLE, of_first)
+    _say(plotting.scope_note(list(done.values())))
+    if any(map(theory.any_inconsistent, verdicts.values())):
+        return INCONSISTENT
+    return OK if all(record.diverged_at is None for record in done.values()) else DIVERGED
+
+
 def _plot(record: Annotated[Path, tyro.conf.Positional], /, out: Path | None = None) -> int:
     """Redraw the figure of a record or of a folder of arms; no model and no data are needed.
 
@@ -125,7 +145,9 @@ def _plot(record: Annotated[Path, tyro.conf.Positional], /, out: Path | None = N
     if arms and not (record / "record.npz").exists():
         loaded_arms = {path.parent.name: records.load(path) for path in arms}
         inits = {arm.config.get("init") for arm in loaded_arms.values()}
-        if len(inits) > 1:
+        if all(arm.experiment == "cifar" for arm in loaded_arms.values()):
+            _save(plotting.cifar(list(loaded_arms.values())), out or record / "cifar.png")
+        elif len(inits) > 1:
             _save(plotting.initialisation(loaded_arms), out or record / "initialisation.png")
         else:
             _save(plotting.ablation(list(loaded_arms.values())), out or record / "ablation.png")
@@ -265,11 +287,27 @@ def _parse_and_run(argv: Sequence[str]) -> int:
         """
         return _initialisation(preset, config)
 
+    chosen_cifar = cifar_experiment.preset(preset_name if preset_name in get_args(CifarPreset) else "default")
+
+    def cifar(
+        preset: CifarPreset = "default",
+        config: Annotated[cifar_experiment.CifarConfig, tyro.conf.arg(name="")] = chosen_cifar,
+    ) -> int:
+        """CIFAR-10, five classes: residual network, SGD, several seeds, and the kernel of a subset (section 6.3).
+
+        Args:
+            preset: which defaults the other options start from; "default" is "cpu" without an accelerator, else
+                "paper".
+            config: everything that decides the runs.
+        """
+        return _cifar(preset, config)
+
     commands = {
         "mnist": mnist,
         "ablation": ablation,
         "boundary": boundary,
         "initialisation": initialisation,
+        "cifar": cifar,
         "verify": _verify,
         "plot": _plot,
         "data": _data,

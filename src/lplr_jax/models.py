@@ -257,7 +257,7 @@ def _with_plain_convolutions(closed: jex.ClosedJaxpr, args: Sequence[Any]) -> li
 
 
 def _plain_convolution(lhs: Array, rhs: Array, *, dimension_numbers: Any, **params: Any) -> Array:
-    """Bind the convolution with batch, pixels, channels of inputs and outputs, pixels, inputs, outputs of the kernel."""
+    """Bind the convolution in the layout NHWC × HWIO -> NHWC, for any number of pixel axes."""
     left, right, result = dimension_numbers
     pixels = tuple(range(1, len(left) - 1))
     inputs = (0, len(pixels) + 1, *pixels)

@@ -15,10 +15,16 @@ import jax
 import numpy as np
 
 from lplr_jax.models import Params
-from lplr_jax.training import EpochMetrics, TrainState
+from lplr_jax.training import EpochMetrics, ExactMetrics, ShuffledState, TrainState
 
 Probe = Callable[[Params, int], Mapping[str, float]]
 """Measures at one epoch: parameters and epoch to values by record name."""
+
+
+State = TrainState | ShuffledState
+Metrics = EpochMetrics | ExactMetrics
+Advance = Callable[[Any, int], tuple[Any, Any]]
+"""From a state and a number of epochs to the state after them and the metrics before each."""
 
 
 @runtime_checkable
@@ -81,13 +87,14 @@ class RunResult:
 
 
 def run_training(
-    state: TrainState,
+    state: State,
     *,
     probes_at: Sequence[int],
-    advance: Callable[[TrainState, int], tuple[TrainState, EpochMetrics]],
-    evaluate: Callable[[Params], EpochMetrics],
+    advance: Advance,
+    evaluate: Callable[[Params], Metrics],
     probe: Probe,
     observer: Observer | None = None,
+    measured_every: int = 1,
 ) -> RunResult:
     """Train from probe to probe, and measure every epoch and every probe.
 
@@ -98,20 +105,24 @@ def run_training(
         evaluate: the metrics at given parameters, for the epoch after the last step.
         probe: what to measure at a probe.
         observer: told of every chunk and probe.
+        measured_every: epochs between those at which `advance` measures; its metrics are NaN at the others.
 
     Returns:
-        The measurements. A loss that is not finite ends the run at its epoch; series and probes from there on are NaN.
+        The measurements. A measured loss that is not finite ends the run at its epoch; series and probes from there on
+        are NaN.
     """
     observer = observer or Silent()
     last = probes_at[-1]
-    series = {name: np.full(last + 1, np.nan) for name in EpochMetrics._fields}
+    series: dict[str, np.ndarray] = {}
+    unmeasured = np.arange(last + 1) % measured_every > 0
+    unmeasured[list(probes_at)] = False
     probes: dict[str, np.ndarray] = {}
     seconds = {"training": 0.0, "probes": 0.0}
 
-    def store(start: int, metrics: EpochMetrics) -> None:
+    def store(start: int, metrics: Metrics) -> None:
         for name, values in metrics._asdict().items():
             values = np.atleast_1d(np.asarray(values, np.float64))
-            series[name][start : start + values.size] = values
+            series.setdefault(name, np.full(last + 1, np.nan))[start : start + values.size] = values
 
     for index, epoch in enumerate(probes_at):
         if index:
@@ -121,7 +132,7 @@ def run_training(
             store(before, jax.device_get(metrics))
             seconds["training"] += time.perf_counter() - began
         store(epoch, jax.device_get(evaluate(state.params)))
-        diverged = np.flatnonzero(~np.isfinite(series["loss"][: epoch + 1]))
+        diverged = np.flatnonzero(~(np.isfinite(series["loss"]) | unmeasured)[: epoch + 1])
         if diverged.size:
             for values in series.values():
                 values[diverged[0] :] = np.nan
@@ -135,6 +146,34 @@ def run_training(
         observer.probe(epoch, values)
     arrays = {"epoch": np.arange(last + 1), "probe_epoch": np.asarray(probes_at, np.int64), **series, **probes}
     return RunResult(arrays, state.params, seconds)
+
+
+def replay(states: Any, chunks: Sequence[int], advance: Advance, *, count: int) -> list[Advance]:
+    """Train several runs as one program, and return for each what replays its part to `run_training`.
+
+    The states at every probe are kept on the host: probes times p numbers a run.
+
+    Args:
+        states: the states at epoch 0, every leaf with a leading axis of `count` runs.
+        chunks: epochs from probe to probe.
+        advance: runs a number of epochs for all, on and to such states and metrics.
+        count: number of runs.
+    """
+    done: list[Any] = []
+    for epochs in chunks:
+        states, metrics = advance(states, epochs)
+        done.append(jax.device_get((states, metrics)))
+
+    def part(index: int) -> Advance:
+        left = iter(done)
+
+        def next_chunk(state: Any, epochs: int) -> tuple[Any, Any]:
+            del state, epochs
+            return jax.tree.map(lambda leaf: leaf[index], next(left))
+
+        return next_chunk
+
+    return [part(index) for index in range(count)]
 
 
 def describe_environment() -> dict[str, Any]:
