@@ -81,10 +81,11 @@ def _title(records: Sequence[Record]) -> str:
     record, config = records[0], records[0].config
     seeds = ", ".join(str(one.config.get("seed")) for one in records)
     where = record.provenance.get("data", {}).get("source", "source not recorded")
+    sgd = f"SGD, η = {float(record['learning_rate']):.3g} ({config.get('schedule')}), momentum {config.get('momentum')}"
+    size = f"width {config.get('width')}, p = {int(record['p']):,}, n = {int(record['n']):,}"
     return (
-        f"CIFAR-10, {int(record['c'])} classes: residual network, width {config.get('width')}, "
-        f"p = {int(record['p']):,}, n = {int(record['n']):,}; SGD, η = {float(record['learning_rate']):.3g} ({config.get('schedule')}), "
-        f"momentum {config.get('momentum')}, batch {config.get('batch_size')}\nseeds {seeds}; {where}"
+        f"CIFAR-10, {int(record['c'])} classes: residual network, {size}\n{sgd}, batch {config.get('batch_size')}; "
+        f"seeds {seeds}; {where}"
     )
 
 
