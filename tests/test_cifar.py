@@ -1,7 +1,6 @@
 """The stochastic runs end to end, from tiny files in the genuine format: records, kernel, verdicts, table, figure."""
 
 import dataclasses
-import time
 
 import jax
 import jax.numpy as jnp
@@ -240,10 +239,8 @@ def test_command_writes_everything_and_plot_redraws_it(tiny, tmp_path, capsys):
 def test_without_images_the_command_says_the_ways_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "nothing"))
-    monkeypatch.setattr("lplr_jax.data.prepared.importlib.util.find_spec", lambda name: None)
-    began = time.monotonic()
+    monkeypatch.setattr("lplr_jax.data.prepared.host_answers", lambda url: False)
     assert cli.main(["cifar"]) == cli.BAD_INPUT
-    assert time.monotonic() - began < 60, "no long wait for a host"
     message = " ".join(capsys.readouterr().err.split())
     for word in ("Three ways to provide CIFAR-10", "(1)", "(2)", "(3)", "make cifar DATA=path", "--data path"):
         assert word in message, word
