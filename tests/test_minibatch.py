@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lplr_jax import diagnostics
@@ -76,6 +76,7 @@ def test_batches_estimate_the_loss_without_bias():
         assert float(filled) == pytest.approx(float(short), rel=1e-6)
 
 
+@settings(max_examples=12)  # each compiles anew
 @given(n=st.integers(2, 12), micro=st.integers(1, 12), c=st.integers(1, 3), scale=st.sampled_from(["mean", "sum"]))
 def test_exact_sums_are_those_of_one_shot_whatever_the_micro_batch(n, micro, c, scale):
     x, y, w = linear_problem(n, n, c=c)
@@ -92,10 +93,10 @@ def test_exact_sums_are_those_of_one_shot_whatever_the_micro_batch(n, micro, c, 
     s = n if scale == "mean" else 1
     gradient = x.T.astype(np.float64) @ residual / s
     # Float32 outputs and per-batch gradients: sums of at most 12 terms of order ten, each rounded to 6e-8.
-    size = np.abs(x).max() * np.abs(w).max() * 3 + 1
+    size = float(np.abs(x).max() * np.abs(w).max()) * 3 + 1
     noise = 16 * 6e-8 * size
     assert float(got.loss) == pytest.approx(np.sum(residual**2) / (2 * s), rel=1e-6, abs=4 * noise * n * c * size / s)
-    off = noise * np.abs(x).max() * n * np.sqrt(3 * c) / s
+    off = noise * float(np.abs(x).max()) * n * np.sqrt(3 * c) / s
     assert np.sqrt(float(got.grad_sq_norm)) == pytest.approx(np.linalg.norm(gradient), rel=1e-6, abs=off)
     assert float(got.drift) == pytest.approx(np.linalg.norm(start.astype(np.float64) - w), rel=1e-14)
     outputs = residual + y
@@ -136,7 +137,7 @@ def test_exact_gradient_of_a_network_does_not_depend_on_the_micro_batch(network)
         assert float(got.loss) == pytest.approx(float(loss), rel=1e-14)
 
 
-def settings_of(objective, optimizer):
+def with_batches_of_six(objective, optimizer):
     return {"objective": objective, "optimizer": optimizer, "batch_size": 6}
 
 
@@ -144,7 +145,7 @@ def test_order_comes_from_seed_and_epoch_alone(network):
     """A run that goes on from a saved state takes the same steps, bit for bit."""
     objective, x, y, (params, _) = network
     optimizer = momentum_sgd(0.01, 0.9, schedule="cosine", steps=9)
-    epoch = partial(shuffled_epoch, data=(x, y), **settings_of(objective, optimizer))
+    epoch = partial(shuffled_epoch, data=(x, y), **with_batches_of_six(objective, optimizer))
     state = epoch(init_shuffled(params, optimizer, seed=3))
     saved = jax.tree.map(np.asarray, state)
     onward = epoch(epoch(state))
@@ -199,7 +200,7 @@ def test_seeds_trained_together_follow_the_same_path(network):
 def test_diagnostics_are_thinned_and_never_made_twice(network):
     objective, x, y, (params, _) = network
     optimizer = momentum_sgd(1e-3, 0.9, schedule="constant", steps=1)
-    trainer = MiniBatches((x, y), params, micro_batch=7, every=3, **settings_of(objective, optimizer))
+    trainer = MiniBatches((x, y), params, micro_batch=7, every=3, **with_batches_of_six(objective, optimizer))
     state = init_shuffled(params, optimizer, seed=0)
     before = trainer.evaluate(state.params)
     state, metrics = trainer.advance(state, 5)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lplr_jax.models import MLP, ResNet, count_parameters
-from lplr_jax.ntk import checks, empirical_ntk
+from lplr_jax.ntk import checks
 
 
 @pytest.mark.parametrize(("width", "expected"), [(128, 150_145), (256, 398_593), (512, 1_190_401), (1024, 3_953_665)])
@@ -122,7 +122,7 @@ def test_residual_network_is_the_formula():
 
 def test_residual_network_starts_as_he_and_mixes_no_samples():
     model = ResNet(width=32, stages=2, blocks=1)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 8, 3)).astype(np.float32))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4, 3)).astype(np.float32))
     params = model.init(jax.random.key(0), x)
     for name, leaf in params["params"].items():
         if "kernel" in leaf:
@@ -130,7 +130,6 @@ def test_residual_network_starts_as_he_and_mixes_no_samples():
             fan_in = kernel.size // kernel.shape[-1]
             assert kernel.var() == pytest.approx(2 / fan_in, rel=5 * np.sqrt(2 / kernel.size)), name
     checks.sample_coupling(model.apply, params, x)
-    assert empirical_ntk(model.apply, params, x[:2], dtype="float32").shape == (10, 10)
 
 
 @pytest.mark.parametrize(

@@ -170,13 +170,15 @@ class ResNet(nn.Module):
             h = nn.Conv(
                 channels, (size, size), stride, use_bias=False, kernel_init=he_normal, name=f"conv_{name}", **shared
             )(h)
-            # The two-pass variance does not cancel; reductions stay in the type of the computation.
+            # The two-pass variance does not cancel. Scale and bias are cast to the norm's own parameter type, which
+            # follows the computation, so that a float64 kernel is one throughout.
             return nn.GroupNorm(
                 self.groups,
+                dtype=self.dtype,
+                param_dtype=h.dtype,
                 use_fast_variance=False,
                 force_float32_reductions=False,
                 name=f"norm_{name}",
-                **shared,
             )(h)
 
         h = activation(conv(jnp.asarray(x), self.width, size=3, stride=1, name="stem"))
