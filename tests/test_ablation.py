@@ -186,12 +186,13 @@ def test_finished_arms_are_not_run_again(tiny):
     again = ablation.run(TINY, folder, say=lines.append)
     kept = [arm.name for arm, _ in again if (folder / arm.name / "record.npz").stat().st_mtime_ns == stamps[arm.name]]
     assert kept == [done[0][0].name, done[2][0].name]
-    assert sum("was not made again" in line for line in lines) == 2
+    assert sum("is there, made with this config" in line for line in lines) == 2
+    assert sum("is damaged" in line for line in lines) == 1
+    assert (folder / done[1][0].name / "record.npz.damaged-1").read_bytes() == b"cut short"
     for (_, first), (_, second) in zip(done, again, strict=True):
         assert first.checksum() == second.checksum()
-    other = dataclasses.replace(done[0][0], config=dataclasses.replace(done[0][0].config, epochs=9))
-    assert ablation.finished(other, folder, done[0][1].config["data_checksum"]) is None
-    assert ablation.finished(done[0][0], folder, "sha256:other") is None
+    with pytest.raises(ValueError, match="m4-seed0 holds the run of another config: epochs 8 there, 9 asked for"):
+        ablation.run(dataclasses.replace(TINY, epochs=9), folder)
 
 
 def test_seeds_trained_together_follow_the_same_path(tiny):

@@ -1,6 +1,7 @@
 """The stochastic runs end to end, from tiny files in the genuine format: records, kernel, verdicts, table, figure."""
 
 import dataclasses
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from lplr_jax import cli, data, diagnostics, plotting, records, theory
 from lplr_jax.experiments import cifar, cifar_table, tables
+from lplr_jax.experiments.run import Silent
 from lplr_jax.records import Record
 from lplr_jax.summary import gradient_law, summarise
 from test_data import cifar_like, write_batch
@@ -43,7 +45,7 @@ def tiny(images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cifar")
     said = []
     config = dataclasses.replace(TINY, data=images)
-    return config, cifar.run_all(config, folder, say=said.append), folder, said
+    return config, cifar.run_all(config, folder, cifar.set_up(config), say=said.append), folder, said
 
 
 def test_records_are_whole(tiny):
@@ -149,12 +151,33 @@ def test_finished_seeds_are_not_run_again(tiny, monkeypatch):
         raise AssertionError("a finished seed was run again")
 
     monkeypatch.setattr(cifar, "run", refuse)
-    again = cifar.run_all(config, folder, say=said.append)
+    again = cifar.run_all(config, folder, cifar.set_up(config), say=said.append)
     assert [record.checksum() for record in again.values()] == [record.checksum() for record in done.values()]
-    assert sum("not made again" in line for line in said) == 2
-    for other in ({"force": True}, {"learning_rate": 0.1}, {"seeds": "2"}):
-        with pytest.raises(AssertionError, match="run again"):
-            cifar.run_all(dataclasses.replace(config, **other), folder)
+    assert sum("is there, made with this config" in line for line in said) == 2
+    with pytest.raises(AssertionError, match="run again"):
+        cifar.run_all(dataclasses.replace(config, seeds="2"), folder, cifar.set_up(config))
+    with pytest.raises(ValueError, match=r"another config: learning_rate 0\.005 there, 0\.1 asked for"):
+        cifar.run_all(dataclasses.replace(config, learning_rate=0.1), folder, cifar.set_up(config))
+
+
+def test_an_interrupted_seed_goes_on_bit_for_bit(tiny, tmp_path):
+    config, done, _, _ = tiny
+
+    class Stop(Silent):
+        def probe(self, epoch, values):
+            if epoch == 2:
+                raise KeyboardInterrupt("stopped")
+
+    @contextmanager
+    def follow(epochs):
+        yield Stop()
+
+    config, problem = dataclasses.replace(config, seeds="1", save_probes=False), cifar.set_up(config)
+    with pytest.raises(KeyboardInterrupt, match="stopped"):
+        cifar.run_all(config, tmp_path, problem, follow=follow)
+    whole = cifar.run_all(config, tmp_path, problem)[1]
+    assert whole.provenance["resumed_at"] == [2]
+    assert whole.checksum() == done[1].checksum()
 
 
 def test_table_and_slope(tiny):
@@ -226,7 +249,14 @@ def test_command_writes_everything_and_plot_redraws_it(tiny, tmp_path, capsys):
     ]
     assert cli.main(["cifar", "--preset", "smoke", *options, "--out", str(folder)]) == 0
     shown = capsys.readouterr().out
-    for word in ("not made again", "PL least", "0.29", "linear_rate", "not applicable", "Refuted on the runs shown"):
+    for word in (
+        "is there, made with this config",
+        "PL least",
+        "0.29",
+        "linear_rate",
+        "not applicable",
+        "Refuted on the runs shown",
+    ):
         assert word in shown, word
     assert {path.name for path in folder.iterdir()} >= {"cifar.md", "cifar.csv", "cifar.tex", "seed0", "seed1"}
     drawn = (folder / "figures" / "cifar.png").read_bytes()

@@ -174,7 +174,7 @@ def test_arms_differ_in_the_initialisation_alone(smoke):
     before = [(folder / arm.name / "record.npz").stat().st_mtime_ns for arm, _ in done]
     initialisation.run(config, folder, say=again.append)
     assert [(folder / arm.name / "record.npz").stat().st_mtime_ns for arm, _ in done] == before
-    assert sum("was not made again" in line for line in again) == 2
+    assert sum("is there, made with this config" in line for line in again) == 2
 
 
 @pytest.mark.usefixtures("without_type_checks")

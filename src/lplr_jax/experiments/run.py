@@ -1,12 +1,16 @@
-"""The one loop: epochs in compiled chunks, probes between chunks, everything into one record."""
+"""The one loop: epochs in compiled chunks, probes and checkpoints between chunks, everything into one record."""
 
+import json
+import logging
 import platform
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,8 +18,12 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from lplr_jax.experiments import interrupt
+from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.models import Params
 from lplr_jax.training import EpochMetrics, ExactMetrics, ShuffledState, TrainState
+
+_LOG = logging.getLogger(__name__)
 
 Probe = Callable[[Params, int], Mapping[str, float]]
 """Measures at one epoch: parameters and epoch to values by record name."""
@@ -28,8 +36,23 @@ Advance = Callable[[Any, int], tuple[Any, Any]]
 
 
 @runtime_checkable
+class Remembering(Protocol):
+    """A probe whose earlier measurements decide later ones, so that a resumed run has to give them back."""
+
+    def remembered(self, epoch: int) -> Mapping[str, np.ndarray]:
+        """Return what the probe of `epoch` keeps, as arrays by name."""
+        ...
+
+    def recall(self, epoch: int, arrays: Mapping[str, np.ndarray], like: Params) -> None:
+        """Take back what `remembered` returned, for every earlier epoch in order; `like` has the parameters' shapes."""
+
+
+@runtime_checkable
 class Observer(Protocol):
     """Follows a run while it goes on."""
+
+    def resume(self, epoch: int) -> None:
+        """Be told that the run goes on from the saved `epoch`."""
 
     def chunk(self, epoch: int, loss: float) -> None:
         """Be told that `epoch` is reached, with its loss."""
@@ -40,6 +63,9 @@ class Observer(Protocol):
 
 class Silent:
     """An observer that shows nothing."""
+
+    def resume(self, epoch: int) -> None:
+        """Show nothing."""
 
     def chunk(self, epoch: int, loss: float) -> None:
         """Show nothing."""
@@ -78,12 +104,99 @@ class RunResult:
     Attributes:
         arrays: series and probes by record name; NaN from the epoch at which the run diverged.
         params: the last parameters.
-        seconds: wall-clock time spent in training and in probes.
+        seconds: wall-clock time spent in training, in probes and in checkpoints, earlier processes included.
+        resumed_at: epochs from which later processes went on.
     """
 
     arrays: dict[str, np.ndarray]
     params: Params
     seconds: dict[str, float]
+    resumed_at: tuple[int, ...] = ()
+
+
+class _Progress:
+    """How far a run is: its state, and what was measured up to there."""
+
+    def __init__(self, state: State, probes_at: Sequence[int], measured_every: int) -> None:
+        self.state, self._probes_at = state, probes_at
+        self.series: dict[str, np.ndarray] = {}
+        self._unmeasured = np.arange(probes_at[-1] + 1) % measured_every > 0
+        self._unmeasured[list(probes_at)] = False
+        self.probes: dict[str, np.ndarray] = {}
+        self.seconds = {"training": 0.0, "probes": 0.0, "checkpoints": 0.0}
+        self.resumed_at: tuple[int, ...] = ()
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the time of the body to the seconds spent."""
+        began = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - began
+
+    def store(self, start: int, metrics: Metrics) -> None:
+        """Put metrics in their places, from epoch `start` on."""
+        for name, values in metrics._asdict().items():
+            values = np.atleast_1d(np.asarray(values, np.float64))
+            place = self.series.setdefault(name, np.full(self._probes_at[-1] + 1, np.nan))
+            place[start : start + values.size] = values
+
+    def store_probe(self, index: int, values: Mapping[str, float]) -> None:
+        """Put what the probe of one place measured into the arrays of all."""
+        for name, value in values.items():
+            self.probes.setdefault(name, np.full(len(self._probes_at), np.nan))[index] = value
+
+    def cut_at_divergence(self, epoch: int) -> bool:
+        """Return whether a metric up to `epoch` or a parameter is not finite; everything from there on becomes NaN."""
+        finite = np.logical_and.reduce([np.isfinite(values[: epoch + 1]) for values in self.series.values()])
+        finite |= self._unmeasured[: epoch + 1]
+        finite[epoch] &= all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(self.state.params)))
+        if finite.all():
+            return False
+        for values in self.series.values():
+            values[int(finite.argmin()) :] = np.nan
+        return True
+
+    def save(self, checkpoints: Checkpoints, epoch: int, probe: Probe) -> None:
+        """Write a checkpoint."""
+        arrays = {f"{kind}-{name}": a for kind in ("series", "probes") for name, a in getattr(self, kind).items()}
+        remembered = probe.remembered(epoch) if isinstance(probe, Remembering) else {}
+        facts = {"seconds": self.seconds, "resumed_at": self.resumed_at, "environment": describe_environment()}
+        checkpoints.save(epoch, self.state, arrays, remembered=remembered, facts=facts)
+
+    def resume(self, checkpoints: Checkpoints, probe: Probe) -> int:
+        """Take up the last saved state.
+
+        Returns:
+            The place among the probes with which to go on: 0 where nothing is saved.
+
+        Raises:
+            ValueError: if it was saved by a run with other probes.
+        """
+        saved = checkpoints.latest(self.state)
+        if saved is None:
+            return 0
+        if saved.epoch not in self._probes_at:
+            raise ValueError(f"the checkpoint is of epoch {saved.epoch}, at which this run has no probe")
+        self.state = saved.state
+        for name, array in saved.arrays.items():
+            kind, _, key = name.partition("-")
+            getattr(self, kind)[key] = array.copy()
+        if isinstance(probe, Remembering):
+            for epoch, arrays in saved.memory.items():
+                probe.recall(epoch, arrays, self.state.params)
+        self.seconds |= saved.facts["seconds"]
+        self.resumed_at = (*saved.facts["resumed_at"], saved.epoch)
+        _warn_of_changes(saved.facts["environment"])
+        return self._probes_at.index(saved.epoch) + 1
+
+
+def _warn_of_changes(before: Mapping[str, Any]) -> None:
+    """Say what is no longer as it was when the checkpoint was written: then bits may differ."""
+    now = json.loads(json.dumps(describe_environment()))
+    names = [name for name in now if name in before and before[name] != now[name]]
+    if names:
+        changed = "; ".join(f"{name} {before[name]} then, {now[name]} now" for name in names)
+        _LOG.warning("not as it was when the run was interrupted, so last digits may differ: %s", changed)
 
 
 def run_training(
@@ -95,57 +208,61 @@ def run_training(
     probe: Probe,
     observer: Observer | None = None,
     measured_every: int = 1,
+    checkpoints: Checkpoints | None = None,
 ) -> RunResult:
     """Train from probe to probe, and measure every epoch and every probe.
 
     Args:
         state: the state at epoch 0; donated to `advance`.
         probes_at: epochs to probe, ascending, from 0 to the last epoch.
-        advance: runs a number of epochs and returns the metrics before each.
+        advance: runs a number of epochs and returns the metrics before each; everything that changes from step to step
+            (keys, the place in a schedule) is in the state.
         evaluate: the metrics at given parameters, for the epoch after the last step.
-        probe: what to measure at a probe.
-        observer: told of every chunk and probe.
+        probe: what to measure at a probe; one that remembers is `Remembering`.
+        observer: told of every chunk and probe, once they are saved.
         measured_every: epochs between those at which `advance` measures; its metrics are NaN at the others.
+        checkpoints: where the state is saved after every probe, and from where it goes on; None saves nothing.
 
     Returns:
-        The measurements. A measured loss that is not finite ends the run at its epoch; series and probes from there on
-        are NaN.
+        The measurements. A metric or parameter that is not finite ends the run at its epoch; series and probes from
+        there on are NaN.
+
+    Raises:
+        Interrupted: on SIGTERM or SIGINT, once the chunk at hand is saved; on a second one, at once.
+        OSError: if a checkpoint cannot be written or read.
     """
     observer = observer or Silent()
     last = probes_at[-1]
-    series: dict[str, np.ndarray] = {}
-    unmeasured = np.arange(last + 1) % measured_every > 0
-    unmeasured[list(probes_at)] = False
-    probes: dict[str, np.ndarray] = {}
-    seconds = {"training": 0.0, "probes": 0.0}
-
-    def store(start: int, metrics: Metrics) -> None:
-        for name, values in metrics._asdict().items():
-            values = np.atleast_1d(np.asarray(values, np.float64))
-            series.setdefault(name, np.full(last + 1, np.nan))[start : start + values.size] = values
-
-    for index, epoch in enumerate(probes_at):
-        if index:
-            began = time.perf_counter()
-            before = probes_at[index - 1]
-            state, metrics = advance(state, epoch - before)
-            store(before, jax.device_get(metrics))
-            seconds["training"] += time.perf_counter() - began
-        store(epoch, jax.device_get(evaluate(state.params)))
-        diverged = np.flatnonzero(~(np.isfinite(series["loss"]) | unmeasured)[: epoch + 1])
-        if diverged.size:
-            for values in series.values():
-                values[diverged[0] :] = np.nan
-            break
-        observer.chunk(epoch, float(series["loss"][epoch]))
-        began = time.perf_counter()
-        values = probe(state.params, epoch)
-        seconds["probes"] += time.perf_counter() - began
-        for name, value in values.items():
-            probes.setdefault(name, np.full(len(probes_at), np.nan))[index] = value
-        observer.probe(epoch, values)
-    arrays = {"epoch": np.arange(last + 1), "probe_epoch": np.asarray(probes_at, np.int64), **series, **probes}
-    return RunResult(arrays, state.params, seconds)
+    so_far = _Progress(state, probes_at, measured_every)
+    start = so_far.resume(checkpoints, probe) if checkpoints else 0
+    if start:
+        observer.resume(probes_at[start - 1])
+    for index, epoch in enumerate(probes_at[start:], start):
+        waits = interrupt.deferred(f"epoch {epoch} of {last} is saved") if checkpoints else nullcontext()
+        with waits:
+            if index:
+                before = probes_at[index - 1]
+                with so_far.timed("training"):
+                    so_far.state, metrics = advance(so_far.state, epoch - before)
+                    so_far.store(before, jax.device_get(metrics))
+            so_far.store(epoch, jax.device_get(evaluate(so_far.state.params)))
+            if so_far.cut_at_divergence(epoch):
+                break
+            observer.chunk(epoch, float(so_far.series["loss"][epoch]))
+            with so_far.timed("probes"):
+                values = probe(so_far.state.params, epoch)
+            so_far.store_probe(index, values)
+            if checkpoints:
+                with so_far.timed("checkpoints"):
+                    so_far.save(checkpoints, epoch, probe)
+            observer.probe(epoch, values)
+    arrays = {
+        "epoch": np.arange(last + 1),
+        "probe_epoch": np.asarray(probes_at, np.int64),
+        **so_far.series,
+        **so_far.probes,
+    }
+    return RunResult(arrays, so_far.state.params, so_far.seconds, so_far.resumed_at)
 
 
 def replay(states: Any, chunks: Sequence[int], advance: Advance, *, count: int) -> list[Advance]:
@@ -176,7 +293,8 @@ def replay(states: Any, chunks: Sequence[int], advance: Advance, *, count: int) 
     return [part(index) for index in range(count)]
 
 
-def describe_environment() -> dict[str, Any]:
+@cache
+def describe_environment() -> Mapping[str, Any]:
     """Return versions, device, machine and revision of the code, for a record's provenance."""
     versions = {"python": platform.python_version()}
     for package in ("lplr-jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "matfree", "neural-tangents"):
