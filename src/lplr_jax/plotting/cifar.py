@@ -134,6 +134,8 @@ def _pl_panel(axes: Axes, records: Sequence[Record], summaries: Sequence[Summary
         label = f"seed {record.config.get('seed')}: $L^*=0$"
         if summary.regime.stop:
             label += f", least on the regime {summary.envelope[0]:.3g} (proxy: {summary.envelope[1]:.3g})"
+        else:
+            label += ", no stable regime"
         axes.plot(epoch, low, color=colour, linestyle=line, label=label)
         axes.plot(epoch, high, color=colour, linestyle=line, linewidth=0.7)
     axes.set_yscale("log")
