@@ -111,7 +111,7 @@ def test_bad_input_is_refused_with_a_sentence(function):
         ((apply_fn, params, x[:0]), "no samples"),
         ((apply_fn, params, x[0]), r"a single sample needs a leading axis: x\[None\]"),
         ((apply_fn, params, np.float32(1.0)), "scalar"),
-        ((apply_fn, params, x[:, :2]), r"one sample of shape \(1, 2\)"),
+        ((apply_fn, params, x[:, :2]), r"fails on samples of shape \(1, 2\)"),
         ((lambda p, x: apply_fn(p, x) * jnp.asarray(float(next(calls)), x.dtype), params, x), "two different outputs"),
         ((lambda p, x: apply_fn(p, x) - jnp.mean(apply_fn(p, x)), params, x), "depends on the other samples"),
         ((lambda p, x: jnp.sum(apply_fn(p, x)), params, x), r"must return \(n, c\) or \(n,\)"),

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from lplr_jax import cli, records, theory
+from lplr_jax import cli, ntk, records, theory
 from lplr_jax.experiments import mnist, report
 from lplr_jax.experiments.probe import KernelProbe
 from lplr_jax.experiments.run import probe_epochs, run_training
@@ -331,16 +331,21 @@ def test_probe_order_does_not_matter(digits):
     )
 
 
-def test_neither_float64_flag_nor_kernel_changes_an_outcome():
-    x, y = narrow(*problem()[:2])
+def test_neither_float64_flag_nor_kernel_nor_block_size_changes_an_outcome():
+    rng = np.random.default_rng(0)
+    # Enough samples for several blocks under the least budget.
+    x, y = narrow(rng.standard_normal((70, 12)), rng.standard_normal((70, 1)))
     model = MLP(width=8, depth=2)
     params = model.init(jax.random.key(1), x)
     plain = theory.verify_point(model.apply, params, x, y, loss_scale="mean")
     with jax.enable_x64(True):
         wide = theory.verify_point(model.apply, params, x, y, loss_scale="mean")
     peer = theory.verify_point(model.apply, params, x, y, loss_scale="mean", kernel="neural-tangents")
-    outcomes = [[v.outcome for v in theory.flatten(verdicts)] for verdicts in (plain, wide, peer)]
-    assert outcomes[0] == outcomes[1] == outcomes[2]
+    budget = 5_000
+    assert len(ntk.explain(model.apply, params, x, memory_budget=budget).blocks) > 1
+    small = theory.verify_point(model.apply, params, x, y, loss_scale="mean", memory_budget=budget)
+    outcomes = [[v.outcome for v in theory.flatten(verdicts)] for verdicts in (plain, wide, peer, small)]
+    assert all(other == outcomes[0] for other in outcomes[1:])
     found = {v.claim: v for v in plain}
     assert found["consistency"].outcome == found["ntk_positive"].outcome == "proved"
     assert found["local_pl"].part("pointwise").outcome == "proved"

@@ -374,13 +374,25 @@ def extremes(matrix: Any) -> tuple[float, float]:
     return float(values[0]), float(values[-1])
 
 
-def spectral_norm(matrix: Any) -> float:
-    """Return ‖A‖₂ of a symmetric matrix, shape (n, n), as computed."""
+def spectral_norm(matrix: Any, *, tolerance: float = 0.0) -> float:
+    """Return ‖A‖₂ of a symmetric matrix, shape (n, n), as computed.
+
+    Args:
+        matrix: symmetric, (n, n).
+        tolerance: residual over the value at which large matrices may stop, for an estimate; 0 for all digits.
+    """
     a = as_symmetric(matrix)
     n = a.shape[0]
     if n > _DENSE_MAX:
         try:
-            value = scipy.sparse.linalg.eigsh(a, k=1, which="LM", v0=_start(n), return_eigenvectors=False)
+            value = scipy.sparse.linalg.eigsh(
+                a,
+                k=1,
+                which="LM",
+                v0=_start(n),
+                tol=tolerance,  # pyright: ignore[reportArgumentType]  # its default is an integer zero
+                return_eigenvectors=False,
+            )
             return abs(float(value[0]))
         except scipy.sparse.linalg.ArpackError:
             pass  # the dense solver takes over

@@ -212,7 +212,7 @@ def _base(config: AblationConfig, width: int, seed: int, learning_rate: float) -
         learning_rate=learning_rate,
         hessian_probes=config.hessian_probes if width < WIDE else min(2, config.hessian_probes),
         hessian_precision="float32",
-        spectrum_probes=0,
+        spectrum_probes=2,
         search_steps=0,
         source=config.source,
         data=config.data,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lplr_jax import records
-from lplr_jax.experiments import mnist
+from lplr_jax.experiments import ablation_table, mnist
 from lplr_jax.experiments.ablation import (
     Arm,
     Follow,
@@ -18,7 +18,6 @@ from lplr_jax.experiments.ablation import (
     unfollowed,
     write_predictions,
 )
-from lplr_jax.experiments.ablation_table import row
 from lplr_jax.experiments.tables import Cell, Measured, Quantity, Table
 from lplr_jax.records import Record
 from lplr_jax.summary import gradient_law, summarise
@@ -168,17 +167,12 @@ def widths_of(folder: Path) -> tuple[Record, ...]:
     return tuple(found)
 
 
+_COMMON = {quantity.key: quantity for quantity in ablation_table.QUANTITIES}
+
 QUANTITIES = (
-    Quantity("learning_rate", "η (calibrated)", r"$\eta$ (calibrated)", "step size"),
-    Quantity("eta_beta", "η β at θ_0", r"$\eta\beta$ at $\theta_0$", "descent lemma: at most 1; boundary: 2"),
-    Quantity("p", "p", "$p$", "parameters"),
+    *(_COMMON[key] for key in ("learning_rate", "eta_beta", "p")),
     Quantity("loss_0", "L_0", "$L_0$", "loss at initialisation"),
-    Quantity("loss_t", "L_T", "$L_T$", "last training loss"),
-    Quantity("lambda_0", "λ_0", r"$\lambda_0$", "λ_min of the full kernel at epoch 0, output²/parameter²"),
-    Quantity("lambda_t", "λ_T", r"$\lambda_T$", "the same at the last probe"),
-    Quantity("drift_t", "drift, final", r"$\|\theta_T-\theta_0\|$", "‖θ_T - θ_0‖₂"),
-    Quantity("factor_zero", "factor/epoch, L* = 0", r"factor/epoch, $L^*=0$", "contraction, middle half of the run"),
-    Quantity("factor_proxy", "factor/epoch, proxy", "factor/epoch, proxy", "the same for the gap to the proxy"),
+    *(_COMMON[key] for key in ("loss_t", "lambda_0", "lambda_t", "drift_t", "factor_zero", "factor_proxy")),
     Quantity(
         "slope_proxy",
         "slope of ‖∇L‖² in the gap",
@@ -187,18 +181,18 @@ QUANTITIES = (
     ),
     Quantity("slope_zero", "slope of ‖∇L‖² in L", r"slope of $\|\nabla L\|^2$ in $L$", "the same with L* = 0"),
     Quantity("slope_range", "gaps fitted", "gaps fitted", "least and largest gap to the proxy in the fit"),
-    Quantity("predicted", "predicted", "predicted", "before the first step, from η β at θ_0"),
-    Quantity("observed", "observed", "observed", "by the rule of diagnostics.observe"),
-    Quantity("verdict", "prediction", "prediction", "whether the observed outcome was among the predicted ones"),
+    *(_COMMON[key] for key in ("predicted", "observed", "verdict")),
 )
+"""The lines of the table; those of the width ablation where it has them."""
 
 
 def table(done: Sequence[tuple[Arm, Record]]) -> Table:
     """Return one column an initialisation."""
     columns: list[dict[str, Cell]] = []
     for arm, record in done:
+        common = ablation_table.row(arm, record)
         cells: dict[str, Cell] = {
-            key: Measured(value) if isinstance(value, float) else value for key, value in row(arm, record).items()
+            key: Measured(value) if isinstance(value, float) else value for key, value in common.items()
         }
         proxy, zero = gradient_law(record, summarise(record).floor), gradient_law(record, 0.0)
         cells |= {

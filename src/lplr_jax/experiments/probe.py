@@ -68,7 +68,7 @@ class KernelProbe:
             "ntk_min_eig_lower": least.lower,
             "ntk_min_eig_upper": least.upper,
             "ntk_assembly_error": assembly_error,
-            "ntk_max_eig": linalg.extremes(theta)[1],
+            "ntk_max_eig": linalg.max_eig(theta),
             "ntk_effective_rank": diagnostics.effective_rank(theta),
             "ntk_rayleigh": point.rayleigh(theta),
             "ntk_shift": 0.0 if theta is self._initial else linalg.spectral_norm(theta - self._initial),

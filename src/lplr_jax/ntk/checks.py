@@ -4,10 +4,13 @@ A kernel of a function that breaks these is a number without a meaning, so each 
 """
 
 import functools
+import re
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
@@ -50,14 +53,14 @@ def inputs(params: Any, x: Any) -> None:
 
 
 def deterministic(apply_fn: ApplyFn, params: Any, x: Any) -> None:
-    """Evaluates the function twice on one sample and refuses any difference.
+    """Traces the function twice and evaluates it twice on one sample, and refuses any difference.
 
     Raises:
         ValueError: If the two results differ, are not finite, or the function asks for a random key it was not given.
     """
-    one = _take(x, slice(0, 1))
-    first, second = _evaluate(apply_fn, params, one), _evaluate(apply_fn, params, one)
-    if first.shape != second.shape or not np.array_equal(first, second, equal_nan=True):
+    probe = probe_of(apply_fn, params, x)
+    first, second = (_explained(probe.one, params, x) for _ in range(2))
+    if not np.array_equal(first, second, equal_nan=True) or not _explained(probe.traced_alike, params, x):
         raise ValueError(
             "apply_fn gave two different outputs for the same params and x, so its kernel is not defined; switch "
             "dropout and other noise off (train=False, deterministic=True), or fix the random key inside apply_fn"
@@ -76,24 +79,152 @@ def sample_coupling(apply_fn: ApplyFn, params: Any, x: Any) -> None:
     Raises:
         ValueError: If outputs are coupled, or do not have one row for each sample.
     """
-    n = jax.tree.leaves(x)[0].shape[0]
-    batch = _take(x, slice(0, min(n, _PROBE))) if n > 1 else jax.tree.map(_with_neighbour, x)
-    count = jax.tree.leaves(batch)[0].shape[0]
-    whole = _evaluate(apply_fn, params, batch)
-    if whole.ndim not in (1, 2) or whole.shape[0] != count:
-        raise ValueError(f"apply_fn must return (n, c) or (n,); for {count} samples it gave shape {whole.shape}")
-    ends = ((0, slice(1, None)), (count - 1, slice(0, -1)))  # both, since a causal model couples in one direction only
-    if any(_tangent_leaks(apply_fn, params, batch, moved, others) for moved, others in ends):
-        raise ValueError(_coupled("its derivative with respect to another sample is not zero"))
+    found = _explained(probe_of(apply_fn, params, x).coupling, params, x)
+    whole = found.whole
     # Evaluations differ in the order of summation at most: 1e4 roundings leave room for sums of 1e8 terms.
-    tolerance = 1e4 * float(np.finfo(whole.dtype).eps) * _scale(whole, _evaluate(apply_fn, _nearby(params), batch))
-    for moved, others in ends:
-        replaced = jax.tree.map(functools.partial(_replace, row=moved, by=count - 1 - moved), batch)
-        if _differ(whole[others], _evaluate(apply_fn, params, replaced)[others], tolerance):
-            raise ValueError(_coupled("it changes when another sample is replaced"))
-    alone = _evaluate(apply_fn, params, _take(batch, slice(0, 1)))
-    if _differ(whole[:1], alone, tolerance):
+    tolerance = 1e4 * float(np.finfo(whole.dtype).eps) * _scale(whole, found.nearby)
+    # Both ends are moved, since a causal model couples in one direction only.
+    others = (slice(1, None), slice(0, -1))
+    if any(np.any(np.nan_to_num(moved[rest]) != 0) for moved, rest in zip(found.tangents, others, strict=True)):
+        raise ValueError(_coupled("its derivative with respect to another sample is not zero"))
+    if any(_differ(whole[rest], new[rest], tolerance) for new, rest in zip(found.replaced, others, strict=True)):
+        raise ValueError(_coupled("it changes when another sample is replaced"))
+    if _differ(whole[:1], found.alone, tolerance):
         raise ValueError(_coupled("it changes when the sample is evaluated alone"))
+
+
+class Coupling(NamedTuple):
+    """What a function gives for a few samples, shape (k, c) or (k,) each, and for changes of the first and the last."""
+
+    whole: Any
+    nearby: Any
+    """The same at parameters moved by some 10 %."""
+    tangents: Any
+    """Derivatives along a change of the first and of the last sample, (2, k, c)."""
+    replaced: Any
+    """Outputs with the first replaced by the last, and the other way round, (2, k, c)."""
+    alone: Any
+    """Output for the first sample alone."""
+
+
+class Probe:
+    """A function on a few samples, compiled once: evaluated operation by operation, its first call takes seconds."""
+
+    def __init__(self, apply_fn: ApplyFn, treedef: Any, static: tuple[Any, ...], xdef: Any) -> None:
+        self._treedef, self._static, self._xdef = treedef, static, xdef
+        self._apply_fn = apply_fn
+        self._one = jax.jit(self._evaluate_one)
+        self._coupling = jax.jit(self._evaluate_coupling)
+        self._alike: set[Any] = set()
+
+    def one(self, params: Any, x: Any) -> np.ndarray:
+        """Evaluate the first sample."""
+        return np.asarray(self._one(*_arrays(params, x)))
+
+    def coupling(self, params: Any, x: Any) -> Coupling:
+        """Evaluate the first few samples and their changes."""
+        return jax.tree.map(np.asarray, self._coupling(*_arrays(params, x)))
+
+    def traced_alike(self, params: Any, x: Any) -> bool:
+        """Whether tracing the function once more gives the same program, or at least one with the same outputs."""
+        arrays = _arrays(params, x)
+        shapes = tuple((a.shape, a.dtype) for a in jax.tree.leaves(arrays))
+        if shapes in self._alike:
+            return True
+        # Each trace is of a function of its own: JAX would remember that of one it has seen.
+        first, second = (jax.make_jaxpr(lambda a, b: self._evaluate_one(a, b))(*arrays) for _ in range(2))
+        alike = _text(first) == _text(second) and all(
+            np.array_equal(a, b, equal_nan=True) for a, b in zip(first.consts, second.consts, strict=True)
+        )
+        if not alike:
+            again = np.asarray(jax.jit(lambda a, b: self._evaluate_one(a, b))(*arrays))
+            alike = np.array_equal(again, self.one(params, x), equal_nan=True)
+        if alike:
+            self._alike.add(shapes)
+        return alike
+
+    def _call(self, arrays: list[Any], samples: list[Any]) -> Any:
+        remaining = iter(arrays)
+        leaves = [next(remaining) if leaf is _ARRAY else leaf.value for leaf in self._static]
+        out = self._apply_fn(jax.tree.unflatten(self._treedef, leaves), jax.tree.unflatten(self._xdef, samples))
+        if not _is_array(out):
+            raise ValueError(f"apply_fn must return one array (n, c) or (n,), got {type(out).__name__}")
+        count = samples[0].shape[0]
+        if out.ndim not in (1, 2) or out.shape[0] != count:
+            raise ValueError(f"apply_fn must return (n, c) or (n,); for {count} samples it gave shape {out.shape}")
+        return out
+
+    def _evaluate_one(self, arrays: list[Any], samples: list[Any]) -> Any:
+        return self._call(arrays, [a[:1] for a in samples])
+
+    def _evaluate_coupling(self, arrays: list[Any], samples: list[Any]) -> Coupling:
+        n = samples[0].shape[0]
+        batch = [a[:_PROBE] for a in samples] if n > 1 else [_with_neighbour(a) for a in samples]
+        floats = [i for i, leaf in enumerate(batch) if _is_float(leaf)]
+
+        def outputs(moving: list[Any], other: list[Any]) -> Any:
+            every = list(other)
+            for i, value in zip(floats, moving, strict=True):
+                every[i] = value
+            return self._call(arrays, every)
+
+        def along(variant: list[Any], direction: list[Any]) -> tuple[Any, Any]:
+            moving = [variant[i] for i in floats]
+            if not moving:
+                out = outputs([], variant)
+                return out, jnp.zeros_like(out)
+            return jax.jvp(lambda values: outputs(values, variant), (moving,), (direction,))
+
+        # A direction without symmetry: a constant shift would be invisible to normalisations that subtract a mean.
+        keys = jax.random.split(jax.random.key(0), max(1, len(floats)))
+        drawn = [jax.random.normal(k, batch[i].shape[1:], batch[i].dtype) for k, i in zip(keys, floats, strict=False)]
+        moved = [
+            [jnp.zeros_like(batch[i]).at[row].set(d) for i, d in zip(floats, drawn, strict=True)] for row in (0, -1)
+        ]
+        still = [jnp.zeros_like(batch[i]) for i in floats]
+        replaced = [[a.at[row].set(a[-1 - row]) for a in batch] for row in (0, -1)]
+        stack = functools.partial(jax.tree.map, lambda *parts: jnp.stack(parts))
+        values, tangents = jax.vmap(along)(stack(batch, batch, *replaced), stack(*moved, still, still))
+        return Coupling(
+            values[0],
+            self._call(_nearby(arrays), batch),
+            tangents[:2],
+            values[2:],
+            self._call(arrays, [a[:1] for a in batch]),
+        )
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A leaf of the parameters that is no array."""
+
+    value: Any
+
+
+_ARRAY = "array"
+
+
+def probe_of(apply_fn: ApplyFn, params: Any, x: Any) -> Probe:
+    """Return the compiled probe of a function, the one made before where there is one."""
+    leaves, treedef = jax.tree.flatten(params)
+    key = (apply_fn, treedef, tuple(_ARRAY if _is_array(leaf) else _Setting(leaf) for leaf in leaves))
+    xdef = jax.tree.structure(x)
+    try:
+        return _remembered(*key, xdef)
+    except TypeError:  # something that cannot be hashed
+        return Probe(*key, xdef)
+
+
+_remembered = functools.lru_cache(maxsize=64)(Probe)
+
+
+def _arrays(params: Any, x: Any) -> tuple[list[Any], list[Any]]:
+    return [leaf for leaf in jax.tree.leaves(params) if _is_array(leaf)], list(jax.tree.leaves(x))
+
+
+def _text(closed: Any) -> str:
+    """A program as text, without the addresses of functions in it."""
+    return re.sub(r"0x[0-9a-f]+", "", str(closed))
 
 
 def _coupled(how: str) -> str:
@@ -108,20 +239,27 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
+def on_host(leaf: Any) -> bool:
+    """Whether an array is NumPy's, or a concrete one of JAX that lies in the host's memory."""
+    if not isinstance(leaf, jax.Array):
+        return True
+    return not isinstance(leaf, jax.core.Tracer) and all(device.platform == "cpu" for device in leaf.devices())
+
+
 def _check_finite(name: str, leaf: Any, *, is_param: bool) -> None:
     if not _is_array(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return
     if is_param and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         raise TypeError(f"{name} is complex; J Jᵀ is defined for real parameters: keep real and imaginary parts apart")
-    if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
-        bad = int((~jnp.isfinite(jnp.asarray(leaf))).sum())
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return
+    # On the host there is nothing to compile for every shape.
+    finite = np.isfinite(np.asarray(leaf)) if on_host(leaf) else jnp.isfinite(leaf)
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
         raise ValueError(
             f"{name} has {bad} NaN or infinite entries of {leaf.size}; clean the data or check the training run"
         )
-
-
-def _take(x: Any, rows: slice) -> Any:
-    return jax.tree.map(lambda a: jnp.asarray(a)[rows], x)
 
 
 def _with_neighbour(leaf: Any) -> jax.Array:
@@ -137,53 +275,22 @@ def _is_float(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)
 
 
-def _evaluate(apply_fn: ApplyFn, params: Any, x: Any) -> np.ndarray:
+def _explained(evaluate: Callable[[Any, Any], Any], params: Any, x: Any) -> Any:
     try:
-        out = apply_fn(params, x)
+        return evaluate(params, x)
     except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith("apply_fn must return"):
+            raise
         if "InvalidRngError" in type(error).__name__ or "needs PRNG for" in str(error):
             raise ValueError(
                 f"apply_fn asks for a random key that it is not given ({error}); switch dropout off "
                 "(deterministic=True, train=False): the kernel is that of a deterministic function"
             ) from error
-        shapes = ", ".join(str(np.shape(leaf)) for leaf in jax.tree.leaves(x))
-        what = "one sample" if jax.tree.leaves(x)[0].shape[0] == 1 else "a few samples"
+        shapes = ", ".join(str((1, *np.shape(leaf)[1:])) for leaf in jax.tree.leaves(x))
         raise ValueError(
-            f"apply_fn fails on {what} of shape {shapes} ({type(error).__name__}: {error}); x needs the shape (n, ...) "
-            "that apply_fn expects, and a single sample needs a leading axis: x[None]"
+            f"apply_fn fails on samples of shape {shapes} ({type(error).__name__}: {error}); x needs the shape "
+            "(n, ...) that apply_fn expects, and a single sample needs a leading axis: x[None]"
         ) from error
-    if not _is_array(out):
-        raise ValueError(f"apply_fn must return one array (n, c) or (n,), got {type(out).__name__}")
-    return np.asarray(out)
-
-
-def _replace(leaf: Any, row: int, by: int) -> jax.Array:
-    leaf = jnp.asarray(leaf)
-    return leaf.at[row].set(leaf[by])
-
-
-def _tangent_leaks(apply_fn: ApplyFn, params: Any, x: Any, row: int, others: slice) -> bool:
-    """Whether moving one sample moves the outputs of others to first order."""
-    leaves, treedef = jax.tree.flatten(x)
-    moving = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
-    if not moving:
-        return False
-
-    def outputs(values: list[jax.Array]) -> jax.Array:
-        every = list(leaves)
-        for i, value in zip(moving, values, strict=True):
-            every[i] = value
-        return apply_fn(params, jax.tree.unflatten(treedef, every))
-
-    values = [jnp.asarray(leaves[i]) for i in moving]
-    # A direction without symmetry: a constant shift would be invisible to normalisations that subtract a mean.
-    keys = jax.random.split(jax.random.key(0), len(values))
-    tangents = [
-        jnp.zeros_like(v).at[row].set(jax.random.normal(k, v.shape[1:], v.dtype))
-        for k, v in zip(keys, values, strict=True)
-    ]
-    moved = np.asarray(jax.jvp(outputs, (values,), (tangents,))[1])
-    return bool(np.any(np.nan_to_num(moved[others]) != 0))
 
 
 def _nearby(params: Any) -> Any:

@@ -61,11 +61,11 @@ def cast_floating(tree: Any, dtype: Precision) -> Any:
 
     def cast(leaf: Any) -> Any:
         # A Python float among the parameters is a setting, such as a dropout rate, and no parameter.
-        if not hasattr(leaf, "dtype"):
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            return jnp.asarray(np.asarray(leaf) if off_tpu else leaf, dtype=dtype)
-        return leaf
+        # NumPy casts what lies on the host: a program for every shape would have to be compiled.
+        host = off_tpu or checks.on_host(leaf)
+        return jnp.asarray(np.asarray(leaf).astype(dtype) if host else leaf, dtype=dtype)
 
     return jax.tree.map(cast, tree)
 

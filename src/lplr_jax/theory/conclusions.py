@@ -180,18 +180,8 @@ def linear_rate(evidence: Evidence) -> Verdict:
     else:
         outcome, shown = weakest((condition.outcome, step.outcome, lemma.outcome, "not refuted")), lemma
         note = "no positive μ is proved; nothing contradicts the rate"
-    verdict = Verdict(
-        "linear_rate",
-        reference,
-        outcome,
-        measured=shown.measured,
-        bound=shown.bound,
-        margin=shown.margin,
-        step=shown.step,
-        units=shown.units,
-        note=note,
-        inconsistent=outcome == "refuted" and mu > 0 and step.outcome == "proved",
-    )
+    contradiction = outcome == "refuted" and mu > 0 and step.outcome == "proved"
+    verdict = shown.standing_for("linear_rate", reference, outcome, note, inconsistent=contradiction)
     return verdict.with_parts(*parts)
 
 

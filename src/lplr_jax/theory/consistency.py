@@ -40,18 +40,8 @@ def consistency(evidence: Evidence) -> Verdict:
     else:
         where = f" ({evidence.partial}, loss and gradient of the same samples)" if evidence.partial else ""
         note = f"the identity holds at all {evidence.epochs.size} probes{where}; {len(parts)} kinds of check"
-    verdict = Verdict(
-        "consistency",
-        REFERENCE,
-        weakest(part.outcome for part in parts),
-        measured=shown.measured,
-        bound=shown.bound,
-        margin=shown.margin,
-        step=shown.step,
-        units=shown.units,
-        note=note,
-        inconsistent=bool(broken),
-    )
+    outcome = weakest(part.outcome for part in parts)
+    verdict = shown.standing_for("consistency", REFERENCE, outcome, note, inconsistent=bool(broken))
     return verdict.with_parts(*parts)
 
 

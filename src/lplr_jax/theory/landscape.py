@@ -27,18 +27,7 @@ def lqcr(evidence: Evidence) -> Verdict:
     outcome = weakest(part.outcome for part in parts) if slope is not None else "undecided"
     note = "; ".join(part.note for part in (slope, curvature) if part is not None)
     note += f" ({evidence.partial}: of its own loss)" if evidence.partial else ""
-    verdict = Verdict(
-        "lqcr",
-        "Definition 4.2",
-        outcome,
-        measured=shown.measured,
-        bound=shown.bound,
-        margin=shown.margin,
-        step=shown.step,
-        units=shown.units,
-        note=note,
-    )
-    return verdict.with_parts(*parts)
+    return shown.standing_for("lqcr", "Definition 4.2", outcome, note).with_parts(*parts)
 
 
 def _curvature(evidence: Evidence) -> Verdict | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy.spatial.distance
 from jaxtyping import Float
 
 from lplr_jax import certificates, diagnostics, linalg
@@ -19,6 +20,9 @@ from lplr_jax.theory.evidence import kernel_error, pair_ratio, proof_radius
 from lplr_jax.theory.search import pair_shifts, search_ball
 from lplr_jax.theory.structure import is_affine
 from lplr_jax.training import LossScale, Objective
+
+_COLUMNS = 4096
+"""Parameters of all points that are held in float64 at a time, so that they stay in a core's cache."""
 
 
 def min_eig_with_assembly(
@@ -82,10 +86,17 @@ def float32_spacing(params: Params) -> float:
 
 
 def point_arrays(
-    apply_fn: ApplyFn, params: Params, x: Any, y: Any, *, loss_scale: LossScale, kernel: str = "auto"
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    y: Any,
+    *,
+    loss_scale: LossScale,
+    kernel: str = "auto",
+    memory_budget: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Return the arrays of a record that holds one point and no step."""
-    theta = np.asarray(empirical_ntk(apply_fn, params, x, kernel=kernel))
+    theta = np.asarray(empirical_ntk(apply_fn, params, x, kernel=kernel, memory_budget=memory_budget))
     point = diagnostics.evaluate_point(apply_fn, params, x, y, loss_scale=loss_scale)
     least, error = min_eig_with_assembly(apply_fn, params, x, theta)
     values, energy = spectrum_and_energy(theta, point.residual)
@@ -96,7 +107,7 @@ def point_arrays(
         "ntk_min_eig_lower": least.lower,
         "ntk_min_eig_upper": least.upper,
         "ntk_assembly_error": error,
-        "ntk_max_eig": linalg.extremes(theta)[1],
+        "ntk_max_eig": linalg.max_eig(theta),
         "ntk_rayleigh": point.rayleigh(theta),
         "ntk_shift": 0.0,
         "probe_loss": point.loss,
@@ -200,18 +211,24 @@ def _distances(
     k: int,
 ) -> tuple[Float[np.ndarray, "k k"], Float[np.ndarray, " k"]]:
     """Return ‖θ_s - θ_t‖ for every pair, and ⟨∇L(θ_t), θ_t - θ_T⟩."""
-    # One vector in float64 at a time beside the points, which may be large.
-    narrow = {epoch: [np.asarray(leaf) for leaf in jax.tree.leaves(points[epoch])] for epoch in known}
     distance, inner = np.full((k, k), np.nan), np.full(k, np.nan)
-    last = flat_parameters(narrow[known[-1]])
+    distance[np.ix_(places, places)] = pair_distances([points[epoch] for epoch in known])
+    last = flat_parameters(points[known[-1]])
     for i, epoch in zip(places, known, strict=True):
-        theta = flat_parameters(narrow[epoch])
+        theta = flat_parameters(points[epoch])
         inner[i] = float(gradient_at(objective, points[epoch], x, y) @ (theta - last))
-        for j, other in zip(places, known, strict=True):
-            if j > i:
-                break
-            distance[i, j] = distance[j, i] = float(np.linalg.norm(theta - flat_parameters(narrow[other])))
     return distance, inner
+
+
+def pair_distances(points: Sequence[Params]) -> Float[np.ndarray, "k k"]:
+    """Return ‖θ_s - θ_t‖ for every pair of points, from differences in float64, a few thousand parameters at a time."""
+    squares = np.zeros(len(points) * (len(points) - 1) // 2)
+    for leaves in zip(*map(jax.tree.leaves, points), strict=True):
+        rows = [np.asarray(leaf).reshape(-1) for leaf in leaves]
+        for start in range(0, rows[0].size, _COLUMNS):
+            block = np.stack([row[start : start + _COLUMNS] for row in rows]).astype(np.float64)
+            squares += scipy.spatial.distance.pdist(block, "sqeuclidean")
+    return scipy.spatial.distance.squareform(np.sqrt(squares))
 
 
 def _bounds(

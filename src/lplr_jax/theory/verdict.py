@@ -70,6 +70,13 @@ class Verdict:
         named = tuple(replace(part, claim=f"{self.claim}.{part.claim}") for part in parts)
         return replace(self, parts=named, inconsistent=self.inconsistent or any(p.inconsistent for p in named))
 
+    def standing_for(
+        self, claim: str, reference: str, outcome: Outcome, note: str, *, inconsistent: bool = False
+    ) -> "Verdict":
+        """Return a claim whose numbers are those of this part, which decides it."""
+        told = {"claim": claim, "reference": reference, "outcome": outcome, "note": note}
+        return replace(self, **told, inconsistent=inconsistent, parts=())
+
     def part(self, name: str) -> "Verdict":
         """Return the part called `name`.
 

@@ -50,7 +50,14 @@ def verify(record: Record) -> tuple[Verdict, ...]:
 
 
 def verify_point(
-    apply_fn: ApplyFn, params: Params, x: Any, y: Any, *, loss_scale: LossScale, kernel: str = "auto"
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    y: Any,
+    *,
+    loss_scale: LossScale,
+    kernel: str = "auto",
+    memory_budget: int | None = None,
 ) -> tuple[Verdict, ...]:
     """Hold against one point what can be held there: identity, λ_min > 0 with its proof, pointwise PL, linearity.
 
@@ -61,6 +68,7 @@ def verify_point(
         y: targets (n, c).
         loss_scale: "sum" for s = 1 or "mean" for s = n.
         kernel: one of `lplr_jax.ntk.KERNELS`.
+        memory_budget: bytes for the kernel's assembly beside the kernel itself.
 
     Returns:
         One verdict for each of `CLAIMS`; those that need a run are undecided or not applicable.
@@ -75,7 +83,8 @@ def verify_point(
         >>> first.outcome, positive.outcome
         ('proved', 'proved')
     """
-    return verify(Record("point", point_arrays(apply_fn, params, x, y, loss_scale=loss_scale, kernel=kernel), {}))
+    settings = {"loss_scale": loss_scale, "kernel": kernel, "memory_budget": memory_budget}
+    return verify(Record("point", point_arrays(apply_fn, params, x, y, **settings), {}))
 
 
 def reading(verdicts: Sequence[Verdict]) -> str:
