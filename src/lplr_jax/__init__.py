@@ -1,7 +1,7 @@
 """lplr-jax: which hypotheses of local Polyak-Łojasiewicz theory hold on a training run.
 
-The modules, each importing only from those above it: `checks`, `archives`, `linalg`, `data`, `models`, `training`,
-`ntk`, `diagnostics`, `records`, `theory`, `plotting`, `experiments`, `cli`.
+The modules, each importing only from those above it: `checks`, `archives`, `linalg`, `data`, `layouts`, `models`,
+`training`, `ntk`, `diagnostics`, `records`, `theory`, `plotting`, `experiments`, `cli`.
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import jax
 import tyro
@@ -21,8 +21,9 @@ from rich.logging import RichHandler
 from lplr_jax import checks, plotting, records, theory
 from lplr_jax import data as datasets
 from lplr_jax.experiments import ablation as ablation_experiment
-from lplr_jax.experiments import ablation_table, interrupt, place, report, tables
+from lplr_jax.experiments import ablation_table, cifar_table, interrupt, place, report, tables
 from lplr_jax.experiments import boundary as boundary_experiment
+from lplr_jax.experiments import cifar as cifar_experiment
 from lplr_jax.experiments import initialisation as initialisation_experiment
 from lplr_jax.experiments import mnist as mnist_experiment
 from lplr_jax.experiments.checkpoint import Checkpoints
@@ -31,6 +32,7 @@ from lplr_jax.experiments.run import Observer
 OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, IN_USE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 
 Preset = Literal["smoke", "default", "paper"]
+CifarPreset = Literal["smoke", "default", "paper", "cpu"]
 
 # Files and pipes have no width of their own; 80 columns break every row of the table.
 CONSOLE = Console() if sys.stdout.isatty() else Console(width=130)
@@ -58,7 +60,7 @@ def _mnist(preset: Preset, config: mnist_experiment.MnistConfig) -> int:
 
 
 def _draw(record: records.Record, target: Path) -> None:
-    _save(plotting.four_panel(record), target)
+    _save(plotting.cifar([record]) if record.experiment == "cifar" else plotting.four_panel(record), target)
 
 
 def _follow(epochs: int) -> AbstractContextManager[Observer]:
@@ -74,7 +76,7 @@ def _save(figure: Figure, target: Path) -> None:
         _say(f"figure   {path}")
 
 
-def _places(experiment: str, preset: Preset, out: Path | None) -> tuple[Path, Path]:
+def _places(experiment: str, preset: str, out: Path | None) -> tuple[Path, Path]:
     """Return the folder of an experiment and that of its figures; two presets never share one by default."""
     folder = out or Path("runs") / (experiment if preset == "default" else f"{experiment}-{preset}")
     figures = Path("figures") if preset == "default" and out is None else folder / "figures"
@@ -137,6 +139,27 @@ def _initialisation(preset: Preset, config: initialisation_experiment.Initialisa
     return OK
 
 
+def _cifar(preset: CifarPreset, config: cifar_experiment.CifarConfig) -> int:
+    # "default" and the preset that it stands for share a folder.
+    folder, figures = _places("cifar", "default" if preset == cifar_experiment.default_preset() else preset, config.out)
+    problem = cifar_experiment.set_up(config)
+    identity = cifar_experiment.identity(config, problem.dataset)
+    with place.claimed(folder, "cifar", identity, force=config.force, say=_say) as lock:
+        done = cifar_experiment.run_all(config, folder, problem, say=_say, follow=_follow, check=lock.check)
+        _tabulate(cifar_table.table(done), folder / "cifar")
+    _save(plotting.cifar(list(done.values())), figures / "cifar.png")
+    verdicts = {f"seed {seed}": theory.verify(record) for seed, record in done.items()}
+    if len(verdicts) > 1:
+        CONSOLE.print(report.verdict_matrix(verdicts))
+    first, of_first = next(iter(verdicts.items()))
+    _say(f"{first}:")
+    report.print_verdicts(CONSOLE, of_first)
+    _say(plotting.scope_note(list(done.values())))
+    if any(map(theory.any_inconsistent, verdicts.values())):
+        return INCONSISTENT
+    return OK if all(record.diverged_at is None for record in done.values()) else DIVERGED
+
+
 def _plot(record: Annotated[Path, tyro.conf.Positional], /, out: Path | None = None) -> int:
     """Redraw the figure of a record or of a folder of arms; no model and no data are needed.
 
@@ -149,7 +172,9 @@ def _plot(record: Annotated[Path, tyro.conf.Positional], /, out: Path | None = N
     if arms and not (record / "record.npz").exists():
         loaded_arms = {path.parent.name: records.load(path) for path in arms}
         inits = {repr(arm.config.get("init")) for arm in loaded_arms.values()}
-        if len(inits) > 1:
+        if all(arm.experiment == "cifar" for arm in loaded_arms.values()):
+            _save(plotting.cifar(list(loaded_arms.values())), out or record / "cifar.png")
+        elif len(inits) > 1:
             _save(plotting.initialisation(loaded_arms), out or record / "initialisation.png")
         else:
             _save(plotting.ablation(list(loaded_arms.values())), out or record / "ablation.png")
@@ -285,11 +310,27 @@ def _parse_and_run(argv: Sequence[str]) -> int:
         """
         return _initialisation(preset, config)
 
+    chosen_cifar = cifar_experiment.preset(preset_name if preset_name in get_args(CifarPreset) else "default")
+
+    def cifar(
+        preset: CifarPreset = "default",
+        config: Annotated[cifar_experiment.CifarConfig, tyro.conf.arg(name="")] = chosen_cifar,
+    ) -> int:
+        """CIFAR-10, five classes: residual network, SGD, several seeds, and the kernel of a subset (section 6.3).
+
+        Args:
+            preset: which defaults the other options start from; "default" is "cpu" without an accelerator, else
+                "paper".
+            config: everything that decides the runs.
+        """
+        return _cifar(preset, config)
+
     commands = {
         "mnist": mnist,
         "ablation": ablation,
         "boundary": boundary,
         "initialisation": initialisation,
+        "cifar": cifar,
         "verify": _verify,
         "plot": _plot,
         "data": _data,

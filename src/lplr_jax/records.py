@@ -47,6 +47,7 @@ SCHEMA: dict[str, Entry] = {
     "loss": Entry(("epoch",), LOSS, "L(θ_t) on all training data, in training precision"),
     "grad_sq_norm": Entry(("epoch",), "L² / parameter²", "‖∇L(θ_t)‖², in training precision"),
     "drift": Entry(("epoch",), "parameter", "‖θ_t - θ_0‖₂"),
+    "accuracy": Entry(("epoch",), "1", "share of training samples whose largest output is that of their class"),
     "probe_epoch": Entry(("probe",), "epochs", "epoch of each kernel probe"),
     "probe_loss": Entry(("probe",), LOSS, "L(θ_t) evaluated in float64"),
     "probe_grad_sq_norm": Entry(("probe",), "L² / parameter²", "‖∇L(θ_t)‖² evaluated in float64"),
@@ -56,6 +57,7 @@ SCHEMA: dict[str, Entry] = {
     "ntk_max_eig": Entry(("probe",), KERNEL, "λ_max of the full kernel"),
     "ntk_min_eig_subset": Entry(("probe",), KERNEL, "λ_min on the subset, an upper bound of that on all"),
     "ntk_rayleigh": Entry(("probe",), KERNEL, "rᵀΘr / ‖r‖² at the residual r of the probe"),
+    "ntk_effective_rank": Entry(("probe",), "1", "(tr Θ)² / ‖Θ‖_F², between 1 and the number of rows"),
     "ntk_shift": Entry(("probe",), KERNEL, "‖Θ_t - Θ_0‖₂"),
     "sharpness": Entry(("probe",), "L / parameter²", "largest eigenvalue of the Hessian of L; NaN where not measured"),
     "curvature_min": Entry(
@@ -143,9 +145,13 @@ class Record:
 
     @property
     def diverged_at(self) -> int | None:
-        """First epoch whose loss is not finite, None for a run that stayed finite."""
-        bad = np.flatnonzero(~np.isfinite(self.arrays["loss"]))
-        return int(bad[0]) if bad.size else None
+        """First epoch from which on no loss is finite, None for a run that stayed finite to its end.
+
+        A loss that is missing between finite ones was not measured.
+        """
+        finite = np.flatnonzero(np.isfinite(self.arrays["loss"]))
+        first = int(finite[-1]) + 1 if finite.size else 0
+        return first if first < self.arrays["loss"].size else None
 
     def checksum(self) -> str:
         """Return the SHA-256 of experiment, config and all arrays; provenance does not enter."""

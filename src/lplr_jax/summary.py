@@ -49,6 +49,9 @@ def check_record(record: Record, name: str = "record") -> None:
 def summarise(record: Record) -> Summary:
     """Derive the summary of a record, with the regime that its config overrides, if it does.
 
+    Where only some epochs were measured, the loss between them is interpolated for regime and rates; bracket and
+    envelope are of measured epochs alone.
+
     Raises:
         ValueError: if the record's loss has no finite value, or its config names a regime outside the run.
     """
@@ -57,6 +60,7 @@ def summarise(record: Record) -> Summary:
     named = {name: record.config.get(f"regime_{name}") for name in ("start", "stop")}
     # Held against the whole run, so that a record with a regime outside it is refused, not bent.
     check_regime(last + 1, **named)
+    whole = _interpolated(record)
 
     def window(curve: Float[np.ndarray, " t"]) -> slice:
         # An override is given in epochs of the whole run; the same share of a shorter one is meant.
@@ -72,19 +76,34 @@ def summarise(record: Record) -> Summary:
 
     floor = loss_floor(loss)
     bracket = pl_bracket(loss, record["grad_sq_norm"], floor)
-    regime = window(loss)
-    envelope = tuple(float(end[regime].min()) if end[regime].size else float("nan") for end in bracket)
+    regime = window(whole)
+    envelope = tuple(_least(end[regime]) for end in bracket)
     return Summary(
         floor=floor,
         regime=regime,
         bracket=bracket,
         envelope=(envelope[0], envelope[1]),
-        regime_rate=rate_report(loss, window=window),
-        middle_rate=rate_report(loss, window=middle_half),
+        regime_rate=rate_report(whole, window=window),
+        middle_rate=rate_report(whole, window=middle_half),
     )
 
 
-def gradient_law(record: Record, floor: float) -> PowerLaw:
+def _interpolated(record: Record) -> Float[np.ndarray, " t"]:
+    loss, epoch, end = record["loss"], record["epoch"], record.diverged_at
+    measured = np.isfinite(loss)
+    if not measured.any():
+        return loss
+    return np.where(
+        epoch < (epoch.size if end is None else end), np.interp(epoch, epoch[measured], loss[measured]), loss
+    )
+
+
+def _least(values: Float[np.ndarray, " k"]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.min()) if known.size else float("nan")
+
+
+def gradient_law(record: Record, floor: float, *, smoothing: int = 1, whole: bool = False) -> PowerLaw:
     """Fit ‖∇L‖² = a (L - floor)^slope over the stable regime, or the middle half of a run that has none.
 
     A PL inequality that is tight with a constant has slope 1. The standard error takes epochs for independent, which
@@ -93,7 +112,14 @@ def gradient_law(record: Record, floor: float) -> PowerLaw:
     Args:
         record: a run.
         floor: what is taken for L*: 0, or the least recorded loss.
+        smoothing: measured epochs over which the logarithms of both are averaged first, a running mean.
+        whole: fit over the whole run instead.
     """
     window = summarise(record).regime
-    window = window if window.stop else middle_half(record["loss"])
-    return power_law((record["loss"] - floor)[window], record["grad_sq_norm"][window])
+    window = slice(None) if whole else window if window.stop else middle_half(record["loss"])
+    gap, gradient = (record["loss"] - floor)[window], record["grad_sq_norm"][window]
+    if smoothing > 1:
+        kept = np.isfinite(gap) & np.isfinite(gradient) & (gap > 0) & (gradient > 0)
+        mean = np.full(smoothing, 1 / smoothing)
+        gap, gradient = (np.exp(np.convolve(np.log(curve[kept]), mean, "valid")) for curve in (gap, gradient))
+    return power_law(gap, gradient)

@@ -1,7 +1,14 @@
 """The latent variables of local PL theory, at one point or along a run."""
 
 from lplr_jax.diagnostics.hessian import Extremes, hessian_extremes, ntk_extremes
-from lplr_jax.diagnostics.kernel import certified_min_eig, empirical_ntk_min_eig, principal_block, subset_ids
+from lplr_jax.diagnostics.kernel import (
+    certified_min_eig,
+    effective_rank,
+    empirical_ntk_min_eig,
+    principal_block,
+    stratified_ids,
+    subset_ids,
+)
 from lplr_jax.diagnostics.pl import PointDiagnostics, evaluate_point, loss_floor, pl_bracket, pl_identity_tolerance
 from lplr_jax.diagnostics.rate import Decay, RateReport, contraction_factor, middle_half, rate_report, stable_regime
 from lplr_jax.diagnostics.stability import (
@@ -24,6 +31,7 @@ __all__ = [
     "RateReport",
     "certified_min_eig",
     "contraction_factor",
+    "effective_rank",
     "empirical_ntk_min_eig",
     "evaluate_point",
     "hessian_extremes",
@@ -39,5 +47,6 @@ __all__ = [
     "rate_report",
     "rounding_allowance",
     "stable_regime",
+    "stratified_ids",
     "subset_ids",
 ]

@@ -68,6 +68,41 @@ def certified_min_eig(apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np
     return replace(alone, proved=False, assumptions=(), reason="; ".join(filter(None, (reason, alone.reason))))
 
 
+def effective_rank(theta: Float[np.ndarray, "nc nc"]) -> float:
+    """Return (tr Θ)² / ‖Θ‖_F², a count of the directions that carry a kernel: 1 for rank one, n c for the identity.
+
+    Raises:
+        ValueError: for a kernel that is zero.
+    """
+    scale = float(np.abs(theta).max())
+    if not scale > 0:
+        raise ValueError("the kernel is zero, so its effective rank is undefined")
+    scaled = theta / scale
+    return float(np.trace(scaled) ** 2 / np.square(scaled).sum())
+
+
+def stratified_ids(y: Float[np.ndarray, "n c"], size: int) -> Int[np.ndarray, " k"]:
+    """Return a fixed subset with equal shares of all classes: the first samples of each, dealt one a class in turn.
+
+    Args:
+        y: one-hot targets, shape (n, c).
+        size: samples of the subset; a class that has run out leaves its share to the others.
+
+    Returns:
+        Sorted sample numbers, shape (size,).
+
+    Raises:
+        ValueError: for a size below one or above n.
+    """
+    if not 1 <= size <= len(y):
+        raise ValueError(f"subset_size must be 1 to n_train = {len(y)}, got {size}")
+    labels = np.argmax(y, axis=1)
+    rank = np.zeros(len(y), np.int64)
+    for label in np.unique(labels):
+        rank[labels == label] = np.arange(int((labels == label).sum()))
+    return np.sort(np.lexsort((labels, rank))[:size]).astype(np.int64)
+
+
 def subset_ids(n: int, size: int, *, seed: int) -> Int[np.ndarray, " k"]:
     """Draw the fixed random subset on which the paper measures λ_min: sorted sample numbers, shape (min(size, n),)."""
     checks.whole("n", n, least=1)

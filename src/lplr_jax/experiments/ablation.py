@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,11 +20,10 @@ from lplr_jax.diagnostics.stability import EXPECTED, observe, place_of
 from lplr_jax.experiments import mnist
 from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.experiments.place import kept
-from lplr_jax.experiments.run import Observer, check_at_least_one, probe_epochs
+from lplr_jax.experiments.run import Advance, Observer, check_at_least_one, probe_epochs, replay
 from lplr_jax.records import Record
 from lplr_jax.training import EpochMetrics, LossScale, TrainState, init_state, train_epochs
 
-Advance = Callable[[TrainState, int], tuple[TrainState, EpochMetrics]]
 Say = Callable[[str], None]
 Follow = Callable[[int], AbstractContextManager[Observer | None]]
 
@@ -320,23 +319,13 @@ def train_together(configs: Sequence[mnist.MnistConfig]) -> list[Advance]:
     stack = partial(jax.tree.map, lambda *leaves: jnp.stack(leaves))
     initials = stack(*(problem.params for problem in problems))
     states = stack(*(init_state(problem.params, first.optimizer) for problem in problems))
+
+    def advance(together: TrainState, epochs: int) -> tuple[TrainState, EpochMetrics]:
+        one = partial(train_epochs, objective=first.objective, optimizer=first.optimizer, epochs=epochs)
+        return jax.vmap(one, in_axes=(0, None, 0))(together, (first.x, first.y), initials)
+
     ends = probe_epochs(resolved.epochs, every)
-    chunks: list[tuple[TrainState, EpochMetrics]] = []
-    for before, epoch in itertools.pairwise(ends):
-        one = partial(train_epochs, objective=first.objective, optimizer=first.optimizer, epochs=epoch - before)
-        states, metrics = jax.vmap(one, in_axes=(0, None, 0))(states, (first.x, first.y), initials)
-        chunks.append(jax.device_get((states, metrics)))
-
-    def replay(index: int) -> Advance:
-        left: Iterator[tuple[TrainState, EpochMetrics]] = iter(chunks)
-
-        def advance(state: TrainState, epochs: int) -> tuple[TrainState, EpochMetrics]:
-            del state, epochs
-            return jax.tree.map(lambda leaf: leaf[index], next(left))
-
-        return advance
-
-    return [replay(index) for index in range(len(configs))]
+    return replay(states, [b - a for a, b in itertools.pairwise(ends)], advance, count=len(configs))
 
 
 def run_arm(

@@ -1,4 +1,7 @@
-"""What is measured at a probe: the kernel, the point in float64, and the Hessian's extremes."""
+"""What is measured at a probe: the kernel, the point in float64, and the Hessian's extremes.
+
+Kernel, loss and gradient are those of the samples that a probe is given, be they all data or a subset of them.
+"""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -30,7 +33,7 @@ class KernelProbe:
         x: Any,
         y: np.ndarray,
         *,
-        subset: np.ndarray,
+        subset: np.ndarray | None,
         kernel: str,
         hessian_epochs: Collection[int] = (),
         hessian_precision: Precision = "float64",
@@ -60,19 +63,21 @@ class KernelProbe:
         self._points[epoch], self._kernels[epoch] = jax.device_get(params), theta
         if epoch in self._spectrum_epochs:
             self._spectra[epoch] = theory.spectrum_and_energy(theta, point.residual)
-        subset = diagnostics.principal_block(theta, self._subset, self._y.shape[1])
         values = {
             "ntk_min_eig": least.value,
             "ntk_min_eig_lower": least.lower,
             "ntk_min_eig_upper": least.upper,
             "ntk_assembly_error": assembly_error,
             "ntk_max_eig": linalg.max_eig(theta),
-            "ntk_min_eig_subset": linalg.min_eig(subset).value,
+            "ntk_effective_rank": diagnostics.effective_rank(theta),
             "ntk_rayleigh": point.rayleigh(theta),
             "ntk_shift": 0.0 if theta is self._initial else linalg.spectral_norm(theta - self._initial),
             "probe_loss": point.loss,
             "probe_grad_sq_norm": point.grad_sq_norm,
         }
+        if self._subset is not None:
+            block = diagnostics.principal_block(theta, self._subset, self._y.shape[1])
+            values["ntk_min_eig_subset"] = linalg.min_eig(block).value
         if epoch in self._hessian_epochs:
             self._extremes = diagnostics.hessian_extremes(
                 self._objective.value,

@@ -22,7 +22,7 @@ from lplr_jax import checks
 from lplr_jax.experiments import interrupt
 from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.models import Params
-from lplr_jax.training import EpochMetrics, TrainState
+from lplr_jax.training import EpochMetrics, ExactMetrics, ShuffledState, TrainState
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,6 +31,12 @@ MOST_PROBES = 10_000
 
 Probe = Callable[[Params, int], Mapping[str, float]]
 """Measures at one epoch: parameters and epoch to values by record name."""
+
+
+State = TrainState | ShuffledState
+Metrics = EpochMetrics | ExactMetrics
+Advance = Callable[[Any, int], tuple[Any, Any]]
+"""From a state and a number of epochs to the state after them and the metrics before each."""
 
 
 @runtime_checkable
@@ -120,9 +126,11 @@ class RunResult:
 class _Progress:
     """How far a run is: its state, and what was measured up to there."""
 
-    def __init__(self, state: TrainState, probes_at: Sequence[int]) -> None:
+    def __init__(self, state: State, probes_at: Sequence[int], measured_every: int) -> None:
         self.state, self._probes_at = state, probes_at
-        self.series = {name: np.full(probes_at[-1] + 1, np.nan) for name in EpochMetrics._fields}
+        self.series: dict[str, np.ndarray] = {}
+        self._unmeasured = np.arange(probes_at[-1] + 1) % measured_every > 0
+        self._unmeasured[list(probes_at)] = False
         self.probes: dict[str, np.ndarray] = {}
         self.seconds = {"training": 0.0, "probes": 0.0, "checkpoints": 0.0}
         self.resumed_at: tuple[int, ...] = ()
@@ -134,11 +142,12 @@ class _Progress:
         yield
         self.seconds[what] += time.perf_counter() - began
 
-    def store(self, start: int, metrics: EpochMetrics) -> None:
+    def store(self, start: int, metrics: Metrics) -> None:
         """Put metrics in their places, from epoch `start` on."""
         for name, values in metrics._asdict().items():
             values = np.atleast_1d(np.asarray(values, np.float64))
-            self.series[name][start : start + values.size] = values
+            place = self.series.setdefault(name, np.full(self._probes_at[-1] + 1, np.nan))
+            place[start : start + values.size] = values
 
     def store_probe(self, index: int, values: Mapping[str, float]) -> None:
         """Put what the probe of one place measured into the arrays of all."""
@@ -148,6 +157,7 @@ class _Progress:
     def cut_at_divergence(self, epoch: int) -> bool:
         """Return whether a metric up to `epoch` or a parameter is not finite; everything from there on becomes NaN."""
         finite = np.logical_and.reduce([np.isfinite(values[: epoch + 1]) for values in self.series.values()])
+        finite |= self._unmeasured[: epoch + 1]
         finite[epoch] &= all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(self.state.params)))
         if finite.all():
             return False
@@ -199,13 +209,14 @@ def _warn_of_changes(before: Mapping[str, Any]) -> None:
 
 
 def run_training(
-    state: TrainState,
+    state: State,
     *,
     probes_at: Sequence[int],
-    advance: Callable[[TrainState, int], tuple[TrainState, EpochMetrics]],
-    evaluate: Callable[[Params], EpochMetrics],
+    advance: Advance,
+    evaluate: Callable[[Params], Metrics],
     probe: Probe,
     observer: Observer | None = None,
+    measured_every: int = 1,
     checkpoints: Checkpoints | None = None,
 ) -> RunResult:
     """Train from probe to probe, and measure every epoch and every probe.
@@ -218,6 +229,7 @@ def run_training(
         evaluate: the metrics at given parameters, for the epoch after the last step.
         probe: what to measure at a probe; one that remembers is `Remembering`.
         observer: told of every chunk and probe, once they are saved.
+        measured_every: epochs between those at which `advance` measures; its metrics are NaN at the others.
         checkpoints: where the state is saved after every probe, and from where it goes on; None saves nothing.
 
     Returns:
@@ -230,7 +242,7 @@ def run_training(
     """
     observer = observer or Silent()
     last = probes_at[-1]
-    so_far = _Progress(state, probes_at)
+    so_far = _Progress(state, probes_at, measured_every)
     start = so_far.resume(checkpoints, probe) if checkpoints else 0
     if start:
         observer.resume(probes_at[start - 1])
@@ -260,6 +272,34 @@ def run_training(
         **so_far.probes,
     }
     return RunResult(arrays, so_far.state.params, so_far.seconds, so_far.resumed_at)
+
+
+def replay(states: Any, chunks: Sequence[int], advance: Advance, *, count: int) -> list[Advance]:
+    """Train several runs as one program, and return for each what replays its part to `run_training`.
+
+    The states at every probe are kept on the host: probes times p numbers a run.
+
+    Args:
+        states: the states at epoch 0, every leaf with a leading axis of `count` runs.
+        chunks: epochs from probe to probe.
+        advance: runs a number of epochs for all, on and to such states and metrics.
+        count: number of runs.
+    """
+    done: list[Any] = []
+    for epochs in chunks:
+        states, metrics = advance(states, epochs)
+        done.append(jax.device_get((states, metrics)))
+
+    def part(index: int) -> Advance:
+        left = iter(done)
+
+        def next_chunk(state: Any, epochs: int) -> tuple[Any, Any]:
+            del state, epochs
+            return jax.tree.map(lambda leaf: leaf[index], next(left))
+
+        return next_chunk
+
+    return [part(index) for index in range(count)]
 
 
 @cache

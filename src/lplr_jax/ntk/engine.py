@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Inexact
 
+from lplr_jax.layouts import plain_convolutions
 from lplr_jax.ntk import sharded
 from lplr_jax.ntk.explain import Explanation, LeafExplanation
 from lplr_jax.ntk.jaxpr import Program, flatten
@@ -301,7 +302,8 @@ class _Run:
 
     def features(self, group: Group, arrays: Any, consts: Any, samples: Any) -> Any:
         """Features of some samples, in chunks of the group's size."""
-        one = sample_features(self.traced, self.plan, group.terms)
+        # Samples may be taken in a loop, where a CPU runs the convolutions of a gradient slower in their own layout.
+        one = plain_convolutions(sample_features(self.traced, self.plan, group.terms))
         count = samples[0].shape[0]
         if group.chunk >= count:
             return jax.vmap(lambda sample: one(arrays, consts, sample))(samples)

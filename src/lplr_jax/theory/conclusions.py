@@ -95,7 +95,8 @@ def _pointwise(evidence: Evidence) -> tuple[Verdict, ...]:
         margin=float(looseness[worst]),
         step=int(evidence.epochs[worst]),
         units=LOSS_UNITS,
-        note=f"½‖∇L‖² >= (λ_min(θ_t)/s) L at {int(kept.sum())} probes; here it is closest",
+        note=f"½‖∇L‖² >= (λ_min(θ_t)/s) L at {int(kept.sum())} probes; here it is closest"
+        + (f" ({evidence.partial}, with its own loss and gradient)" if evidence.partial else ""),
         inconsistent=bool(broken.any()),
     )
     return (part,)
@@ -106,18 +107,22 @@ def _envelope(evidence: Evidence) -> tuple[Verdict, ...]:
     if not regime.stop:
         return ()
     inside = (evidence.epochs >= regime.start) & (evidence.epochs < regime.stop)
-    least = evidence.probe("ntk_min_eig")[inside] / evidence.probe_scale
+    # The envelope is of all data. λ_min of a partial kernel over the scale of all data is at least what the full kernel
+    # guarantees, so an envelope above it is above the guarantee, and one below it decides nothing.
+    least = evidence.probe("ntk_min_eig")[inside] / evidence.s
     guaranteed = float(np.nanmin(least)) if np.isfinite(least).any() else NAN
+    below: Outcome = "undecided" if evidence.partial else "refuted"
     part = Verdict(
         "envelope",
         "Definition 4.1",
-        "undecided" if math.isnan(guaranteed) else "not refuted" if low >= guaranteed else "refuted",
+        "undecided" if math.isnan(guaranteed) else "not refuted" if low >= guaranteed else below,
         measured=low,
         bound=guaranteed,
         margin=factor(guaranteed, low),
         step=int(regime.start),
         units=LOSS_UNITS,
         note=f"epochs {regime.start} to {regime.stop - 1}: {low:.3g} for L* = 0, {high:.3g} with the proxy"
+        + (f"; against an upper bound of the full kernel's guarantee ({evidence.partial})" if evidence.partial else "")
         + _energy(evidence),
     )
     return (part,)

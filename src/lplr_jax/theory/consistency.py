@@ -89,7 +89,7 @@ def _form(evidence: Evidence) -> Verdict:
     if not np.array_equal(record["epoch"], np.arange(record["epoch"].size)):
         bad.append("epoch is not 0, 1, 2, ...")
     for name in ("loss", "grad_sq_norm", "drift"):
-        series = np.asarray(record[name][:end])
+        series = np.asarray(record[name][:end])[evidence.measured]
         if not (np.isfinite(series).all() and (series >= 0).all()):
             bad.append(f"{name} is negative or not finite")
     if end and record["drift"][0] != 0:

@@ -70,6 +70,13 @@ class Evidence:
         at = self.record.diverged_at
         return loss.size if at is None else at
 
+    @cached_property
+    def measured(self) -> np.ndarray:
+        """For each epoch up to the divergence whether loss and gradient were to be measured there."""
+        kept = np.arange(self.end) % int(self.record.config.get("diagnostics_every", 1)) == 0
+        kept[self.epochs] = True
+        return kept
+
     def has(self, name: str) -> bool:
         """Whether the record holds at least one number under this name."""
         return name in self.arrays and bool(np.isfinite(self.arrays[name]).any())

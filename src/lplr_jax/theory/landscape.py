@@ -26,6 +26,7 @@ def lqcr(evidence: Evidence) -> Verdict:
     assert shown is not None
     outcome = weakest(part.outcome for part in parts) if slope is not None else "undecided"
     note = "; ".join(part.note for part in (slope, curvature) if part is not None)
+    note += f" ({evidence.partial}: of its own loss)" if evidence.partial else ""
     return shown.standing_for("lqcr", "Definition 4.2", outcome, note).with_parts(*parts)
 
 

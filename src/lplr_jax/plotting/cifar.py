@@ -1,0 +1,189 @@
+"""Several seeds of one stochastic run: gap, PL ratio, drift and the kernel of a subset, from records alone."""
+
+import textwrap
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from lplr_jax import theory
+from lplr_jax.plotting.panels import BELOW, HATCH, SHADE
+from lplr_jax.plotting.style import STYLE
+from lplr_jax.records import Record
+from lplr_jax.summary import Summary, summarise
+
+LINES = ("-", "--", "-.", ":")
+SEEDS = ("C0", "C1", "C2", "C3", "C4", "C5")
+
+SCOPE = (
+    "A robustness check, as in the paper: momentum, mini-batches and a schedule are outside Theorem 5.7, and the "
+    "kernel of a subset bounds λ_min of the full one from above, so it cannot establish λ_0 > 0."
+)
+"""What figure and summary say of the reach of these runs."""
+
+
+def scope_note(records: Sequence[Record]) -> str:
+    """Return the scope of these runs in words, and which claims are refuted on how many of them."""
+    refuted: dict[str, int] = {}
+    for record in records:
+        for verdict in theory.verify(record):
+            if verdict.outcome == "refuted":
+                refuted[verdict.claim] = refuted.get(verdict.claim, 0) + 1
+    said = ", ".join(f"{claim} ({count} of {len(records)} seeds)" for claim, count in refuted.items())
+    return f"{SCOPE} Refuted on the runs shown: {said or 'nothing'}."
+
+
+def cifar(records: Sequence[Record]) -> Figure:
+    """Draw gap and loss, PL bracket, drift and λ_min of the subset's kernel over seeds (paper, Figure 2, and λ_min).
+
+    Bands are one sample standard deviation to each side of the mean over seeds.
+
+    Args:
+        records: one a seed, of one config, with kernel probes.
+
+    Returns:
+        The figure; `save` writes it.
+
+    Raises:
+        ValueError: without records, or for runs of different lengths or probes.
+    """
+    if not records:
+        raise ValueError("there is no record to draw")
+    for name in ("epoch", "probe_epoch"):
+        if any(not np.array_equal(record[name], records[0][name]) for record in records):
+            raise ValueError(f"the records differ in {name}, so there is no mean over them; draw runs of one config")
+    summaries = [summarise(record) for record in records]
+    with mpl.rc_context(fname=STYLE):
+        figure = Figure(figsize=(11, 8.8))
+        FigureCanvasAgg(figure)
+        (a, b), (c, d) = figure.subplots(2, 2)
+        _gap_panel(a, records, summaries)
+        _pl_panel(b, records, summaries)
+        _drift_panel(c, records)
+        _kernel_panel(d, records)
+        for axes in (a, b, c, d):
+            axes.set_xlabel("epoch")
+            axes.set_xlim(0, int(records[0]["epoch"][-1]))
+        for axes in (a, b):
+            _shade(axes, records, summaries, columns=2 if axes is a else 1)
+        figure.suptitle(_title(records), fontsize=10)
+        note = "\n".join(textwrap.wrap(scope_note(records), 170))
+        figure.supxlabel(note, fontsize=7.5, color="0.3")
+    return figure
+
+
+def _title(records: Sequence[Record]) -> str:
+    record, config = records[0], records[0].config
+    seeds = ", ".join(str(one.config.get("seed")) for one in records)
+    where = record.provenance.get("data", {}).get("source", "source not recorded")
+    sgd = f"SGD, η = {float(record['learning_rate']):.3g} ({config.get('schedule')}), momentum {config.get('momentum')}"
+    size = f"width {config.get('width')}, p = {int(record['p']):,}, n = {int(record['n']):,}"
+    return (
+        f"CIFAR-10, {int(record['c'])} classes: residual network, {size}\n{sgd}, batch {config.get('batch_size')}; "
+        f"seeds {seeds}; {where}"
+    )
+
+
+def mean_and_deviation(
+    curves: Sequence[Float[np.ndarray, " t"]],
+) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:
+    """Return the mean over seeds and the sample standard deviation, 0 for one seed; NaN where a seed has none."""
+    stacked = np.stack(curves)
+    deviation = stacked.std(axis=0, ddof=1) if len(curves) > 1 else np.zeros(stacked.shape[1])
+    return stacked.mean(axis=0), deviation
+
+
+def _band(axes: Axes, x: np.ndarray, curves: Sequence[np.ndarray], *, colour: str, label: str, line: str = "-") -> None:
+    mean, deviation = mean_and_deviation(curves)
+    known = np.isfinite(mean)
+    x, mean, deviation = x[known], mean[known], deviation[known]
+    axes.plot(x, mean, color=colour, linestyle=line, label=label)
+    if len(curves) > 1:
+        axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
+
+
+def _gap_panel(axes: Axes, records: Sequence[Record], summaries: Sequence[Summary]) -> None:
+    epoch, losses = records[0]["epoch"], [record["loss"] for record in records]
+    gaps = [loss - summary.floor for loss, summary in zip(losses, summaries, strict=True)]
+    ends = " ± one deviation" if len(records) > 1 else ""
+    _band(axes, epoch, losses, colour="C0", label=f"loss $L_t$, mean{ends}")
+    _band(axes, epoch, gaps, colour="C1", label=f"gap to the proxy, mean{ends}", line="--")
+    axes.set_yscale("log")
+    mean = mean_and_deviation(gaps)[0]
+    shown = mean[np.isfinite(mean) & (mean > 0)]
+    highest = max(float(np.nanmax(loss)) for loss in losses)
+    if shown.size:
+        axes.set_ylim(max(float(np.min(shown)) / 2, highest * 1e-5), highest * 2)
+    axes.set_ylabel("loss   [units of L]")
+    axes.set_title("(a)  exact training loss, and its gap to the least loss of the run")
+    axes.legend(**BELOW)
+
+
+def _pl_panel(axes: Axes, records: Sequence[Record], summaries: Sequence[Summary]) -> None:
+    for index, (record, summary) in enumerate(zip(records, summaries, strict=True)):
+        colour, line = SEEDS[index % len(SEEDS)], LINES[index % len(LINES)]
+        low, high = (np.where(np.isfinite(end) & (end > 0), end, np.nan) for end in summary.bracket)
+        known = np.isfinite(low)
+        epoch, low, high = record["epoch"][known], low[known], high[known]
+        axes.fill_between(epoch, low, high, color=colour, alpha=0.13, linewidth=0)
+        label = f"seed {record.config.get('seed')}: $L^*=0$"
+        if summary.regime.stop:
+            label += f", least on the regime {summary.envelope[0]:.3g} (proxy: {summary.envelope[1]:.3g})"
+        else:
+            label += ", no stable regime"
+        axes.plot(epoch, low, color=colour, linestyle=line, label=label)
+        axes.plot(epoch, high, color=colour, linestyle=line, linewidth=0.7)
+    axes.set_yscale("log")
+    axes.set_ylabel("PL ratio   [units of L]")
+    axes.set_title("(b)  PL ratio: from $L^*=0$ (thick) to the proxy (thin)")
+    axes.legend(**{**BELOW, "ncol": 1})
+
+
+def _drift_panel(axes: Axes, records: Sequence[Record]) -> None:
+    epoch, curves = records[0]["epoch"], [record["drift"] for record in records]
+    for index, curve in enumerate(curves):
+        known = np.isfinite(curve)
+        line = LINES[index % len(LINES)]
+        axes.plot(epoch[known], curve[known], color=SEEDS[index % len(SEEDS)], linestyle=line, linewidth=0.8)
+    _band(axes, epoch, curves, colour="C6", label="mean ± one deviation; thin: seeds")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(r"$\|\theta_t-\theta_0\|_2$   [parameter]")
+    axes.set_title("(c)  drift from the initialisation")
+    axes.legend(loc="lower right")
+
+
+def _kernel_panel(axes: Axes, records: Sequence[Record]) -> None:
+    epoch, curves = records[0]["probe_epoch"], [record["ntk_min_eig"] for record in records]
+    for index, (record, curve) in enumerate(zip(records, curves, strict=True)):
+        colour, line = SEEDS[index % len(SEEDS)], LINES[index % len(LINES)]
+        label = f"seed {record.config.get('seed')}"
+        axes.plot(epoch, curve, color=colour, linestyle=line, linewidth=0.8, marker="o", markersize=3, label=label)
+    _band(axes, epoch, curves, colour="C6", label="mean ± one deviation")
+    if min(float(np.nanmin(curve)) for curve in curves) > 0:
+        axes.set_yscale("log")
+    images = int(records[0].arrays.get("kernel_samples", records[0]["n"]))
+    rows = images * int(records[0]["c"])
+    axes.set_ylabel(r"$\lambda_{\min}$   [output² / parameter²]")
+    axes.set_title(f"(d)  $\\lambda_{{\\min}}$ of the full {rows}×{rows} kernel of {images} images: an upper bound")
+    axes.legend(loc="best")
+
+
+def _shade(axes: Axes, records: Sequence[Record], summaries: Sequence[Summary], *, columns: int) -> None:
+    """Shade the epochs that lie in every seed's regime, and hatch those at which the proxy decides for some seed."""
+    regimes = [summary.regime for summary in summaries if summary.regime.stop]
+    last = int(records[0]["epoch"][-1])
+    if not regimes:
+        return
+    start, stop = max(one.start for one in regimes), min(one.stop for one in regimes) - 1
+    if start < stop:
+        axes.axvspan(start, stop, zorder=0, **SHADE)
+    axes.axvspan(stop, last, zorder=0, **HATCH)
+    handles, labels = axes.get_legend_handles_labels()
+    handles += [Patch(**SHADE), Patch(**{**HATCH, "edgecolor": "0.6"})]
+    labels += ["stable regime of all seeds", "the proxy for L* decides"]
+    axes.legend(handles, labels, **{**BELOW, "ncol": columns})
