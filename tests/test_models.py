@@ -136,7 +136,7 @@ def test_residual_network_starts_as_he_and_mixes_no_samples():
     ("settings", "message"),
     [
         ({"width": 12}, "width must be a multiple of groups = 8, got 12"),
-        ({"blocks": 0}, "blocks must be an integer >= 1, got 0"),
+        ({"blocks": 0}, "blocks must be >= 1, got 0"),
         ({"activation": "swish"}, "activation must be one of relu, softplus, tanh, got 'swish'"),
     ],
 )
