@@ -122,7 +122,7 @@ def test_mistakes_are_named():
         find_boundary(objective, jnp.ones(1), batch, start=1.0, max_rounds=5)
     for settings_, message in (
         ({"start": -1.0}, "start must be a finite step size > 0, got -1.0"),
-        ({"start": 1.0, "tolerance": 0.0}, "tolerance must be > 0, got 0.0"),
+        ({"start": 1.0, "tolerance": 0.0}, "tolerance must be a finite number > 0, got 0.0"),
         ({"start": 1.0, "steps": 0}, "steps must be >= 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -192,7 +192,7 @@ def test_command(tmp_path, capsys):
     [
         (["--widths", "a"], "widths must be integers with commas between them"),
         (["--steps", "0"], "steps must be >= 1, got 0"),
-        (["--tolerance", "0"], "tolerance must be > 0, got 0.0"),
+        (["--tolerance", "0"], "tolerance must be a finite number > 0, got 0.0"),
     ],
 )
 def test_bad_options_end_with_a_sentence(options, message, capsys, tmp_path):

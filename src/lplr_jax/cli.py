@@ -382,7 +382,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _use_compilation_cache()
         with interrupt.handled():
-            return _parse_and_run(argv)
+            try:
+                return _parse_and_run(argv)
+            except Exception:
+                if debug:
+                    traceback.print_exc()
+                raise
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     except KeyboardInterrupt as interruption:
@@ -399,8 +404,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, message = INCONSISTENT, f"a fault of lplr-jax, {type(error).__name__}: {_sentence(error)}; try --debug"
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             code, message = BAD_INPUT, f"out of memory ({_sentence(error)}); lower --width, --n-train or --epochs"
-    if debug:
-        traceback.print_exc()
     Console(stderr=True).print(f"lplr: {message}", style="red", highlight=False, soft_wrap=True, markup=False)
     return code
 

@@ -150,7 +150,7 @@ def _find(problem: Problem, source: str, data_dir: str | os.PathLike[str] | None
         there = bool(data_dir) and path.exists()
     except (ValueError, OSError) as error:  # OSError: a name that is too long
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        place = checks.shown(str(data_dir or home))
+        place = checks.shown(str(home if data_dir is None else data_dir))
         raise DataError(f"data_dir={place}: no such file or folder ({reason}). {problem.ways}") from error
     if data_dir is not None and not there:
         raise DataError(f"data_dir={str(data_dir)!r}: no such file or folder. {problem.ways}")

@@ -92,11 +92,11 @@ def _past_transient(loss: np.ndarray, stop: int) -> int:
     with np.errstate(divide="ignore", invalid="ignore"):
         log = np.log(loss)
         rate = (log[:-width] - log[width:]) / width
-    stop = min(stop, rate.size)
-    rate = rate[:stop]
+    known = min(stop, rate.size)
+    rate = rate[:known]
     middle = _suffix_medians(rate)
-    steady = (middle > 0) & (middle / STEADINESS <= rate) & (rate <= STEADINESS * middle) & (loss[:stop] <= loss[0])
-    first = np.flatnonzero(steady[: max(0, stop - MIN_EPOCHS + 1)])
+    steady = (middle > 0) & (middle / STEADINESS <= rate) & (rate <= STEADINESS * middle) & (loss[:known] <= loss[0])
+    first = np.flatnonzero(steady[: max(0, known - MIN_EPOCHS + 1)])
     return int(first[0]) if first.size else stop
 
 

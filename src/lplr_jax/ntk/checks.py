@@ -37,7 +37,7 @@ def inputs(params: Any, x: Any) -> None:
     """
     for name, tree in (("x", x), ("params", params)):
         for path, leaf in tree_flatten_with_path(tree)[0]:
-            if _is_array(leaf) and leaf.dtype.kind in "OUSMm":
+            if _is_array(leaf) and getattr(leaf.dtype, "kind", "") in tuple("OUSMm"):
                 raise TypeError(f"{name}{keystr(path)} must hold numbers, got dtype {leaf.dtype}; convert it")
     inexact = [leaf for leaf in jax.tree.leaves(params) if _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)]
     if not inexact:
