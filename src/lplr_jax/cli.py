@@ -359,6 +359,28 @@ def _sentence(error: BaseException) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
 
 
+def _outcome(error: BaseException) -> tuple[int, str]:
+    """Return the exit code of an error and what is said of it."""
+    said = _sentence(error)
+    match error:
+        case KeyboardInterrupt():
+            return INTERRUPTED, f"{said}; the same command goes on from there"
+        case place.DirectoryInUseError():
+            return IN_USE, said
+        case ValueError() | TypeError() | KeyError() | ImportError():
+            return BAD_INPUT, said
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return (
+                IO_FAILED,
+                f"{said}; make room: what was saved before is intact, and the same command goes on from there",
+            )
+        case OSError():
+            return IO_FAILED, said
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return BAD_INPUT, f"out of memory ({said}); lower --width, --n-train or --epochs"
+    return INCONSISTENT, f"a fault of lplr-jax, {type(error).__name__}: {said}; try --debug"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -382,28 +404,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _use_compilation_cache()
         with interrupt.handled():
-            try:
-                return _parse_and_run(argv)
-            except Exception:
-                if debug:
-                    traceback.print_exc()
-                raise
+            return _parse_and_run(argv)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
-    except KeyboardInterrupt as interruption:
-        code, message = INTERRUPTED, f"{interruption}; the same command goes on from there"
-    except place.DirectoryInUseError as error:
-        code, message = IN_USE, str(error)
-    except (ValueError, TypeError, KeyError, ImportError) as error:
-        code, message = BAD_INPUT, _sentence(error)
-    except OSError as error:
-        code, message = IO_FAILED, _sentence(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message += "; make room: what was saved before is intact, and the same command goes on from there"
-    except Exception as error:
-        code, message = INCONSISTENT, f"a fault of lplr-jax, {type(error).__name__}: {_sentence(error)}; try --debug"
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            code, message = BAD_INPUT, f"out of memory ({_sentence(error)}); lower --width, --n-train or --epochs"
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = _outcome(error)
+        if debug:
+            traceback.print_exc()
     Console(stderr=True).print(f"lplr: {message}", style="red", highlight=False, soft_wrap=True, markup=False)
     return code
 

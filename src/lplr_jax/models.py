@@ -179,6 +179,8 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array | np.ndarray, "n h w d"]) -> Float[Array, "n c"]:
         """Map images (n, height, width, channels) to outputs (n, c)."""
+        if not (hasattr(x, "shape") and jnp.issubdtype(x.dtype, jnp.number) and len(x.shape) == 4 and all(x.shape[1:])):
+            raise ValueError(f"x must be an array of images (n, height, width, channels), got {checks.shown(x)}")
         activation, shared = ACTIVATIONS[self.activation], {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def conv(h: Array, channels: int, *, size: int, stride: int, name: str) -> Array:

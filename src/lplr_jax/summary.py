@@ -1,5 +1,6 @@
 """What a record says in a few numbers, worked out once for tables, figures and verdicts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,16 @@ class Summary:
 def check_record(record: Record, name: str = "record") -> None:
     """Raise TypeError for what is no record."""
     checks.instance(name, record, Record, "as records.load returns one")
+
+
+def check_records(records: Sequence[Record], name: str = "records") -> None:
+    """Raise TypeError for what is no sequence of records, ValueError for an empty one."""
+    if isinstance(records, str | Record) or not isinstance(records, Sequence):
+        raise TypeError(f"{name} must be a sequence of records, got {checks.shown(records)}; put one in a list")
+    for index, record in enumerate(records):
+        check_record(record, f"{name}[{index}]")
+    if not records:
+        raise ValueError("there is no record to draw; `lplr ablation` makes some")
 
 
 def summarise(record: Record) -> Summary:

@@ -202,6 +202,7 @@ class ShuffledState(NamedTuple):
 
 def init_shuffled(params: Params, optimizer: optax.GradientTransformation, *, seed: int) -> ShuffledState:
     """Return the state before the first epoch; it holds copies, so that donating it leaves `params` usable."""
+    checks.whole("seed", seed, least=0, most=2**32 - 1)
     key = jax.random.key_data(jax.random.key(seed))
     return ShuffledState(*init_state(params, optimizer), key, jnp.zeros((), jnp.int32))
 
@@ -212,7 +213,7 @@ def batches_of(n: int, size: int) -> int:
     Raises:
         ValueError: for a size below one or above n.
     """
-    if not 1 <= size <= n:
+    if not 1 <= checks.whole("the size of a batch", size) <= n:
         raise ValueError(f"a batch must hold 1 to n = {n} samples, got {size}")
     return -(-n // size)
 
@@ -301,6 +302,7 @@ def evaluate_exactly(
         ValueError: for a micro-batch below one or above n.
     """
     # Not placed on the host for a TPU's sake: there float64 sums run as pairs of float32, which is enough for sums.
+    checks.instance("objective", objective, Objective, _OBJECTIVE)
     with jax.enable_x64(True):
         return _evaluate_exactly(params, data, initial, objective=objective, micro_batch=micro_batch)
 

@@ -94,7 +94,8 @@ def stratified_ids(y: Float[np.ndarray, "n c"], size: int) -> Int[np.ndarray, " 
     Raises:
         ValueError: for a size below one or above n.
     """
-    if not 1 <= size <= len(y):
+    y = checks.real_array("y", y, axes="n c")
+    if not 1 <= checks.whole("subset_size", size) <= len(y):
         raise ValueError(f"subset_size must be 1 to n_train = {len(y)}, got {size}")
     labels = np.argmax(y, axis=1)
     rank = np.zeros(len(y), np.int64)

@@ -20,7 +20,7 @@ from lplr_jax.diagnostics.stability import EXPECTED, observe, place_of
 from lplr_jax.experiments import mnist
 from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.experiments.place import kept
-from lplr_jax.experiments.run import Advance, Observer, check_at_least_one, probe_epochs, replay
+from lplr_jax.experiments.run import Advance, Observer, check_at_least_one, check_learning_rate, probe_epochs, replay
 from lplr_jax.records import Record
 from lplr_jax.training import EpochMetrics, LossScale, TrainState, init_state, train_epochs
 
@@ -228,7 +228,7 @@ def _check(config: AblationConfig) -> None:
     for name in ("learning_rate", "smaller_learning_rate"):
         value = getattr(config, name)
         if value is not None:
-            mnist.check_learning_rate(name, value)
+            check_learning_rate(name, value)
     for width, seed in itertools.product(integers("widths", config.widths, least=1), _seeds(config)):
         mnist.resolve(_base(config, width, seed, 1.0))
 

@@ -15,16 +15,19 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from lplr_jax import data, diagnostics, theory
-from lplr_jax.experiments.ablation import Follow, Say, integers, unfollowed
+from lplr_jax import checks, data, diagnostics, theory
+from lplr_jax.checks import integers
+from lplr_jax.experiments.ablation import Follow, Say, unfollowed
 from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.experiments.minibatch import MiniBatches, Schedule, momentum_sgd
 from lplr_jax.experiments.place import kept
 from lplr_jax.experiments.probe import KernelProbe
 from lplr_jax.experiments.run import (
+    MOST,
     Advance,
     Observer,
-    check_at_least_one,
+    check_learning_rate,
+    check_memory,
     describe_environment,
     peak_memory_bytes,
     probe_epochs,
@@ -117,14 +120,18 @@ def default_preset() -> str:
     return "cpu" if jax.default_backend() == "cpu" else "paper"
 
 
+_MOST = {**MOST, "stages": 10, "blocks": 1_000}
+
+
 def resolve(config: CifarConfig) -> CifarConfig:
     """Fill in the fields that follow from others.
 
     Raises:
         ValueError: for the first field whose value cannot be run.
     """
+    checks.instance("config", config, CifarConfig, "as in cifar.PRESETS")
     for name in ("width", "stages", "blocks", "groups", "epochs", "n_train", "batch_size", "diagnostics_every"):
-        check_at_least_one(name, getattr(config, name))
+        checks.whole(name, getattr(config, name), least=1, most=_MOST.get(name))
     micro = min(config.batch_size, config.n_train) if config.micro_batch is None else config.micro_batch
     every = max(1, config.epochs // 10) if config.probe_every is None else config.probe_every
     for name, value, most, of in (
@@ -134,19 +141,17 @@ def resolve(config: CifarConfig) -> CifarConfig:
         ("diagnostics_every", config.diagnostics_every, config.epochs, "epochs"),
         ("subset_size", config.subset_size, config.n_train, "n_train"),
     ):
-        check_at_least_one(name, value)
-        if value > most:
-            raise ValueError(f"{name} must be at most {of} = {most}, got {value}")
-    if not (math.isfinite(config.learning_rate) and config.learning_rate > 0):
-        raise ValueError(f"learning_rate must be a finite number > 0, got {config.learning_rate}")
-    if not 0 <= config.momentum < 1:
+        checks.whole(name, value, least=1, most=most, of=of)
+    probe_epochs(config.epochs, every)
+    check_learning_rate("learning_rate", config.learning_rate)
+    if checks.number("momentum", config.momentum, least=0) >= 1:
         raise ValueError(f"momentum must be at least 0 and below 1, got {config.momentum}")
-    if config.schedule not in get_args(Schedule):
-        raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}, got {config.schedule!r}")
+    checks.one_of("schedule", config.schedule, get_args(Schedule))
+    checks.one_of("loss_scale", config.loss_scale, get_args(LossScale))
     for name in ("spectrum_probes", "search_steps"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} must be >= 0, got {getattr(config, name)}")
-    seeds_of(config)
+        checks.whole(name, getattr(config, name), least=0)
+    for seed in seeds_of(config):
+        checks.whole("seeds", seed, most=MOST["seed"])
     check_kernel_name(config.kernel)
     _model(config, 1)
     return replace(config, micro_batch=micro, probe_every=every)
@@ -190,7 +195,9 @@ def set_up(config: CifarConfig) -> Problem:
     except data.DataError as error:
         way = "name the folder or file with `make cifar DATA=path` or `lplr cifar --data path`"
         raise data.DataError(f"{error} Where this says data_dir, {way}.") from error
-    return Problem(dataset, jnp.asarray(dataset.x), jnp.asarray(dataset.y), _model(config, dataset.c))
+    x, model = jnp.asarray(dataset.x), _model(config, dataset.c)
+    check_memory(jax.eval_shape(model.init, jax.random.key(0), x[:1]), config.width)
+    return Problem(dataset, x, jnp.asarray(dataset.y), model)
 
 
 def identity(config: CifarConfig, dataset: data.Dataset) -> dict[str, Any]:

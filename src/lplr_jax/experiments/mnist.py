@@ -18,7 +18,10 @@ from lplr_jax.diagnostics.rate import check_regime
 from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.experiments.probe import KernelProbe
 from lplr_jax.experiments.run import (
+    MOST,
     Observer,
+    check_learning_rate,
+    check_memory,
     describe_environment,
     peak_memory_bytes,
     probe_epochs,
@@ -27,7 +30,6 @@ from lplr_jax.experiments.run import (
 )
 from lplr_jax.models import ACTIVATIONS, INITS, MLP, Params, count_parameters
 from lplr_jax.ntk.empirical import Precision, check_kernel_name
-from lplr_jax.ntk.memory import bytes_of, total_memory
 from lplr_jax.records import Record
 from lplr_jax.training import EpochMetrics, LossScale, Objective, TrainState, evaluate, init_state, train_epochs
 
@@ -93,17 +95,6 @@ PLACES = ("data", "out", "force")
 """Config fields that say where things are, or what becomes of them, and decide no number."""
 
 
-MOST = {"width": 10**6, "depth": 1_000, "epochs": 10**7, "seed": 2**32 - 1}
-"""Largest values of some fields: beyond them nothing fits a machine, or two seeds would give the same keys."""
-
-
-def check_learning_rate(name: str, value: float) -> None:
-    """Raise ValueError for a step size that is not positive and finite in the precision of training."""
-    tiny, largest = (float(getattr(np.finfo(np.float32), end)) for end in ("tiny", "max"))
-    if not tiny <= checks.number(name, value, above=0) <= largest:
-        raise ValueError(f"{name} must be a finite number > 0 in float32, {tiny:.2g} to {largest:.2g}, got {value}")
-
-
 def resolve(config: MnistConfig) -> tuple[MnistConfig, int, int]:
     """Fill in the fields that follow from others; they are returned once more for those who count.
 
@@ -165,16 +156,6 @@ class Problem(NamedTuple):
     params: Params
 
 
-def _check_memory(params: Params, config: MnistConfig) -> None:
-    """Raise before anything is allocated where the parameters alone, four times in training, exceed the machine."""
-    needed, there = 4 * bytes_of(params), total_memory()
-    if needed > there:
-        raise ValueError(
-            f"width = {config.width} and depth = {config.depth} make {count_parameters(params):,} parameters; training "
-            f"needs {needed / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}: lower --width or --depth"
-        )
-
-
 def set_up(config: MnistConfig) -> Problem:
     """Load the data and initialise the network of a config.
 
@@ -185,7 +166,7 @@ def set_up(config: MnistConfig) -> Problem:
     dataset = load_data(config)
     x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
     model = _model(config.width, config.depth, config.activation, dataset.c, initialisation=config.init)
-    _check_memory(jax.eval_shape(model.init, jax.random.key(config.seed), x[:1]), config)
+    check_memory(jax.eval_shape(model.init, jax.random.key(config.seed), x[:1]), config.width)
     params = model.init(jax.random.key(config.seed), x[:1])
     objective = Objective(model.apply, config.loss_scale)
     return Problem(dataset, x, y, objective, _gradient_descent(config.learning_rate), params)

@@ -21,7 +21,8 @@ import numpy as np
 from lplr_jax import checks
 from lplr_jax.experiments import interrupt
 from lplr_jax.experiments.checkpoint import Checkpoints
-from lplr_jax.models import Params
+from lplr_jax.models import Params, count_parameters
+from lplr_jax.ntk.memory import bytes_of, total_memory
 from lplr_jax.training import EpochMetrics, ExactMetrics, ShuffledState, TrainState
 
 _LOG = logging.getLogger(__name__)
@@ -81,6 +82,27 @@ class Silent:
 def check_at_least_one(name: str, value: int) -> None:
     """Raise ValueError for a count below one."""
     checks.whole(name, value, least=1)
+
+
+MOST = {"width": 10**6, "depth": 1_000, "epochs": 10**7, "seed": 2**32 - 1}
+"""Largest values of some fields: beyond them nothing fits a machine, or two seeds would give the same keys."""
+
+
+def check_learning_rate(name: str, value: float) -> None:
+    """Raise ValueError for a step size that is not positive and finite in the precision of training."""
+    tiny, largest = (float(getattr(np.finfo(np.float32), end)) for end in ("tiny", "max"))
+    if not tiny <= checks.number(name, value, above=0) <= largest:
+        raise ValueError(f"{name} must be a finite number > 0 in float32, {tiny:.2g} to {largest:.2g}, got {value}")
+
+
+def check_memory(params: Params, width: int) -> None:
+    """Raise ValueError where four copies of the parameters, as training needs, exceed the machine; shapes will do."""
+    needed, there = 4 * bytes_of(params), total_memory()
+    if needed > there:
+        raise ValueError(
+            f"width = {width} makes {count_parameters(params):,} parameters; training needs {needed / 2**30:,.0f} GiB, "
+            f"this machine has {there / 2**30:,.0f}: lower --width"
+        )
 
 
 def probe_epochs(epochs: int, every: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from lplr_jax import checks
 from lplr_jax.diagnostics.stability import observe, power_law
 from lplr_jax.plotting.style import STYLE, plain
 from lplr_jax.records import Record
-from lplr_jax.summary import Summary, check_record, gradient_law, summarise
+from lplr_jax.summary import Summary, check_records, gradient_law, summarise
 
 MARKERS = "osD^vPX"
 """One marker a width, so that the figure reads without colour."""
@@ -40,7 +40,7 @@ def ablation(records: Sequence[Record]) -> Figure:
         ValueError: without records, or for records of another kind of run.
         KeyError: for records without kernel probes.
     """
-    _check(records)
+    check_records(records)
     widths = sorted({_integer(record, "width", least=1) for record in records})
     with mpl.rc_context(fname=STYLE):
         # A map whose lightness rises steadily keeps the widths apart in grey; its lightest end is left out.
@@ -93,15 +93,6 @@ def ablation(records: Sequence[Record]) -> Figure:
         start.tick_params(labelsize=7)
         figure.legend(handles=handles, loc="outside lower center", ncol=min(3, len(handles)), fontsize=8)
     return figure
-
-
-def _check(records: Any, name: str = "records") -> None:
-    if isinstance(records, str | Record) or not isinstance(records, Sequence):
-        raise TypeError(f"{name} must be a sequence of records, got {checks.shown(records)}; put one in a list")
-    for index, record in enumerate(records):
-        check_record(record, f"{name}[{index}]")
-    if not records:
-        raise ValueError("there is no record to draw; `lplr ablation` makes some")
 
 
 def _integer(record: Record, name: str, *, least: int) -> int:
@@ -158,9 +149,9 @@ def initialisation(records: Mapping[str, Record], widths: Sequence[Record] = (),
     """
     if not isinstance(records, Mapping):
         raise TypeError(f"records must be a mapping from names to records, got {checks.shown(records)}")
-    _check(list(records.values()))
+    check_records(list(records.values()))
     if len(widths):
-        _check(widths, "widths")
+        check_records(widths, "widths")
     checks.whole("epoch", epoch, least=0)
     widths = [record for record in widths if record["loss"].size > epoch and np.isfinite(record["loss"][epoch])]
     with mpl.rc_context(fname=STYLE):

@@ -13,9 +13,9 @@ from matplotlib.patches import Patch
 
 from lplr_jax import theory
 from lplr_jax.plotting.panels import BELOW, HATCH, SHADE
-from lplr_jax.plotting.style import STYLE
+from lplr_jax.plotting.style import STYLE, plain, source_of
 from lplr_jax.records import Record
-from lplr_jax.summary import Summary, summarise
+from lplr_jax.summary import Summary, check_records, summarise
 
 LINES = ("-", "--", "-.", ":")
 SEEDS = ("C0", "C1", "C2", "C3", "C4", "C5")
@@ -50,10 +50,11 @@ def cifar(records: Sequence[Record]) -> Figure:
         The figure; `save` writes it.
 
     Raises:
+        TypeError: for what is no sequence of records.
+        KeyError: for records without kernel probes.
         ValueError: without records, or for runs of different lengths or probes.
     """
-    if not records:
-        raise ValueError("there is no record to draw")
+    check_records(records)
     for name in ("epoch", "probe_epoch"):
         if any(not np.array_equal(record[name], records[0][name]) for record in records):
             raise ValueError(f"the records differ in {name}, so there is no mean over them; draw runs of one config")
@@ -80,10 +81,10 @@ def cifar(records: Sequence[Record]) -> Figure:
 def _title(records: Sequence[Record]) -> str:
     record, config = records[0], records[0].config
     seeds = ", ".join(str(one.config.get("seed")) for one in records)
-    where = record.provenance.get("data", {}).get("source", "source not recorded")
+    where = source_of(record)
     sgd = f"SGD, η = {float(record['learning_rate']):.3g} ({config.get('schedule')}), momentum {config.get('momentum')}"
     size = f"width {config.get('width')}, p = {int(record['p']):,}, n = {int(record['n']):,}"
-    return (
+    return plain(
         f"CIFAR-10, {int(record['c'])} classes: residual network, {size}\n{sgd}, batch {config.get('batch_size')}; "
         f"seeds {seeds}; {where}"
     )

@@ -1,7 +1,5 @@
 """The four panels of one run."""
 
-from collections.abc import Mapping
-
 import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
@@ -15,7 +13,7 @@ from matplotlib.patches import Patch
 
 from lplr_jax import theory
 from lplr_jax.diagnostics import Decay, middle_half
-from lplr_jax.plotting.style import STYLE, plain
+from lplr_jax.plotting.style import STYLE, plain, source_of
 from lplr_jax.records import Record
 from lplr_jax.summary import Summary, summarise
 
@@ -84,8 +82,7 @@ def _verdict_strip(figure: Figure, verdicts: tuple[theory.Verdict, ...]) -> None
 
 
 def _title(record: Record, summary: Summary) -> str:
-    config, source = record.config, record.provenance.get("data")
-    where = source.get("source", "source not recorded") if isinstance(source, Mapping) else "source not recorded"
+    config, where = record.config, source_of(record)
     name = (
         f"{record.experiment}: {config.get('depth')}-layer {config.get('activation')} MLP, width {config.get('width')}"
     )

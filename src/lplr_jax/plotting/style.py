@@ -1,20 +1,28 @@
 """One look for every figure, and how figures reach the disk."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from lplr_jax import checks
-from lplr_jax.records import atomic_write
+from lplr_jax.records import Record, atomic_write
 
 STYLE = Path(__file__).with_name("lplr.mplstyle")
+NO_SOURCE = "source not recorded"
 
 
 def plain(text: str) -> str:
     """Return text from a record or a file name for a label: no mathematics begins in it, and all of it can be drawn."""
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "").replace("$", r"\$")
+
+
+def source_of(record: Record) -> str:
+    """Return where the data of a record came from, in words; its provenance may hold anything."""
+    found = record.provenance.get("data")
+    return str(found.get("source", NO_SOURCE)) if isinstance(found, Mapping) else NO_SOURCE
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> tuple[Path, Path]:
