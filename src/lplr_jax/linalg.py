@@ -247,19 +247,23 @@ def _least_vector(
         dtype=a.dtype,
     )
     try:
-        _, vectors = scipy.sparse.linalg.eigsh(
-            a,
-            k=1,
-            sigma=shift,
-            OPinv=inverse,
-            v0=_start(n),
-            ncv=12,
-            tol=1e-7,  # pyright: ignore[reportArgumentType]
-            maxiter=50,
-        )
+        _, vectors = arpack(a, sigma=shift, OPinv=inverse, ncv=12, tol=1e-7, maxiter=50)
     except scipy.sparse.linalg.ArpackError as error:
         return _inverse_iteration(work, _start(n), steps=3), shift, f"shift-invert Lanczos: {error}"
     return vectors[:, 0], shift, ""
+
+
+def arpack(a: Float[np.ndarray, "n n"], **settings: Any) -> Any:
+    """Return one eigenpair by SciPy's `eigsh`, start and restarts drawn from a fixed seed: same matrix, same bits.
+
+    Args:
+        a: symmetric, (n, n).
+        **settings: as `scipy.sparse.linalg.eigsh` takes them.
+
+    Raises:
+        scipy.sparse.linalg.ArpackError: if it does not converge.
+    """
+    return scipy.sparse.linalg.eigsh(a, k=1, v0=_start(a.shape[0]), rng=np.random.default_rng(0), **settings)
 
 
 def _start(n: int) -> Float[np.ndarray, " n"]:
@@ -286,15 +290,7 @@ def _factor_below(a: Float[np.ndarray, "n n"], bound: float, work: Float[np.ndar
             return shift
     # Indefinite: a Ritz value places the shift, and the distance grows until it lies below the spectrum.
     try:
-        values = scipy.sparse.linalg.eigsh(
-            a,
-            k=1,
-            which="SA",
-            v0=_start(a.shape[0]),
-            tol=1e-3,  # pyright: ignore[reportArgumentType]
-            maxiter=20,
-            return_eigenvectors=False,
-        )
+        values = arpack(a, which="SA", tol=1e-3, maxiter=20, return_eigenvectors=False)
         least = float(values[0])
     except scipy.sparse.linalg.ArpackError:
         least = 0.0
@@ -367,18 +363,10 @@ def _one_shift(
 
 def _krylov(a: Float[np.ndarray, "n n"], which: str, tolerance: float = 0.0) -> float | None:
     """Return one end of the spectrum of a large matrix by Lanczos, None where the dense solver has to take over."""
-    n = a.shape[0]
-    if n <= _DENSE_MAX:
+    if a.shape[0] <= _DENSE_MAX:
         return None
     try:
-        values = scipy.sparse.linalg.eigsh(
-            a,
-            k=1,
-            which=which,
-            v0=_start(n),
-            tol=tolerance,  # pyright: ignore[reportArgumentType]  # its default is an integer zero
-            return_eigenvectors=False,
-        )
+        values = arpack(a, which=which, tol=tolerance, return_eigenvectors=False)
     except scipy.sparse.linalg.ArpackError:
         return None
     value = float(values[0])

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
@@ -119,8 +118,7 @@ class _Ball:
         n = difference.shape[0]
         # ARPACK refuses a zero matrix, and is no gain where a dense solver is quick.
         if n > 400 and difference.any():
-            start = np.random.default_rng(0).standard_normal(n)
-            values, vectors = scipy.sparse.linalg.eigsh(difference, k=1, which="LM", v0=start)
+            values, vectors = linalg.arpack(difference, which="LM")
         else:
             values, vectors = np.linalg.eigh(difference)
         if not np.isfinite(values).all():
