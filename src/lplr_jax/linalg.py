@@ -363,7 +363,8 @@ def _one_shift(
 
 def _krylov(a: Float[np.ndarray, "n n"], which: str, tolerance: float = 0.0) -> float | None:
     """Return one end of the spectrum of a large matrix by Lanczos, None where the dense solver has to take over."""
-    if a.shape[0] <= _DENSE_MAX:
+    # Products of entries this far from one overflow in a Krylov method; LAPACK scales the matrix itself.
+    if a.shape[0] <= _DENSE_MAX or abs(_exponent(a)) > certificates.MAX_EXPONENT:
         return None
     try:
         values = arpack(a, which=which, tol=tolerance, return_eigenvectors=False)
