@@ -143,13 +143,13 @@ def _initialisation(
     return OK
 
 
-def _cifar(preset: CifarPreset, config: cifar_experiment.CifarConfig) -> int:
+def _cifar(preset: CifarPreset, config: cifar_experiment.CifarConfig, following: follow.Following) -> int:
     # "default" and the preset that it stands for share a folder.
     folder, figures = _places("cifar", "default" if preset == cifar_experiment.default_preset() else preset, config.out)
     problem = cifar_experiment.set_up(config)
     identity = cifar_experiment.identity(config, problem.dataset)
     with place.claimed(folder, "cifar", identity, force=config.force, say=_say) as lock:
-        done = cifar_experiment.run_all(config, folder, problem, say=_say, follow=_follow, check=lock.check)
+        done = cifar_experiment.run_all(config, folder, problem, say=_say, follow=following, check=lock.check)
         _tabulate(cifar_table.table(done), folder / "cifar")
     _save(plotting.cifar(list(done.values())), figures / "cifar.png")
     verdicts = {f"seed {seed}": theory.verify(record) for seed, record in done.items()}
@@ -159,6 +159,8 @@ def _cifar(preset: CifarPreset, config: cifar_experiment.CifarConfig) -> int:
     _say(f"{first}:")
     report.print_verdicts(CONSOLE, of_first)
     _say(plotting.scope_note(list(done.values())))
+    for seed, record in done.items():
+        following.finished(f"seed{seed}", verdicts[f"seed {seed}"], diverged_at=record.diverged_at)
     if any(map(theory.any_inconsistent, verdicts.values())):
         return INCONSISTENT
     return OK if all(record.diverged_at is None for record in done.values()) else DIVERGED
@@ -328,6 +330,7 @@ def _parse_and_run(argv: Sequence[str]) -> int:
     def cifar(
         preset: CifarPreset = "default",
         config: Annotated[cifar_experiment.CifarConfig, tyro.conf.arg(name="")] = chosen_cifar,
+        also: Annotated[follow.FollowConfig, tyro.conf.arg(name="")] = follow.SCREEN_ALONE,
     ) -> int:
         """CIFAR-10, five classes: residual network, SGD, several seeds, and the kernel of a subset (section 6.3).
 
@@ -335,8 +338,10 @@ def _parse_and_run(argv: Sequence[str]) -> int:
             preset: which defaults the other options start from; "default" is "cpu" without an accelerator, else
                 "paper".
             config: everything that decides the runs.
+            also: where else than on screen the run shows itself.
         """
-        return _cifar(preset, config)
+        with follow.Following(CONSOLE, also) as following:
+            return _cifar(preset, config, following)
 
     commands = {
         "mnist": mnist,
