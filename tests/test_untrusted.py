@@ -237,7 +237,7 @@ def test_curvature_that_is_lost(monkeypatch, undisturbed):
     assert record["probe_untrusted"][2] == 2
     assert np.isfinite(record["ntk_min_eig"]).all()
     assert record["sharpness"][0] == undisturbed["sharpness"][0]
-    # The next one starts from other vectors: two Ritz values with residuals of 1e-4 of themselves, whose error is smaller.
+    # The next one starts from other vectors: Ritz values with residuals of 1e-4 of themselves.
     assert record["sharpness"][4] == pytest.approx(undisturbed["sharpness"][4], rel=2e-4)
     verdicts = {verdict.claim: verdict for verdict in theory.flatten(theory.verify(record))}
     assert verdicts["linear_rate.step_size"].outcome in ("undecided", "refuted")
