@@ -204,7 +204,6 @@ def reader_cases():
                 lambda p: pack(p / "mnist.npz", {"x_train.npy": npy(np.zeros((1, 28, 28), np.uint8))}),
                 "no record: it lacks",
             ),
-            ("a loss of NaN", lambda p: record(loss=np.full(7, np.nan)).save(p / "record.npz"), "no finite value"),
             (
                 "a regime outside the run",
                 lambda p: record({"regime_start": 99}).save(p / "record.npz"),
@@ -227,6 +226,7 @@ def reader_cases():
     found += [
         Command("lplr verify --strict magic", lambda p: ["verify", str(saved(p)), "--strict", "magic"], "--strict"),
         Command("lplr verify --strict", lambda p: ["verify", str(saved(p)), "--strict"], "--strict"),
+        Command("lplr plot a loss of NaN", lambda p: ["plot", str(record(loss=np.full(7, np.nan)).save(p / "record.npz"))], "no finite value"),
         Command("lplr plot without probes", lambda p: ["plot", str(record(probe_epoch=None, ntk_min_eig=None).save(p / "record.npz"))], "was not measured in this run; it holds"),
         Command("lplr plot a folder of another experiment", lambda p: ["plot", str(arm(arm(p / "a", "x", config={}), "y", config={}))], "without width in its config is no arm of a width ablation"),
         Command("lplr plot a folder with a bad arm", lambda p: ["plot", str(put(arm(p / "a", "x") / "x", b"x").parents[1])], "no readable record"),

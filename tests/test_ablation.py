@@ -276,6 +276,14 @@ def test_paper_figures_stand_beside_ours_and_divergence_is_a_result():
     assert [getattr(cell, "value", None) for cell in table.cells["drift_paper"]] == [None, 1.870, 0.158]
     assert table.cells["loss_t"][1].value == np.inf
     assert table.cells["observed"][1] == "divergence"
+    assert table.cells["diverged"] == ["no", "at epoch 200", "no"]
+    figure = plotting.ablation([record for _, record in done])
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [label.partition(": ")[2] for label in labels] == [
+        "monotone descent",
+        "diverged at epoch 200",
+        "monotone descent",
+    ]
     assert table.cells["verdict"][1] == "hit"
     assert any("another set-up" in note for note in table.notes)
 

@@ -169,7 +169,7 @@ def test_an_interrupted_seed_goes_on_bit_for_bit(tiny, tmp_path):
                 raise KeyboardInterrupt("stopped")
 
     @contextmanager
-    def follow(epochs):
+    def follow(run, epochs):
         yield Stop()
 
     config, problem = dataclasses.replace(config, seeds="1", save_probes=False), cifar.set_up(config)

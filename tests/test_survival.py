@@ -11,16 +11,18 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext, suppress
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from matplotlib.figure import Figure
 
 import survival
-from lplr_jax import cli, records
-from lplr_jax.experiments import interrupt, mnist, place, report
+from lplr_jax import cli, plotting, records
+from lplr_jax.experiments import interrupt, mnist, place, report, tables
 from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.training import init_state
 
@@ -64,6 +66,7 @@ def _signals_are_heeded():
 @pytest.fixture(scope="module")
 def in_one_go():
     """The record of a run that nobody disturbed and that saved nothing on its way."""
+    cli._use_compilation_cache()  # that of the killed processes, which would compile the same programs again
     return mnist.run(TINY)
 
 
@@ -265,3 +268,101 @@ def test_a_damaged_checkpoint_is_not_taken(tmp_path, caplog):
     (tmp_path / "c" / "epoch_00000000" / "manifest.json").write_text("{")
     with pytest.raises(OSError, match=r"no checkpoint can be read .* --force"):
         Checkpoints(tmp_path / "c").latest(state)
+
+
+def mount(*arguments):
+    return subprocess.run(["mount", *map(str, arguments)], capture_output=True, check=False)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, with room for two checkpoints and not for the run."""
+    target = tmp_path / "disk"
+    target.mkdir()
+    mounted = mount("-t", "tmpfs", "-o", "size=400k", "tmpfs", target)
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a tmpfs: {mounted.stderr.decode().strip()}")
+    yield target
+    subprocess.run(["umount", str(target)], check=True)
+
+
+def said_in_one_line(capsys):
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_after_room_is_made(disk, in_one_go, capsys):
+    folder = disk / "run"
+    assert cli.main(command(folder)) == cli.IO_FAILED == 5
+    said = said_in_one_line(capsys)
+    assert "No space left on device" in said
+    assert "make room: what was saved before is intact, and the same command goes on from there" in said
+    assert not (folder / "record.npz").exists()
+    assert not list(folder.rglob(f"*{records.HALF}*"))
+    (saved,) = (folder / "checkpoint").glob("epoch_*")
+    assert mount("-o", "remount,size=40m", disk).returncode == 0
+    assert cli.main(command(folder)) == 0
+    assert f"goes on from epoch {int(saved.name.removeprefix('epoch_'))} of 12" in capsys.readouterr().out
+    assert_same(folder, in_one_go)
+
+
+def test_a_directory_that_becomes_read_only(disk, in_one_go, capsys, monkeypatch):
+    folder = disk / "run"
+    assert mount("-o", "remount,size=40m", disk).returncode == 0
+
+    def chunk(self, epoch, loss):
+        if epoch == 6:
+            assert mount("-o", "remount,ro", disk).returncode == 0
+
+    with monkeypatch.context() as patched:
+        patched.setattr(report._Plain, "chunk", chunk)
+        assert cli.main(command(folder)) == cli.IO_FAILED
+    assert "Read-only file system" in said_in_one_line(capsys)
+    assert cli.main(command(folder)) == cli.IO_FAILED, "nor can it be started there"
+    assert "Read-only file system" in said_in_one_line(capsys)
+    assert mount("-o", "remount,rw", disk).returncode == 0
+    assert cli.main(command(folder)) == 0
+    assert "goes on from epoch 3 of 12" in capsys.readouterr().out
+    assert_same(folder, in_one_go)
+
+
+def test_a_directory_that_vanishes(tmp_path, capsys, monkeypatch, in_one_go):
+    folder = tmp_path / "run"
+
+    def chunk(self, epoch, loss):
+        if epoch == 6:
+            folder.rename(tmp_path / "elsewhere")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(report._Plain, "chunk", chunk)
+        assert cli.main(command(folder)) == cli.IO_FAILED
+    assert "the directory was removed or replaced while the run wrote to it" in said_in_one_line(capsys)
+    assert not (folder / "record.npz").exists()
+    shutil.rmtree(folder, ignore_errors=True)
+    (tmp_path / "elsewhere").rename(folder)
+    assert cli.main(command(folder)) == 0
+    assert "goes on from epoch 3 of 12" in capsys.readouterr().out
+    assert_same(folder, in_one_go)
+
+
+def test_whatever_does_not_fit_leaves_nothing_torn(disk, in_one_go):
+    """Record, figure and table on a disk with a little more room each time: whole, or not there."""
+    writers = {
+        "record.npz": lambda target: in_one_go.save(target),
+        "figure.png": lambda target: plotting.save(drawn, target),
+        "table.md": lambda target: tables.save(long, target.with_suffix("")),
+    }
+    quantity = tables.Quantity("a", "a", "a", "a " * 30_000)
+    long, drawn = tables.Table("t", ("one",), (quantity,), {"a": [1]}), Figure(figsize=(2, 2))
+    drawn.subplots().plot(np.random.default_rng(0).standard_normal(3000))
+    whole = {}
+    for room in (1000, 4, 20, 40):
+        assert mount("-o", f"remount,size={room}k", disk).returncode == 0
+        for name, write in writers.items():
+            with nullcontext() if room == 1000 else suppress(OSError):
+                write(disk / name)
+            for path in disk.iterdir():
+                assert whole.setdefault(path.name, path.read_bytes()) == path.read_bytes(), "whole, or not there"
+                path.unlink()
+    assert sorted(whole) == ["figure.pdf", "figure.png", "record.npz", "table.csv", "table.md", "table.tex"]

@@ -455,7 +455,7 @@ def test_divergence_is_read():
     found = by_claim(record)
     assert found["linear_rate"].outcome == "refuted"
     assert found["regime"].outcome == "refuted"
-    assert "diverges" in found["regime"].note
+    assert f"diverged at epoch {record.diverged_at}" in found["regime"].note
     assert not theory.any_inconsistent(found.values())
 
 

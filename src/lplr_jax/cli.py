@@ -8,7 +8,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -21,13 +20,12 @@ from rich.logging import RichHandler
 from lplr_jax import checks, plotting, records, theory
 from lplr_jax import data as datasets
 from lplr_jax.experiments import ablation as ablation_experiment
-from lplr_jax.experiments import ablation_table, cifar_table, interrupt, place, report, tables
+from lplr_jax.experiments import ablation_table, cifar_table, follow, interrupt, place, report, tables
 from lplr_jax.experiments import boundary as boundary_experiment
 from lplr_jax.experiments import cifar as cifar_experiment
 from lplr_jax.experiments import initialisation as initialisation_experiment
 from lplr_jax.experiments import mnist as mnist_experiment
 from lplr_jax.experiments.checkpoint import Checkpoints
-from lplr_jax.experiments.run import Observer
 
 OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, IN_USE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 
@@ -38,12 +36,12 @@ CifarPreset = Literal["smoke", "default", "paper", "cpu"]
 CONSOLE = Console() if sys.stdout.isatty() else Console(width=130)
 
 
-def _mnist(preset: Preset, config: mnist_experiment.MnistConfig) -> int:
+def _mnist(preset: Preset, config: mnist_experiment.MnistConfig, following: follow.Following) -> int:
     folder, figures = _places("mnist", preset, config.out)
     identity = mnist_experiment.identity(config)
 
     def make(checkpoints: Checkpoints) -> records.Record:
-        with report.progress(CONSOLE, config.epochs) as observer:
+        with following("mnist", config.epochs) as observer:
             settings = {"probe_dir": folder / "probes", "checkpoints": checkpoints}
             return mnist_experiment.run(config, observer=observer, **settings)
 
@@ -51,9 +49,13 @@ def _mnist(preset: Preset, config: mnist_experiment.MnistConfig) -> int:
         record = place.kept(folder, "mnist", identity, make, check=lock.check, say=_say)
     CONSOLE.print(report.summary_table(record))
     _say(f"record   {folder / 'record.npz'}")
-    _draw(record, figures / "mnist.png")
+    if record.diverged_at == 0:
+        _say("no figure: the run diverged at epoch 0")
+    else:
+        _draw(record, figures / "mnist.png")
     verdicts = theory.verify(record)
     report.print_verdicts(CONSOLE, verdicts)
+    following.finished("mnist", verdicts, diverged_at=record.diverged_at)
     if theory.any_inconsistent(verdicts):
         return INCONSISTENT
     return OK if record.diverged_at is None else DIVERGED
@@ -61,10 +63,6 @@ def _mnist(preset: Preset, config: mnist_experiment.MnistConfig) -> int:
 
 def _draw(record: records.Record, target: Path) -> None:
     _save(plotting.cifar([record]) if record.experiment == "cifar" else plotting.four_panel(record), target)
-
-
-def _follow(epochs: int) -> AbstractContextManager[Observer]:
-    return report.progress(CONSOLE, epochs)
 
 
 def _say(line: str) -> None:
@@ -89,17 +87,19 @@ def _tabulate(table: tables.Table, stem: Path) -> None:
         _say(f"table    {path}")
 
 
-def _ablation(preset: Preset, config: ablation_experiment.AblationConfig) -> int:
+def _ablation(preset: Preset, config: ablation_experiment.AblationConfig, following: follow.Following) -> int:
     folder, figures = _places("ablation", preset, config.out)
     identity = ablation_experiment.identity(config)
     if not config.force:
         ablation_experiment.known_sharpness(folder)  # a damaged file is refused before anything is written
     with place.claimed(folder, "ablation", identity, force=config.force, say=_say) as lock:
-        done = ablation_experiment.run(config, folder, say=_say, follow=_follow, check=lock.check)
+        done = ablation_experiment.run(config, folder, say=_say, follow=following, check=lock.check)
         _tabulate(ablation_table.table(done), folder / "ablation")
     _save(plotting.ablation([record for _, record in done]), figures / "ablation.png")
     verdicts = {arm.name: theory.verify(record) for arm, record in done}
     CONSOLE.print(report.verdict_matrix(verdicts))
+    for arm, record in done:
+        following.finished(arm.name, verdicts[arm.name], diverged_at=record.diverged_at)
     return INCONSISTENT if any(map(theory.any_inconsistent, verdicts.values())) else OK
 
 
@@ -121,7 +121,9 @@ def _boundary(preset: Preset, config: boundary_experiment.BoundaryConfig) -> int
     return OK
 
 
-def _initialisation(preset: Preset, config: initialisation_experiment.InitialisationConfig) -> int:
+def _initialisation(
+    preset: Preset, config: initialisation_experiment.InitialisationConfig, following: follow.Following
+) -> int:
     folder, figures = _places("initialisation", preset, config.out)
     beside = config.ablation or _places("ablation", preset, None)[0]
     # Read first: a bad record beside must not be found after the training.
@@ -130,8 +132,10 @@ def _initialisation(preset: Preset, config: initialisation_experiment.Initialisa
     if not config.force:
         ablation_experiment.known_sharpness(folder)
     with place.claimed(folder, "initialisation", identity, force=config.force, say=_say) as lock:
-        done = initialisation_experiment.run(config, folder, say=_say, follow=_follow, check=lock.check)
+        done = initialisation_experiment.run(config, folder, say=_say, follow=following, check=lock.check)
         _tabulate(initialisation_experiment.table(done), folder / "initialisation")
+    for arm, record in done:
+        following.finished(arm.name, theory.verify(record), diverged_at=record.diverged_at)
     if not widths:
         _say(f"no width ablation at {beside}: the panel of loss against width is left out (`lplr ablation` makes one)")
     figure = plotting.initialisation({arm.name: record for arm, record in done}, widths, epoch=config.loss_epoch)
@@ -139,13 +143,13 @@ def _initialisation(preset: Preset, config: initialisation_experiment.Initialisa
     return OK
 
 
-def _cifar(preset: CifarPreset, config: cifar_experiment.CifarConfig) -> int:
+def _cifar(preset: CifarPreset, config: cifar_experiment.CifarConfig, following: follow.Following) -> int:
     # "default" and the preset that it stands for share a folder.
     folder, figures = _places("cifar", "default" if preset == cifar_experiment.default_preset() else preset, config.out)
     problem = cifar_experiment.set_up(config)
     identity = cifar_experiment.identity(config, problem.dataset)
     with place.claimed(folder, "cifar", identity, force=config.force, say=_say) as lock:
-        done = cifar_experiment.run_all(config, folder, problem, say=_say, follow=_follow, check=lock.check)
+        done = cifar_experiment.run_all(config, folder, problem, say=_say, follow=following, check=lock.check)
         _tabulate(cifar_table.table(done), folder / "cifar")
     _save(plotting.cifar(list(done.values())), figures / "cifar.png")
     verdicts = {f"seed {seed}": theory.verify(record) for seed, record in done.items()}
@@ -155,6 +159,8 @@ def _cifar(preset: CifarPreset, config: cifar_experiment.CifarConfig) -> int:
     _say(f"{first}:")
     report.print_verdicts(CONSOLE, of_first)
     _say(plotting.scope_note(list(done.values())))
+    for seed, record in done.items():
+        following.finished(f"seed{seed}", verdicts[f"seed {seed}"], diverged_at=record.diverged_at)
     if any(map(theory.any_inconsistent, verdicts.values())):
         return INCONSISTENT
     return OK if all(record.diverged_at is None for record in done.values()) else DIVERGED
@@ -263,26 +269,32 @@ def _parse_and_run(argv: Sequence[str]) -> int:
     def mnist(
         preset: Preset = "default",
         config: Annotated[mnist_experiment.MnistConfig, tyro.conf.arg(name="")] = chosen,
+        also: Annotated[follow.FollowConfig, tyro.conf.arg(name="")] = follow.SCREEN_ALONE,
     ) -> int:
         """Binary MNIST: train, measure every latent variable, draw the four panels (paper, section 6.1).
 
         Args:
             preset: which defaults the other options start from.
             config: everything that decides the numbers.
+            also: where else than on screen the run shows itself.
         """
-        return _mnist(preset, config)
+        with follow.Following(CONSOLE, also) as following:
+            return _mnist(preset, config, following)
 
     def ablation(
         preset: Preset = "default",
         config: Annotated[ablation_experiment.AblationConfig, tyro.conf.arg(name="")] = chosen_ablation,
+        also: Annotated[follow.FollowConfig, tyro.conf.arg(name="")] = follow.SCREEN_ALONE,
     ) -> int:
         """Width ablation: one η for all widths, predicted from 2/β, then watched (paper, section 6.2).
 
         Args:
             preset: which defaults the other options start from.
             config: everything that decides the arms.
+            also: where else than on screen the run shows itself.
         """
-        return _ablation(preset, config)
+        with follow.Following(CONSOLE, also) as following:
+            return _ablation(preset, config, following)
 
     def boundary(
         preset: Preset = "default",
@@ -301,20 +313,24 @@ def _parse_and_run(argv: Sequence[str]) -> int:
         config: Annotated[
             initialisation_experiment.InitialisationConfig, tyro.conf.arg(name="")
         ] = chosen_initialisation,
+        also: Annotated[follow.FollowConfig, tyro.conf.arg(name="")] = follow.SCREEN_ALONE,
     ) -> int:
         """Initialisations side by side, and the figures of the paper's earlier version.
 
         Args:
             preset: which defaults the other options start from.
             config: everything that decides the arms.
+            also: where else than on screen the run shows itself.
         """
-        return _initialisation(preset, config)
+        with follow.Following(CONSOLE, also) as following:
+            return _initialisation(preset, config, following)
 
     chosen_cifar = cifar_experiment.preset(preset_name if preset_name in get_args(CifarPreset) else "default")
 
     def cifar(
         preset: CifarPreset = "default",
         config: Annotated[cifar_experiment.CifarConfig, tyro.conf.arg(name="")] = chosen_cifar,
+        also: Annotated[follow.FollowConfig, tyro.conf.arg(name="")] = follow.SCREEN_ALONE,
     ) -> int:
         """CIFAR-10, five classes: residual network, SGD, several seeds, and the kernel of a subset (section 6.3).
 
@@ -322,8 +338,10 @@ def _parse_and_run(argv: Sequence[str]) -> int:
             preset: which defaults the other options start from; "default" is "cpu" without an accelerator, else
                 "paper".
             config: everything that decides the runs.
+            also: where else than on screen the run shows itself.
         """
-        return _cifar(preset, config)
+        with follow.Following(CONSOLE, also) as following:
+            return _cifar(preset, config, following)
 
     commands = {
         "mnist": mnist,

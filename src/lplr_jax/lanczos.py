@@ -82,12 +82,17 @@ def _projected_pairs(
     small = np.flatnonzero(~(betas[:size] > noise))
     if small.size:
         size = int(small[0]) + 1
-    beta = betas[size - 1] if np.isfinite(betas[size - 1]) else 0.0
-    values, vectors = scipy.linalg.eigh_tridiagonal(diagonal[:size], betas[: size - 1])
+    try:
+        values, vectors = scipy.linalg.eigh_tridiagonal(diagonal[:size], betas[: size - 1])
+    except scipy.linalg.LinAlgError:
+        return None
     ends = [0, -1]
     coefficients = np.zeros((2, k), diagonal.dtype)
     coefficients[:, :size] = vectors[:, ends].T
-    return values[ends], np.abs(beta * vectors[-1, ends]), coefficients
+    # A next vector that overflowed says nothing about how far off the pairs are.
+    beta = betas[size - 1]
+    residuals = np.abs(beta * vectors[-1, ends]) if np.isfinite(beta) else np.full(2, np.inf)
+    return values[ends], residuals, coefficients
 
 
 def _better(
@@ -140,7 +145,8 @@ def extreme_ritz(
     k = min(num_matvecs, p)
     vector = np.random.default_rng(seed).standard_normal(p)
     vector /= np.linalg.norm(vector)
-    if start is not None:
+    # Vectors of a result that is no number would make every later one like it.
+    if start is not None and np.isfinite(start.least + start.largest):
         if start.least_vector.shape != (p,):
             raise ValueError(f"start holds vectors of shape {start.least_vector.shape}, but the operator needs ({p},)")
         # A random part stays, or directions orthogonal to the old vectors would never be seen.

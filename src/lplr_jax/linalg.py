@@ -21,6 +21,14 @@ _BISECTION_MAX = 4000
 _BISECTION_STEPS = 60
 
 
+class UntrustedError(ArithmeticError, ValueError):
+    """A number that the arithmetic lost: NaN or infinite entries, a solver that failed. Nothing may be read off it."""
+
+
+FAILURES = (ArithmeticError, scipy.linalg.LinAlgError, scipy.sparse.linalg.ArpackError)
+"""What a computation raises that lost its number, whoever ran it; mistakes of the caller are not among them."""
+
+
 @dataclass(frozen=True)
 class MinEig:
     """Smallest eigenvalue of a symmetric matrix, and how far it can be trusted.
@@ -72,7 +80,7 @@ def _checked(matrix: Any) -> tuple[Float[np.ndarray, "n n"], float]:
     blocks = [slice(i, i + rows) for i in range(0, a.shape[0], rows)]
     bad = sum(int((~np.isfinite(a[block])).sum()) for block in blocks)
     if bad:
-        raise ValueError(f"the matrix has {bad} entries that are NaN or infinite; its spectrum is undefined")
+        raise UntrustedError(f"the matrix has {bad} entries that are NaN or infinite; its spectrum is undefined")
     scale = max(float(np.abs(a[block]).max()) for block in blocks)
     # Halved, so that entries near the largest double do not overflow.
     asymmetry = 2.0 * max(float(np.abs(0.5 * a[block] - 0.5 * a[:, block].T).max()) for block in blocks)
@@ -88,7 +96,8 @@ def as_symmetric(matrix: Any) -> Float[np.ndarray, "n n"]:
 
     Raises:
         TypeError: for entries that are no real numbers.
-        ValueError: for a shape other than (n, n) with n >= 1, non-finite entries, or asymmetry beyond rounding.
+        UntrustedError: for non-finite entries.
+        ValueError: for a shape other than (n, n) with n >= 1, or asymmetry beyond rounding.
     """
     return _checked(matrix)[0]
 
@@ -238,19 +247,23 @@ def _least_vector(
         dtype=a.dtype,
     )
     try:
-        _, vectors = scipy.sparse.linalg.eigsh(
-            a,
-            k=1,
-            sigma=shift,
-            OPinv=inverse,
-            v0=_start(n),
-            ncv=12,
-            tol=1e-7,  # pyright: ignore[reportArgumentType]
-            maxiter=50,
-        )
+        _, vectors = arpack(a, sigma=shift, OPinv=inverse, ncv=12, tol=1e-7, maxiter=50)
     except scipy.sparse.linalg.ArpackError as error:
         return _inverse_iteration(work, _start(n), steps=3), shift, f"shift-invert Lanczos: {error}"
     return vectors[:, 0], shift, ""
+
+
+def arpack(a: Float[np.ndarray, "n n"], **settings: Any) -> Any:
+    """Return one eigenpair by SciPy's `eigsh`, start and restarts drawn from a fixed seed: same matrix, same bits.
+
+    Args:
+        a: symmetric, (n, n).
+        **settings: as `scipy.sparse.linalg.eigsh` takes them.
+
+    Raises:
+        scipy.sparse.linalg.ArpackError: if it does not converge.
+    """
+    return scipy.sparse.linalg.eigsh(a, k=1, v0=_start(a.shape[0]), rng=np.random.default_rng(0), **settings)
 
 
 def _start(n: int) -> Float[np.ndarray, " n"]:
@@ -277,15 +290,7 @@ def _factor_below(a: Float[np.ndarray, "n n"], bound: float, work: Float[np.ndar
             return shift
     # Indefinite: a Ritz value places the shift, and the distance grows until it lies below the spectrum.
     try:
-        values = scipy.sparse.linalg.eigsh(
-            a,
-            k=1,
-            which="SA",
-            v0=_start(a.shape[0]),
-            tol=1e-3,  # pyright: ignore[reportArgumentType]
-            maxiter=20,
-            return_eigenvectors=False,
-        )
+        values = arpack(a, which="SA", tol=1e-3, maxiter=20, return_eigenvectors=False)
         least = float(values[0])
     except scipy.sparse.linalg.ArpackError:
         least = 0.0
@@ -356,26 +361,50 @@ def _one_shift(
     return floor
 
 
+def _krylov(a: Float[np.ndarray, "n n"], which: str, tolerance: float = 0.0) -> float | None:
+    """Return one end of the spectrum of a large matrix by Lanczos, None where the dense solver has to take over."""
+    # Products of entries this far from one overflow in a Krylov method; LAPACK scales the matrix itself.
+    if a.shape[0] <= _DENSE_MAX or abs(_exponent(a)) > certificates.MAX_EXPONENT:
+        return None
+    try:
+        values = arpack(a, which=which, tol=tolerance, return_eigenvectors=False)
+    except scipy.sparse.linalg.ArpackError:
+        return None
+    value = float(values[0])
+    return value if math.isfinite(value) else None
+
+
+def _dense_ends(a: Float[np.ndarray, "n n"]) -> tuple[float, float]:
+    """Return both ends of the spectrum by LAPACK, whose failure must not pass for a number."""
+    try:
+        values = scipy.linalg.eigvalsh(a, check_finite=False)
+    except scipy.linalg.LinAlgError as error:
+        raise UntrustedError(f"LAPACK's eigensolver failed: {error}") from error
+    low, high = float(values[0]), float(values[-1])
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UntrustedError(f"LAPACK's eigensolver returned [{low}, {high}] for the ends of the spectrum")
+    return low, high
+
+
 def max_eig(matrix: Any) -> float:
-    """Return the largest eigenvalue of a symmetric matrix, shape (n, n), as computed."""
+    """Return the largest eigenvalue of a symmetric matrix, shape (n, n), as computed.
+
+    Raises:
+        UntrustedError: if the matrix is not finite or no solver gives a finite number.
+    """
     a = as_symmetric(matrix)
-    n = a.shape[0]
-    if n > _DENSE_MAX:
-        try:
-            value = scipy.sparse.linalg.eigsh(a, k=1, which="LA", v0=_start(n), return_eigenvectors=False)
-            return float(value[0])
-        except scipy.sparse.linalg.ArpackError:
-            pass  # the dense solver takes over
-    return float(scipy.linalg.eigvalsh(a, check_finite=False)[-1])
+    value = _krylov(a, "LA")
+    return _dense_ends(a)[1] if value is None else value
 
 
 def extremes(matrix: Any) -> tuple[float, float]:
-    """Return the least and the largest eigenvalue of a symmetric matrix, shape (n, n), as computed."""
+    """Return the least and the largest eigenvalue of a symmetric matrix, shape (n, n), as computed.
+
+    Raises:
+        UntrustedError: if the matrix is not finite or no solver gives a finite number.
+    """
     a = as_symmetric(matrix)
-    if a.shape[0] > _DENSE_MAX:
-        return min_eig(a).value, max_eig(a)
-    values = scipy.linalg.eigvalsh(a, check_finite=False)
-    return float(values[0]), float(values[-1])
+    return (min_eig(a).value, max_eig(a)) if a.shape[0] > _DENSE_MAX else _dense_ends(a)
 
 
 def spectral_norm(matrix: Any, *, tolerance: float = 0.0) -> float:
@@ -384,21 +413,10 @@ def spectral_norm(matrix: Any, *, tolerance: float = 0.0) -> float:
     Args:
         matrix: symmetric, (n, n).
         tolerance: residual over the value at which large matrices may stop, for an estimate; 0 for all digits.
+
+    Raises:
+        UntrustedError: if the matrix is not finite or no solver gives a finite number.
     """
     a = as_symmetric(matrix)
-    n = a.shape[0]
-    if n > _DENSE_MAX:
-        try:
-            value = scipy.sparse.linalg.eigsh(
-                a,
-                k=1,
-                which="LM",
-                v0=_start(n),
-                tol=tolerance,  # pyright: ignore[reportArgumentType]  # its default is an integer zero
-                return_eigenvectors=False,
-            )
-            return abs(float(value[0]))
-        except scipy.sparse.linalg.ArpackError:
-            pass  # the dense solver takes over
-    low, high = scipy.linalg.eigvalsh(a, check_finite=False)[[0, -1]]
-    return max(abs(float(low)), abs(float(high)))
+    value = _krylov(a, "LM", tolerance)
+    return max(map(abs, _dense_ends(a))) if value is None else abs(value)

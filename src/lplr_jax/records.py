@@ -67,6 +67,11 @@ SCHEMA: dict[str, Entry] = {
     "ntk_assembly_error": Entry(
         ("probe",), KERNEL, "bound on the assembly error of Θ in spectral norm; finite where the interval includes it"
     ),
+    "probe_untrusted": Entry(
+        ("probe",),
+        "1",
+        "1: the kernel's values of this probe are NaN as the arithmetic lost them, 2: the Hessian's, 3: both",
+    ),
     "spectrum": Entry(("probe", "eigenvalue"), KERNEL, "eigenvalues of Θ_t, ascending; NaN where not measured"),
     "residual_energy": Entry(
         ("probe", "eigenvalue"), "1", "share of ‖r‖² along each eigenvector of Θ_t; NaN where not measured"

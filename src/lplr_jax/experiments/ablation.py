@@ -25,7 +25,8 @@ from lplr_jax.records import Record
 from lplr_jax.training import EpochMetrics, LossScale, TrainState, init_state, train_epochs
 
 Say = Callable[[str], None]
-Follow = Callable[[int], AbstractContextManager[Observer | None]]
+Follow = Callable[[str, int], AbstractContextManager[Observer | None]]
+"""From the name of an arm and its number of epochs to a context with its observer."""
 
 WIDE = 512
 """Width from which the Hessian is measured at both ends alone."""
@@ -34,9 +35,9 @@ SHARPNESS_TOLERANCE = 1e-4
 """Residual of the sharpness at initialisation over its value; a float32 product leaves some 2e-5. Calibrated."""
 
 
-def unfollowed(epochs: int) -> AbstractContextManager[None]:
+def unfollowed(run: str, epochs: int) -> AbstractContextManager[None]:
     """Follow a run with no observer."""
-    del epochs
+    del run, epochs
     return nullcontext()
 
 
@@ -133,6 +134,11 @@ def initial_sharpness(config: mnist.MnistConfig) -> float:
         ValueError: if it does not converge or is not positive.
     """
     problem = mnist.set_up(config)
+    if not math.isfinite(float(problem.objective.value(problem.params, problem.x, problem.y))):
+        raise ValueError(
+            f"the loss of width {config.width}, seed {config.seed} is not finite at the initialisation: no step size "
+            "descends from there; lower --depth or name another --init"
+        )
     found: diagnostics.Extremes | None = None
     for _ in range(4):
         found = diagnostics.hessian_extremes(
@@ -297,14 +303,23 @@ def prediction(arm: Arm, beta: float) -> str:
     )
 
 
+def judged(record: Record, outcome: str) -> tuple[str, Literal["hit", "miss", "undecided"]]:
+    """Return what η β at θ_0 promised, in words, and whether the outcome is among it."""
+    eta_beta = float(record["learning_rate"] * record["sharpness"][0])
+    if not math.isfinite(eta_beta):
+        return "unknown: the sharpness at θ_0 could not be trusted", "undecided"
+    expected = EXPECTED[place_of(eta_beta)]
+    return " or ".join(expected), "hit" if outcome in expected else "miss"
+
+
 def observation(arm: Arm, record: Record) -> str:
     """Say what an arm did, by the rule of `diagnostics.observe`, and whether it was expected."""
     seen = observe(record["loss"], record["drift"])
-    place = place_of(float(record["learning_rate"] * record["sharpness"][0]))
-    verdict = "hit" if seen.outcome in EXPECTED[place] else "miss"
+    _, verdict = judged(record, seen.outcome)
+    what = seen.outcome if record.diverged_at is None else f"divergence, diverged at epoch {record.diverged_at}"
     rises = f"{seen.rises} rising steps" + (f" from epoch {seen.first_rise}" if seen.rises else "")
     return (
-        f"{arm.name}: observed {seen.outcome} (peak L/L_0 = {seen.peak:.4g}, {rises}, "
+        f"{arm.name}: observed {what} (peak L/L_0 = {seen.peak:.4g}, {rises}, "
         f"{seen.overshoots} early falls of the drift): {verdict}"
     )
 
@@ -312,7 +327,8 @@ def observation(arm: Arm, record: Record) -> str:
 def train_together(configs: Sequence[mnist.MnistConfig]) -> list[Advance]:
     """Train arms that differ in the seed alone as one program, by vmap, and return for each what replays its part.
 
-    The states at every probe are kept on the host: probes times p numbers an arm.
+    The states at every probe are kept on the host: probes times p numbers an arm. An interrupted group is trained
+    again as a whole, as last bits depend on how many there are: what takes time is the probes, which are not repeated.
     """
     problems = [mnist.set_up(config) for config in configs]
     first, (resolved, every, _) = problems[0], mnist.resolve(configs[0])
@@ -345,7 +361,7 @@ def run_arm(
     place = folder / arm.name
 
     def make(checkpoints: Checkpoints) -> Record:
-        with follow(arm.config.epochs) as observer:
+        with follow(arm.name, arm.config.epochs) as observer:
             probes = place / "probes" if save_probes else None
             return mnist.run(arm.config, observer=observer, probe_dir=probes, advance=advance, checkpoints=checkpoints)
 
@@ -370,7 +386,7 @@ def run(
         config: what to run; `out` and `force` are for the caller.
         folder: where every arm gets a folder of its own; predictions.json is written before the first step.
         say: told one line at a time what is predicted and observed.
-        follow: from a number of epochs to a context with an observer for one arm.
+        follow: from name and number of epochs to a context with an observer for one arm.
         check: called before every write; raises where nothing must be written any more.
         together: train the seeds of one width in one program; None does so on accelerators (on a CPU vmap is slower).
 
@@ -395,11 +411,10 @@ def run(
     done: list[tuple[Arm, Record]] = []
     for group in groups:
         missing = [arm for arm in group if not (folder / arm.name / "record.npz").exists()]
-        advances: Sequence[Advance | None] = [None] * len(missing)
-        if together and len(missing) > 1:
-            advances = train_together([arm.config for arm in missing])
-        advance_of = dict(zip([arm.name for arm in missing], advances, strict=True))
-        for arm in group:
+        advances: Sequence[Advance | None] = [None] * len(group)
+        if together and missing and len(group) > 1:
+            advances = train_together([arm.config for arm in group])
+        for arm, advance in zip(group, advances, strict=True):
             record = run_arm(
                 arm,
                 folder,
@@ -409,7 +424,7 @@ def run(
                 say=say,
                 follow=follow,
                 check=check,
-                advance=advance_of.get(arm.name),
+                advance=advance,
             )
             done.append((arm, record))
     return tuple(done)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lplr_jax.diagnostics.stability import EXPECTED, observe, place_of
-from lplr_jax.experiments.ablation import Arm
+from lplr_jax.diagnostics.stability import observe
+from lplr_jax.experiments.ablation import Arm, judged
 from lplr_jax.experiments.tables import Cell, Quantity, Table, mean_of
 from lplr_jax.records import Record
 from lplr_jax.summary import summarise
@@ -48,6 +48,7 @@ QUANTITIES = (
     Quantity("eta_beta_t", "η β at θ_T", r"$\eta\beta$ at $\theta_T$", "the same at the last probe"),
     Quantity("predicted", "predicted", "predicted", "before the first step, from η β at θ_0"),
     Quantity("observed", "observed", "observed", "by the rule of diagnostics.observe on loss and drift"),
+    Quantity("diverged", "diverged", "diverged", "epoch from which loss, gradient or parameters are not finite"),
     Quantity("verdict", "prediction", "prediction", "whether the observed outcome was among the predicted ones"),
 )
 
@@ -64,7 +65,8 @@ def row(arm: Arm, record: Record) -> dict[str, float | int | str]:
     inside = (record["probe_epoch"] >= summary.regime.start) & (record["probe_epoch"] < summary.regime.stop)
     guaranteed = eigs[inside & np.isfinite(eigs)].min(initial=math.inf) / s
     eta, sharpness = float(record["learning_rate"]), record["sharpness"]
-    place, seen = place_of(eta * float(sharpness[0])), observe(record["loss"], record["drift"])
+    seen = observe(record["loss"], record["drift"])
+    predicted, verdict = judged(record, seen.outcome)
     return {
         "learning_rate": eta,
         "p": int(record["p"]),
@@ -87,9 +89,10 @@ def row(arm: Arm, record: Record) -> dict[str, float | int | str]:
         "boundary": 2 / float(sharpness[0]),
         "eta_beta": eta * float(sharpness[0]),
         "eta_beta_t": eta * _last(sharpness),
-        "predicted": " or ".join(EXPECTED[place]),
+        "predicted": predicted,
         "observed": seen.outcome,
-        "verdict": "hit" if seen.outcome in EXPECTED[place] else "miss",
+        "diverged": "no" if record.diverged_at is None else f"at epoch {record.diverged_at}",
+        "verdict": verdict,
     }
 
 
@@ -110,13 +113,13 @@ def table(done: Sequence[tuple[Arm, Record]]) -> Table:
     for arm, record in done:
         groups.setdefault((arm.config.width, arm.kind), []).append(row(arm, record))
     rows = [one for group in groups.values() for one in group]
-    hits = sum(one["verdict"] == "hit" for one in rows)
+    hits, misses = (sum(one["verdict"] == word for one in rows) for word in ("hit", "miss"))
     seeds = len(next(iter(groups.values())))
     quantities = QUANTITIES
     if not any(width == 1024 for width, _ in groups):
         quantities = tuple(quantity for quantity in QUANTITIES if quantity.key != "drift_paper")
     notes = [
-        f"Predictions: {hits} of {len(rows)} hit, {len(rows) - hits} missed. "
+        f"Predictions: {hits} of {len(rows)} hit, {misses} missed. "
         + ("One seed." if seeds == 1 else f"Mean ± standard deviation over {seeds} seeds."),
         "Units: s = n unless --loss-scale sum; PL ratios in units of L, kernels in output²/parameter².",
     ]

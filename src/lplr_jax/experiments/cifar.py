@@ -277,6 +277,21 @@ def run(
         spectrum_epochs=spread(probes_at, config.spectrum_probes),
         save_to=probe_dir,
     )
+    scalars = {
+        "subset_ids": subset,
+        "kernel_samples": np.int64(subset.size),
+        "loss_scale": np.float64(objective.scale(dataset.n)),
+        "learning_rate": np.float64(config.learning_rate),
+        "n": np.int64(dataset.n),
+        "c": np.int64(dataset.c),
+        "p": np.int64(count_parameters(initial)),
+    }
+    numbers = {name: np.asarray(value) for name, value in scalars.items()}
+    recorded = identity_of_seed(config, seed, dataset)
+
+    def judge(so_far: Mapping[str, np.ndarray]) -> tuple[theory.Verdict, ...]:
+        return theory.verify(Record("cifar", {**so_far, **numbers}, recorded, {"untrusted": probe.untrusted}))
+
     result = run_training(
         init_shuffled(initial, _optimizer(config, problem), seed=seed),
         probes_at=probes_at,
@@ -286,19 +301,11 @@ def run(
         observer=observer,
         measured_every=config.diagnostics_every,
         checkpoints=checkpoints,
+        judge=judge,
     )
     closing_began = time.perf_counter()
     closing = probe.close(result.arrays, search_steps=config.search_steps, seed=seed)
     closing_seconds = time.perf_counter() - closing_began
-    numbers = {
-        "subset_ids": subset,
-        "kernel_samples": np.int64(subset.size),
-        "loss_scale": np.float64(objective.scale(dataset.n)),
-        "learning_rate": np.float64(config.learning_rate),
-        "n": np.int64(dataset.n),
-        "c": np.int64(dataset.c),
-        "p": np.int64(count_parameters(initial)),
-    }
     passes = trainer.passes()._asdict()
     provenance = {
         **describe_environment(),
@@ -316,9 +323,9 @@ def run(
         },
         "resumed_at": list(result.resumed_at),
         "peak_memory_bytes": peak_memory_bytes(),
+        **({"untrusted": probe.untrusted} if probe.untrusted else {}),
     }
-    arrays = {**result.arrays, **closing, **{name: np.asarray(value) for name, value in numbers.items()}}
-    record = Record("cifar", arrays, identity_of_seed(config, seed, dataset), provenance)
+    record = Record("cifar", {**result.arrays, **closing, **numbers}, recorded, provenance)
     return replace(record, provenance={**provenance, "verdicts": theory.as_json(theory.verify(record))})
 
 
@@ -355,10 +362,10 @@ def run_all(
         folder: where every seed gets a folder of its own.
         problem: what `set_up` made of the config.
         say: told one line at a time what is done.
-        follow: from a number of epochs to a context with an observer for one seed.
+        follow: from name and number of epochs to a context with an observer for one seed.
         check: called before every write; raises where nothing must be written any more.
-        together: train the seeds in one program; None does so on accelerators (on a CPU vmap is slower). Such seeds
-            are not gone on with after an interruption, but made again.
+        together: train the seeds in one program; None does so on accelerators (on a CPU vmap is slower). After an
+            interruption all of them are trained again, and probes go on where they stopped.
 
     Returns:
         Records by seed, in the order asked for.
@@ -371,8 +378,8 @@ def run_all(
     missing = [seed for seed in seeds if not (folder / f"seed{seed}" / "record.npz").exists()]
     together = jax.default_backend() != "cpu" if together is None else together
     advances: dict[int, Advance] = {}
-    if together and len(missing) > 1:
-        advances = dict(zip(missing, train_together(config, missing, problem), strict=True))
+    if together and missing and len(seeds) > 1:
+        advances = dict(zip(seeds, train_together(config, seeds, problem), strict=True))
     return {
         seed: _run_seed(config, seed, folder, problem, say=say, follow=follow, check=check, advance=advances.get(seed))
         for seed in seeds
@@ -394,7 +401,7 @@ def _run_seed(
 
     def make(checkpoints: Checkpoints) -> Record:
         say(f"seed {seed}")
-        with follow(config.epochs) as observer:
+        with follow(place.name, config.epochs) as observer:
             record = run(
                 config,
                 seed,
@@ -402,7 +409,7 @@ def _run_seed(
                 observer=observer,
                 probe_dir=place / "probes" if config.save_probes else None,
                 advance=advance,
-                checkpoints=checkpoints if advance is None else None,
+                checkpoints=checkpoints,
             )
         say(f"seed {seed}: {cost(record)}")
         return record

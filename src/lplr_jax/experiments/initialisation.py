@@ -119,7 +119,7 @@ def run(
         config: what to run; `out`, `force` and `ablation` are for the caller.
         folder: where every arm gets a folder of its own.
         say: told one line at a time what is predicted and observed.
-        follow: from a number of epochs to a context with an observer for one arm.
+        follow: from name and number of epochs to a context with an observer for one arm.
         check: called before every write; raises where nothing must be written any more.
 
     Raises:
@@ -182,7 +182,7 @@ QUANTITIES = (
     ),
     Quantity("slope_zero", "slope of ‖∇L‖² in L", r"slope of $\|\nabla L\|^2$ in $L$", "the same with L* = 0"),
     Quantity("slope_range", "gaps fitted", "gaps fitted", "least and largest gap to the proxy in the fit"),
-    *(_COMMON[key] for key in ("predicted", "observed", "verdict")),
+    *(_COMMON[key] for key in ("predicted", "observed", "diverged", "verdict")),
 )
 """The lines of the table; those of the width ablation where it has them."""
 

@@ -1,7 +1,7 @@
 """Binary MNIST: digits 3 against 8, full-batch gradient descent, every latent variable (paper, section 6.1)."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -226,6 +226,23 @@ def run(
         spectrum_epochs=spread(probes_at, config.spectrum_probes),
         save_to=probe_dir,
     )
+    scalars = {
+        "subset_ids": subset,
+        "loss_scale": np.float64(objective.scale(dataset.n)),
+        "learning_rate": np.float64(config.learning_rate),
+        "n": np.int64(dataset.n),
+        "c": np.int64(dataset.c),
+        "p": np.int64(count_parameters(params)),
+    }
+    numbers = {name: np.asarray(value) for name, value in scalars.items()}
+    recorded = {**decisive(config), "data_checksum": dataset.checksum}
+
+    def judge(so_far: Mapping[str, np.ndarray]) -> tuple[theory.Verdict, ...]:
+        # A regime that was named may lie beyond what is known of the run.
+        unnamed = {**recorded, "regime_start": None, "regime_stop": None}
+        provenance = {"untrusted": probe.untrusted}
+        return theory.verify(Record("mnist", {**so_far, **numbers}, unnamed, provenance))
+
     result = run_training(
         init_state(params, optimizer),
         probes_at=probes_at,
@@ -234,18 +251,11 @@ def run(
         probe=probe,
         observer=observer,
         checkpoints=checkpoints,
+        judge=judge,
     )
     closing_began = time.perf_counter()
     closing = probe.close(result.arrays, search_steps=config.search_steps, seed=config.seed)
     closing_seconds = time.perf_counter() - closing_began
-    numbers = {
-        "subset_ids": subset,
-        "loss_scale": np.float64(objective.scale(dataset.n)),
-        "learning_rate": np.float64(config.learning_rate),
-        "n": np.int64(dataset.n),
-        "c": np.int64(dataset.c),
-        "p": np.int64(count_parameters(params)),
-    }
     provenance = {
         **describe_environment(),
         "data": {
@@ -257,7 +267,7 @@ def run(
         "seconds": {**result.seconds, "closing": closing_seconds, "total": time.perf_counter() - began},
         "resumed_at": list(result.resumed_at),
         "peak_memory_bytes": peak_memory_bytes(),
+        **({"untrusted": probe.untrusted} if probe.untrusted else {}),
     }
-    arrays = {**result.arrays, **closing, **{name: np.asarray(value) for name, value in numbers.items()}}
-    record = Record("mnist", arrays, {**decisive(config), "data_checksum": dataset.checksum}, provenance)
+    record = Record("mnist", {**result.arrays, **closing, **numbers}, recorded, provenance)
     return replace(record, provenance={**provenance, "verdicts": theory.as_json(theory.verify(record))})

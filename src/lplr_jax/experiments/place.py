@@ -88,10 +88,14 @@ class Lock:
         """Give the lock back."""
         if self._handle < 0:
             return
-        if _same_file(self._handle, self._path):
-            self._path.unlink()
-        os.close(self._handle)
-        self._handle = -1
+        try:
+            if _same_file(self._handle, self._path):
+                self._path.unlink()
+        except OSError:
+            pass  # read-only by now: it stays, as that of a dead process
+        finally:
+            os.close(self._handle)
+            self._handle = -1
 
     def move(self, folder: Path) -> None:
         """Follow the directory to its new name."""

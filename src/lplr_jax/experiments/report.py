@@ -17,12 +17,20 @@ from lplr_jax.summary import summarise
 from lplr_jax.theory import Outcome, Verdict, reading
 
 
+def in_short(verdicts: Sequence[Verdict]) -> str:
+    """Return in one line which claims are refuted, and which undecided."""
+    by = {word: [v.claim for v in verdicts if v.outcome == word] for word in ("refuted", "undecided")}
+    wrong = [verdict.claim for verdict in verdicts if verdict.inconsistent]
+    found = {"inconsistent": wrong} if wrong else by
+    return "; ".join(f"{word} {', '.join(claims)}" for word, claims in found.items() if claims) or "all claims hold"
+
+
 class _Plain:
     """One line per probe, for logs and pipes."""
 
     def __init__(self, console: Console, epochs: int) -> None:
         self._console, self._epochs, self._loss, self._began = console, epochs, np.nan, time.monotonic()
-        self._first = 0
+        self._first, self._standing = 0, ""
 
     def resume(self, epoch: int) -> None:
         """Say where the run goes on; the time left is told from the epochs after it."""
@@ -33,12 +41,17 @@ class _Plain:
         """Keep the loss for the line that the probe writes."""
         self._loss = loss
 
+    def standing(self, epoch: int, verdicts: Sequence[Verdict]) -> None:
+        """Keep the verdicts for the line that the probe writes."""
+        self._standing = in_short(verdicts)
+
     def probe(self, epoch: int, values: Mapping[str, float]) -> None:
         """Write the line."""
         spent = time.monotonic() - self._began
         new = epoch - self._first
         left = f"{spent / new * (self._epochs - epoch):.0f} s left" if new > 0 else "time left unknown"
         line = f"epoch {epoch}/{self._epochs}  loss {self._loss:.6g}  λ_min {values['ntk_min_eig']:.4g}  {left}"
+        line += f"  so far: {self._standing}" if self._standing else ""
         self._console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -47,7 +60,7 @@ class _Bar:
 
     def __init__(self, progress: Progress, epochs: int) -> None:
         self._progress = progress
-        self._task = progress.add_task("training", total=epochs, loss="-", min_eig="-")
+        self._task = progress.add_task("training", total=epochs, loss="-", min_eig="-", standing="")
 
     def resume(self, epoch: int) -> None:
         """Start the bar where the run goes on."""
@@ -57,6 +70,10 @@ class _Bar:
     def chunk(self, epoch: int, loss: float) -> None:
         """Move the bar."""
         self._progress.update(self._task, completed=epoch, loss=f"{loss:.5g}")
+
+    def standing(self, epoch: int, verdicts: Sequence[Verdict]) -> None:
+        """Show the verdicts."""
+        self._progress.update(self._task, standing=in_short(verdicts))
 
     def probe(self, epoch: int, values: Mapping[str, float]) -> None:
         """Show λ_min."""
@@ -75,7 +92,7 @@ def progress(console: Console, epochs: int) -> Iterator[Observer]:
         BarColumn(),
         TextColumn("loss {task.fields[loss]}  λ_min {task.fields[min_eig]}"),
         TimeRemainingColumn(),
-        TextColumn("left"),
+        TextColumn("left  {task.fields[standing]}"),
     )
     with Progress(*columns, console=console) as bar:
         yield _Bar(bar, epochs)
@@ -83,13 +100,18 @@ def progress(console: Console, epochs: int) -> Iterator[Observer]:
 
 def summary_table(record: Record) -> Table:
     """Return the short table at the end of a run: what the record says, with units."""
-    summary = summarise(record)
     table = Table(
         "quantity", "value", "what it says", title=f"{record.experiment}: what the run says", title_justify="left"
     )
-    last = int(np.flatnonzero(np.isfinite(record["loss"]))[-1])
     if record.diverged_at is not None:
-        table.add_row("diverged", f"epoch {record.diverged_at}", "the loss is not finite from there on")
+        words = "loss, gradient or parameters are not finite from there on"
+        table.add_row("diverged", f"at epoch {record.diverged_at}", words)
+    for where, reason in record.provenance.get("untrusted", {}).items():
+        table.add_row("untrusted", f"epoch {where}" if where.isdecimal() else where, Text(f"left out: {reason}"))
+    if record.diverged_at == 0:
+        return table
+    summary = summarise(record)
+    last = int(np.flatnonzero(np.isfinite(record["loss"]))[-1])
     if "ntk_min_eig" in record:
         for row in _kernel_rows(record):
             table.add_row(*row)
@@ -115,8 +137,9 @@ def summary_table(record: Record) -> Table:
         if "ntk_min_eig" in record:
             inside = (record["probe_epoch"] >= regime.start) & (record["probe_epoch"] < regime.stop)
             pointwise = record["ntk_min_eig"][inside] / float(record["loss_scale"])
-            if pointwise.size and np.nanmin(pointwise) > 0:
-                factor = low / np.nanmin(pointwise)
+            pointwise = pointwise[np.isfinite(pointwise)]
+            if pointwise.size and pointwise.min() > 0:
+                factor = low / pointwise.min()
                 table.add_row(
                     "envelope / (λ_min/s)",
                     f"{factor:.3g}",
@@ -147,6 +170,8 @@ def _kernel_rows(record: Record) -> Iterator[tuple[str, str, str]]:
         f"{min_eig[end]:.4g}",
         f"epoch {epochs[end]}; least at any probe {min_eig[least]:.4g} (epoch {epochs[least]})",
     )
+    if not np.isfinite(min_eig[0]):  # Θ_0 could not be trusted, and there is nothing to compare with it
+        return
     if "ntk_min_eig_subset" in record:
         subset = record["ntk_min_eig_subset"]
         flattery = (

@@ -1,5 +1,6 @@
 """The one loop: epochs in compiled chunks, probes and checkpoints between chunks, everything into one record."""
 
+import itertools
 import json
 import logging
 import platform
@@ -23,6 +24,7 @@ from lplr_jax.experiments import interrupt
 from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.models import Params, count_parameters
 from lplr_jax.ntk.memory import bytes_of, total_memory
+from lplr_jax.theory import Verdict
 from lplr_jax.training import EpochMetrics, ExactMetrics, ShuffledState, TrainState
 
 _LOG = logging.getLogger(__name__)
@@ -64,6 +66,43 @@ class Observer(Protocol):
 
     def probe(self, epoch: int, values: Mapping[str, float]) -> None:
         """Be told what a probe measured."""
+
+
+@runtime_checkable
+class Judging(Protocol):
+    """An observer that wants to know how the theory's claims stand while the run goes on."""
+
+    def standing(self, epoch: int, verdicts: Sequence[Verdict]) -> None:
+        """Be told the verdicts on the run up to `epoch`, before its probe is told."""
+
+
+@runtime_checkable
+class Replaying(Protocol):
+    """An `advance` that has its steps from elsewhere, and has to be told where a resumed run goes on."""
+
+    def __call__(self, state: Any, epochs: int) -> tuple[Any, Any]:
+        """Return the state after a number of epochs, and the metrics before each."""
+        ...
+
+    def resume(self, epoch: int) -> None:
+        """Be told that the run goes on from the saved `epoch`."""
+
+
+class Replay:
+    """The part of one run in a training of several, given out chunk by chunk; an `advance`."""
+
+    def __init__(self, chunks: Mapping[int, tuple[Any, Any]], index: int) -> None:
+        self._chunks, self._index, self._epoch = chunks, index, 0
+
+    def resume(self, epoch: int) -> None:
+        """Go on behind an epoch."""
+        self._epoch = epoch
+
+    def __call__(self, state: Any, epochs: int) -> tuple[Any, Any]:
+        """Return the state after a number of epochs, and the metrics before each."""
+        del state
+        self._epoch += epochs
+        return jax.tree.map(lambda leaf: leaf[self._index], self._chunks[self._epoch])
 
 
 class Silent:
@@ -176,6 +215,13 @@ class _Progress:
         for name, value in values.items():
             self.probes.setdefault(name, np.full(len(self._probes_at), np.nan))[index] = value
 
+    def arrays(self, index: int) -> dict[str, np.ndarray]:
+        """Return what was measured up to the probe of one place, by record name."""
+        at = np.asarray(self._probes_at[: index + 1], np.int64)
+        series = {name: values[: at[-1] + 1] for name, values in self.series.items()}
+        probes = {name: values[: index + 1] for name, values in self.probes.items()}
+        return {"epoch": np.arange(at[-1] + 1), "probe_epoch": at, **series, **probes}
+
     def cut_at_divergence(self, epoch: int) -> bool:
         """Return whether a metric up to `epoch` or a parameter is not finite; everything from there on becomes NaN."""
         finite = np.logical_and.reduce([np.isfinite(values[: epoch + 1]) for values in self.series.values()])
@@ -240,6 +286,7 @@ def run_training(
     observer: Observer | None = None,
     measured_every: int = 1,
     checkpoints: Checkpoints | None = None,
+    judge: Callable[[Mapping[str, np.ndarray]], Sequence[Verdict]] | None = None,
 ) -> RunResult:
     """Train from probe to probe, and measure every epoch and every probe.
 
@@ -247,12 +294,13 @@ def run_training(
         state: the state at epoch 0; donated to `advance`.
         probes_at: epochs to probe, ascending, from 0 to the last epoch.
         advance: runs a number of epochs and returns the metrics before each; everything that changes from step to step
-            (keys, the place in a schedule) is in the state.
+            (keys, the place in a schedule) is in the state, or it is `Replaying`.
         evaluate: the metrics at given parameters, for the epoch after the last step.
         probe: what to measure at a probe; one that remembers is `Remembering`.
         observer: told of every chunk and probe, once they are saved.
         measured_every: epochs between those at which `advance` measures; its metrics are NaN at the others.
         checkpoints: where the state is saved after every probe, and from where it goes on; None saves nothing.
+        judge: from what was measured so far, by record name, to verdicts, for an observer that is `Judging`.
 
     Returns:
         The measurements. A metric or parameter that is not finite ends the run at its epoch; series and probes from
@@ -268,6 +316,8 @@ def run_training(
     start = so_far.resume(checkpoints, probe) if checkpoints else 0
     if start:
         observer.resume(probes_at[start - 1])
+        if isinstance(advance, Replaying):
+            advance.resume(probes_at[start - 1])
     for index, epoch in enumerate(probes_at[start:], start):
         waits = interrupt.deferred(f"epoch {epoch} of {last} is saved") if checkpoints else nullcontext()
         with waits:
@@ -286,14 +336,10 @@ def run_training(
             if checkpoints:
                 with so_far.timed("checkpoints"):
                     so_far.save(checkpoints, epoch, probe)
+            if judge and isinstance(observer, Judging):
+                observer.standing(epoch, judge(so_far.arrays(index)))
             observer.probe(epoch, values)
-    arrays = {
-        "epoch": np.arange(last + 1),
-        "probe_epoch": np.asarray(probes_at, np.int64),
-        **so_far.series,
-        **so_far.probes,
-    }
-    return RunResult(arrays, so_far.state.params, so_far.seconds, so_far.resumed_at)
+    return RunResult(so_far.arrays(len(probes_at) - 1), so_far.state.params, so_far.seconds, so_far.resumed_at)
 
 
 def replay(states: Any, chunks: Sequence[int], advance: Advance, *, count: int) -> list[Advance]:
@@ -307,21 +353,11 @@ def replay(states: Any, chunks: Sequence[int], advance: Advance, *, count: int) 
         advance: runs a number of epochs for all, on and to such states and metrics.
         count: number of runs.
     """
-    done: list[Any] = []
-    for epochs in chunks:
+    done: dict[int, tuple[Any, Any]] = {}
+    for epochs, end in zip(chunks, itertools.accumulate(chunks), strict=True):
         states, metrics = advance(states, epochs)
-        done.append(jax.device_get((states, metrics)))
-
-    def part(index: int) -> Advance:
-        left = iter(done)
-
-        def next_chunk(state: Any, epochs: int) -> tuple[Any, Any]:
-            del state, epochs
-            return jax.tree.map(lambda leaf: leaf[index], next(left))
-
-        return next_chunk
-
-    return [part(index) for index in range(count)]
+        done[end] = jax.device_get((states, metrics))
+    return [Replay(done, index) for index in range(count)]
 
 
 @cache

@@ -16,6 +16,7 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from lplr_jax.checks import shown
+from lplr_jax.linalg import UntrustedError
 
 ApplyFn = Callable[[Any, Any], Any]
 
@@ -87,17 +88,20 @@ def deterministic(apply_fn: ApplyFn, params: Any, x: Any) -> None:
     """Traces the function twice and evaluates it twice on one sample, and refuses any difference.
 
     Raises:
-        ValueError: If the two results differ, are not finite, or the function asks for a random key it was not given.
+        UntrustedError: If a result is not finite.
+        ValueError: If the two results differ, or the function asks for a random key it was not given.
     """
     probe = probe_of(apply_fn, params, x)
     first, second = (_explained(probe.one, params, x) for _ in range(2))
-    if not np.array_equal(first, second, equal_nan=True) or not _explained(probe.traced_alike, params, x):
+    if not (np.all(np.isfinite(first)) and np.all(np.isfinite(second))):
+        raise UntrustedError(
+            "apply_fn gives NaN or infinite outputs for the first sample; check params and the scale of x"
+        )
+    if not np.array_equal(first, second) or not _explained(probe.traced_alike, params, x):
         raise ValueError(
             "apply_fn gave two different outputs for the same params and x, so its kernel is not defined; switch "
             "dropout and other noise off (train=False, deterministic=True), or fix the random key inside apply_fn"
         )
-    if not np.all(np.isfinite(first)):
-        raise ValueError("apply_fn gives NaN or infinite outputs for the first sample; check params and the scale of x")
 
 
 def sample_coupling(apply_fn: ApplyFn, params: Any, x: Any) -> None:
@@ -290,7 +294,7 @@ def _check_finite(name: str, leaf: Any, *, is_param: bool) -> None:
     finite = np.isfinite(np.asarray(leaf)) if on_host(leaf) else jnp.isfinite(leaf)
     if not bool(finite.all()):
         bad = int((~finite).sum())
-        raise ValueError(
+        raise UntrustedError(
             f"{name} has {bad} NaN or infinite entries of {leaf.size}; clean the data or check the training run"
         )
 

@@ -115,7 +115,10 @@ def spectral_norm_bound(w: Float[np.ndarray, "k m"]) -> float:
     limit = frobenius
     if math.isfinite(frobenius) and 2.0**-300 < frobenius < 2.0**300:
         # An estimate with one per cent to spare; the test decides whether it is a bound.
-        shift = 1.01 * linalg.spectral_norm(0.5 * (gram + gram.T), tolerance=1e-3)
+        try:
+            shift = 1.01 * linalg.spectral_norm(0.5 * (gram + gram.T), tolerance=1e-3)
+        except linalg.UntrustedError:
+            shift = math.inf
         # One triangle is read; it differs from the exact product by no more than γ_k ‖W‖_F².
         if shift < frobenius and certificates.cholesky_test(-gram, -shift, np.empty(gram.shape, order="F")):
             limit = shift

@@ -59,7 +59,8 @@ def ablation(records: Sequence[Record]) -> Figure:
             _draw_arm((a, b, c, d), record, summarise(record), style, marker)
             first = slice(min(FIRST + 1, record["epoch"].size))
             start.plot(record["epoch"][first], record["loss"][first] / record["loss"][0], **style, linewidth=1)
-            label = f"m = {width}, η = {float(record['learning_rate']):.3g}: {outcome}"
+            what = outcome if record.diverged_at is None else f"diverged at epoch {record.diverged_at}"
+            label = f"m = {width}, η = {float(record['learning_rate']):.3g}: {what}"
             if seed := _integer(record, "seed", least=0):
                 label += f" (seed {seed})"
             handles.append(Line2D([], [], **style, marker=marker, markersize=4, label=label))

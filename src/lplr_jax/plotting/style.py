@@ -1,5 +1,6 @@
 """One look for every figure, and how figures reach the disk."""
 
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +48,11 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> tuple[Path, Path]:
     # No dates in the files: the same record gives the same bytes.
     for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None, "Producer": None})):
         target = stem.with_suffix(suffix)
-        with mpl.rc_context(fname=STYLE), atomic_write(target) as temporary:
-            figure.savefig(temporary, dpi=200, metadata=metadata)
+        # Drawn in memory: on a full disk the PDF writer leaves its file open.
+        drawn = io.BytesIO()
+        with mpl.rc_context(fname=STYLE):
+            figure.savefig(drawn, format=suffix.removeprefix("."), dpi=200, metadata=metadata)
+        with atomic_write(target) as temporary:
+            temporary.write_bytes(drawn.getvalue())
         written.append(target)
     return written[0], written[1]

@@ -137,7 +137,10 @@ class Anchor:
         stacked = np.concatenate(blocks)
         if not np.isfinite(stacked).all():
             return math.inf
-        return float(np.linalg.norm(stacked, 2))
+        try:
+            return float(np.linalg.norm(stacked, 2))
+        except np.linalg.LinAlgError:
+            return math.inf
 
 
 def anchor(

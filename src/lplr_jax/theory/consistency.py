@@ -100,6 +100,8 @@ def _form(evidence: Evidence) -> Verdict:
     if np.unique(evidence.epochs).size != evidence.epochs.size or (evidence.epochs < 0).any():
         bad.append("probe_epoch repeats or is negative")
     always = ("ntk_min_eig", "ntk_max_eig", "ntk_rayleigh", "ntk_shift", "probe_loss", "probe_grad_sq_norm")
+    if 0 not in evidence.epochs:  # no Θ_0 that could be trusted, so no shift
+        always = tuple(name for name in always if name != "ntk_shift")
     bad += [f"{name} is not finite" for name in always if name in evidence.arrays and not _all_finite(evidence, name)]
     if "ntk_min_eig_lower" in evidence.arrays and np.isnan(evidence.probe("ntk_min_eig_lower")).any():
         bad.append("ntk_min_eig_lower is NaN")

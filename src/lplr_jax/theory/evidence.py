@@ -17,6 +17,9 @@ UNIT_32 = 2.0**-24
 HESSIAN_ERROR = 1e-3
 """Relative error allowed to measured Hessian eigenvalues; ten times the residual that float32 products leave."""
 
+KERNEL_LOST, HESSIAN_LOST = 1, 2
+"""Flags of `probe_untrusted`."""
+
 KERNEL_UNITS = SCHEMA["ntk_min_eig"].units
 LIPSCHITZ_UNITS = SCHEMA["ntk_lipschitz_lower"].units
 
@@ -42,19 +45,19 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Evidence:
-    """A record read for the claims; every array of probes is in order of epoch and ends where the run diverged."""
+    """A record read for the claims: probes in order of epoch, up to a divergence, without those that are untrusted."""
 
     record: Record
 
     @cached_property
     def arrays(self) -> Mapping[str, np.ndarray]:
-        """The record's arrays, probes sorted by epoch and cut at the divergence."""
+        """The record's arrays, probes sorted by epoch, cut at the divergence, less those of no trusted kernel."""
         arrays = dict(self.record.arrays)
         epochs = arrays.get("probe_epoch")
         if epochs is None:
             return arrays
         order = np.argsort(epochs, kind="stable")
-        order = order[epochs[order] < self.end]
+        order = order[(epochs[order] < self.end) & ~self._lost(KERNEL_LOST)[order]]
         for name, array in self.record.arrays.items():
             for axis, dim in enumerate(SCHEMA[name].dims):
                 if dim in ("probe", "other_probe"):
@@ -62,6 +65,21 @@ class Evidence:
                         raise RecordError(f"{name} has {array.shape[axis]} entries for {epochs.size} probes")
                     arrays[name] = np.take(arrays[name], order, axis=axis)
         return arrays
+
+    def _lost(self, what: int) -> np.ndarray:
+        """Return for each recorded probe whether its kernel or its Hessian could not be trusted."""
+        flags = self.record.arrays.get("probe_untrusted", np.zeros(self.record["probe_epoch"].size))
+        return np.isin(flags, (what, KERNEL_LOST + HESSIAN_LOST))
+
+    def doubt(self, what: int) -> str:
+        """Return, in words, which probes could not be trusted and why; empty where all could."""
+        if "probe_epoch" not in self.record or "probe_untrusted" not in self.record:
+            return ""
+        lost = self._lost(what) & (self.record["probe_epoch"] < self.end)
+        reasons = self.record.provenance.get("untrusted")
+        reasons = reasons if isinstance(reasons, dict) else {}
+        epochs = [int(epoch) for epoch in self.record["probe_epoch"][lost]]
+        return "; ".join(f"epoch {epoch}: {reasons.get(str(epoch), 'no reason recorded')}" for epoch in epochs)
 
     @cached_property
     def end(self) -> int:

@@ -147,7 +147,7 @@ def _events(evidence: Evidence) -> list[tuple[int, int, str, str]]:
             words += f", in order again from epoch {back}" if back < evidence.record["epoch"].size - 1 else ""
             events.append((at, 0, "linear_rate", words))
     if evidence.record.diverged_at is not None:
-        events.append((evidence.end, 3, "run", f"diverges at epoch {evidence.end}"))
+        events.append((evidence.end, 3, "run", f"diverged at epoch {evidence.end}"))
     return events
 
 

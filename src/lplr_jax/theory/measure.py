@@ -1,7 +1,8 @@
 """What the claims need from the model: measured in the run, after its last epoch, and stored in the record."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from lplr_jax.models import ApplyFn, Params, count_parameters
 from lplr_jax.ntk import empirical_ntk, precision_scope
 from lplr_jax.ntk.empirical import cast_floating
 from lplr_jax.theory.bounds import anchor, certified_radius
-from lplr_jax.theory.evidence import kernel_error, pair_ratio, proof_radius
+from lplr_jax.theory.evidence import KERNEL_LOST, kernel_error, pair_ratio, proof_radius
 from lplr_jax.theory.search import pair_shifts, search_ball
 from lplr_jax.theory.structure import is_affine
 from lplr_jax.training import LossScale, Objective
@@ -57,10 +58,41 @@ def spectrum_and_energy(
 ) -> tuple[Float[np.ndarray, " nc"], Float[np.ndarray, " nc"]]:
     """Return the eigenvalues of a kernel, ascending, and the share of ‖r‖² along each eigenvector."""
     values, vectors = np.linalg.eigh(theta)
+    if not (np.isfinite(values).all() and np.isfinite(vectors).all()):
+        raise linalg.UntrustedError("LAPACK's eigensolver returned numbers that are not finite")
     flat = residual.reshape(-1)
     energy = np.square(flat @ vectors)
     total = energy.sum()
     return values, energy / total if total > 0 else np.full_like(energy, np.nan)
+
+
+def kernel_values(
+    apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np.ndarray, "nc nc"], point: diagnostics.PointDiagnostics
+) -> dict[str, float]:
+    """Return what a probe measures of a full kernel and of loss and gradient at the same point, by record name.
+
+    Raises:
+        linalg.UntrustedError: if a number is lost: it is not finite, or no solver gives one.
+    """
+    least, error = min_eig_with_assembly(apply_fn, params, x, theta)
+    values = {
+        "ntk_min_eig": least.value,
+        "ntk_max_eig": linalg.max_eig(theta),
+        "probe_loss": point.loss,
+        "probe_grad_sq_norm": point.grad_sq_norm,
+    }
+    if point.loss != 0:  # the residual of an exact fit has no direction
+        values["ntk_rayleigh"] = point.rayleigh(theta)
+    lost = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+    if lost:
+        raise linalg.UntrustedError(f"not finite: {', '.join(lost)}")
+    return {
+        "ntk_rayleigh": math.nan,
+        **values,
+        "ntk_min_eig_lower": least.lower,
+        "ntk_min_eig_upper": least.upper,
+        "ntk_assembly_error": error,
+    }
 
 
 def gradient_at(objective: Objective, params: Params, x: Any, y: Any) -> Float[np.ndarray, " p"]:
@@ -94,25 +126,22 @@ def point_arrays(
     loss_scale: LossScale,
     kernel: str = "auto",
     memory_budget: int | None = None,
-) -> dict[str, np.ndarray]:
-    """Return the arrays of a record that holds one point and no step."""
-    theta = np.asarray(empirical_ntk(apply_fn, params, x, kernel=kernel, memory_budget=memory_budget))
+) -> tuple[dict[str, np.ndarray], str]:
+    """Return the arrays of a record that holds one point and no step, and why its kernel is untrusted, if it is."""
     point = diagnostics.evaluate_point(apply_fn, params, x, y, loss_scale=loss_scale)
-    least, error = min_eig_with_assembly(apply_fn, params, x, theta)
-    values, energy = spectrum_and_energy(theta, point.residual)
     n, c = point.residual.shape
-    probe = {
-        "probe_epoch": 0,
-        "ntk_min_eig": least.value,
-        "ntk_min_eig_lower": least.lower,
-        "ntk_min_eig_upper": least.upper,
-        "ntk_assembly_error": error,
-        "ntk_max_eig": linalg.max_eig(theta),
-        "ntk_rayleigh": point.rayleigh(theta),
-        "ntk_shift": 0.0,
-        "probe_loss": point.loss,
-        "probe_grad_sq_norm": point.grad_sq_norm,
-    }
+    probe: dict[str, float] = {"probe_epoch": 0}
+    whole: dict[str, np.ndarray] = {}
+    lost = ""
+    try:
+        theta = np.asarray(empirical_ntk(apply_fn, params, x, kernel=kernel, memory_budget=memory_budget))
+        linalg.as_symmetric(theta)  # or there is nothing to be read off it
+        probe |= {**kernel_values(apply_fn, params, x, theta, point), "ntk_shift": 0.0}
+        values, energy = spectrum_and_energy(theta, point.residual)
+        whole = {"spectrum": values[None], "residual_energy": energy[None]}
+    except linalg.FAILURES as error:
+        lost = f"kernel: {error}"
+        probe = {"probe_epoch": 0, "probe_untrusted": KERNEL_LOST}
     scalars = {
         "loss_scale": point.loss_scale,
         "learning_rate": math.nan,
@@ -122,13 +151,13 @@ def point_arrays(
         "affine_in_parameters": int(is_affine(apply_fn, params, x)),
     }
     series = {"epoch": [0], "loss": [point.loss], "grad_sq_norm": [point.grad_sq_norm], "drift": [0.0]}
-    return {
+    arrays = {
         **{name: np.asarray(value) for name, value in series.items()},
         **{name: np.asarray([value]) for name, value in probe.items()},
         **{name: np.asarray(value) for name, value in scalars.items()},
-        "spectrum": values[None],
-        "residual_energy": energy[None],
+        **whole,
     }
+    return arrays, lost
 
 
 def closing_arrays(
@@ -142,6 +171,7 @@ def closing_arrays(
     search_steps: int,
     kernel: str = "auto",
     seed: int = 0,
+    lose: Callable[[str], None] = lambda reason: None,
 ) -> dict[str, np.ndarray]:
     """Measure what needs the whole run: pairs of probes, the way to θ_T, L_Θ from below and above, R*.
 
@@ -155,6 +185,7 @@ def closing_arrays(
         search_steps: steps of the power iteration for L_Θ; 0 for no search.
         kernel: one of `lplr_jax.ntk.KERNELS`.
         seed: of the search's random directions.
+        lose: told why something is left out whose number the arithmetic lost.
 
     Returns:
         Arrays by record name.
@@ -172,33 +203,45 @@ def closing_arrays(
     result["param_pair_distance"], result["lqcr_inner"] = _distances(
         objective, x, y, points, known, places, len(epochs)
     )
-    shift = np.full((len(epochs), len(epochs)), np.nan)
-    shift[np.ix_(places, places)] = pair_shifts([kernels[epoch] for epoch in known])
-    result["ntk_pair_shift"] = shift
     bounds = arrays.get("ntk_assembly_error", np.full(len(epochs), np.nan))
     error = kernel_error(bounds, arrays["ntk_max_eig"], kernels[known[0]].shape[0])
-    ratio = pair_ratio(shift, result["param_pair_distance"], error, arrays["probe_epoch"])
-    result["ntk_lipschitz_lower"] = np.asarray(ratio.value)
+    with _losing("pairs of probes", lose):
+        shift = np.full((len(epochs), len(epochs)), np.nan)
+        shift[np.ix_(places, places)] = pair_shifts([kernels[epoch] for epoch in known])
+        result["ntk_pair_shift"] = shift
+        ratio = pair_ratio(shift, result["param_pair_distance"], error, arrays["probe_epoch"])
+        result["ntk_lipschitz_lower"] = np.asarray(ratio.value)
     if epochs[0] not in points:
         return result
     drift = arrays["drift"][np.isfinite(arrays["drift"])]
     radius = float(drift.max(initial=0.0))
     if search_steps and radius > 0 and not result["affine_in_parameters"]:
-        found = search_ball(
-            objective.apply_fn,
-            initial,
-            x,
-            radius=radius,
-            gradient=gradient_at(objective, initial, x, y),
-            error=float(error[0]),
-            steps=search_steps,
-            kernel=kernel,
-            seed=seed,
-        )
-        result |= {f"ntk_lipschitz_{name}": np.asarray(value) for name, value in vars(found).items()}
-    return result | _bounds(
-        objective, initial, x, kernels[epochs[0]], arrays, drift, bool(result["affine_in_parameters"])
-    )
+        with _losing("search for L_Θ", lose):
+            found = search_ball(
+                objective.apply_fn,
+                initial,
+                x,
+                radius=radius,
+                gradient=gradient_at(objective, initial, x, y),
+                error=float(error[0]),
+                steps=search_steps,
+                kernel=kernel,
+                seed=seed,
+            )
+            result |= {f"ntk_lipschitz_{name}": np.asarray(value) for name, value in vars(found).items()}
+    with _losing("upper bound of L_Θ", lose):
+        affine = bool(result["affine_in_parameters"])
+        result |= _bounds(objective, initial, x, kernels[epochs[0]], arrays, drift, affine)
+    return result
+
+
+@contextmanager
+def _losing(what: str, lose: Callable[[str], None]) -> Iterator[None]:
+    """Leave out what the body measures where the arithmetic loses its number, and tell why."""
+    try:
+        yield
+    except linalg.FAILURES as error:
+        lose(f"{what}: {error}")
 
 
 def _distances(

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse.linalg
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from lplr_jax import linalg
 from lplr_jax.models import ApplyFn, Params
 from lplr_jax.ntk import empirical_ntk, precision_scope
 from lplr_jax.ntk.empirical import cast_floating
@@ -63,6 +63,8 @@ def pair_shifts(kernels: Sequence[Float[np.ndarray, "nc nc"]]) -> Float[np.ndarr
         previous = vectors
         vectors = np.divide(image, off, out=np.zeros_like(image), where=off > 0)
     norms = np.abs(np.linalg.eigvalsh(tridiagonal)).max(axis=1)
+    if not np.isfinite(norms).all():
+        raise linalg.UntrustedError("a distance between two kernels is not finite")
     shifts[rows, columns] = shifts[columns, rows] = norms
     return shifts
 
@@ -112,14 +114,15 @@ class _Ball:
 
     def ratio(self, first: np.ndarray, second: np.ndarray) -> tuple[float, np.ndarray]:
         """Return ‖ΔΘ‖₂/‖Δθ‖ less the error of both kernels, and the eigenvector that attains the norm."""
-        difference = self.kernel(first) - self.kernel(second)
+        difference = linalg.as_symmetric(self.kernel(first) - self.kernel(second))
         n = difference.shape[0]
         # ARPACK refuses a zero matrix, and is no gain where a dense solver is quick.
         if n > 400 and difference.any():
-            start = np.random.default_rng(0).standard_normal(n)
-            values, vectors = scipy.sparse.linalg.eigsh(difference, k=1, which="LM", v0=start)
+            values, vectors = linalg.arpack(difference, which="LM")
         else:
             values, vectors = np.linalg.eigh(difference)
+        if not np.isfinite(values).all():
+            raise linalg.UntrustedError("the eigenvalues of a difference of two kernels are not finite")
         at = int(np.argmax(np.abs(values)))
         norm = max(abs(float(values[at])) - 2 * self._error, 0.0)
         return norm / float(np.linalg.norm(first - second)), vectors[:, at]

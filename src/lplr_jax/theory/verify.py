@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from lplr_jax.diagnostics import loss_floor
 from lplr_jax.models import ApplyFn, Params
 from lplr_jax.records import Record
 from lplr_jax.summary import check_record
 from lplr_jax.theory.conclusions import linear_rate, local_pl
 from lplr_jax.theory.consistency import consistency
-from lplr_jax.theory.evidence import Evidence
+from lplr_jax.theory.evidence import HESSIAN_LOST, KERNEL_LOST, Evidence
 from lplr_jax.theory.hypotheses import compatibility, ntk_lipschitz, ntk_positive, weyl
 from lplr_jax.theory.landscape import lqcr, regime
 from lplr_jax.theory.measure import point_arrays
@@ -38,20 +38,56 @@ def verify(record: Record) -> tuple[Verdict, ...]:
 
     Returns:
         One verdict for each of `CLAIMS`, in that order. Where `consistency` fails the others are undecided: nothing can
-        be read off a record that contradicts itself.
+        be read off a record that contradicts itself. All are undecided for a run that diverged at epoch 0.
 
     Raises:
         TypeError: for what is no record.
-        ValueError: if the loss has no finite value, or arrays of probes differ in length.
+        ValueError: if arrays of probes differ in length.
     """
     check_record(record)
-    loss_floor(record["loss"])  # which wants one finite loss
+    if record.diverged_at == 0:
+        note = "diverged at epoch 0: loss, gradient or parameters are not finite at the initialisation"
+        return tuple(Verdict(claim, "", "undecided", note=note) for claim in CLAIMS)
     evidence = Evidence(record)
-    first = consistency(evidence)
+    first = _doubted(consistency(evidence), evidence)
     if first.inconsistent:
         note = "not evaluated: the record contradicts itself"
         return (first, *(Verdict(claim, "", "undecided", note=note) for claim in CLAIMS[1:]))
-    return (first, *(check(evidence) for check in _CHECKS[1:]))
+    return (first, *(_doubted(check(evidence), evidence) for check in _CHECKS[1:]))
+
+
+# What a claim that rests on all probes comes to where some of them are lost: nothing that holds may be said of the
+# rest. What epoch 0 alone proves stays, and so does what the remaining probes refute.
+_EVERY_PROBE = frozenset({"consistency", "ntk_positive.probes", "weyl", "local_pl.pointwise", "regime"})
+_LOWER_ESTIMATES = frozenset(
+    {
+        "ntk_lipschitz",
+        "compatibility",
+        "local_pl",
+        "local_pl.envelope",
+        "linear_rate",
+        "linear_rate.bound_pointwise",
+        "lqcr",
+        "lqcr.descent",
+        "regime.theorem",
+    }
+)
+_CURVATURE = frozenset({"linear_rate", "linear_rate.step_size", "lqcr", "lqcr.curvature"})
+
+
+def _doubted(verdict: Verdict, evidence: Evidence) -> Verdict:
+    """Return the verdict, undecided with the reason where it would hold but for probes that could not be trusted."""
+    kernel, hessian = evidence.doubt(KERNEL_LOST), evidence.doubt(HESSIAN_LOST)
+    parts = tuple(_doubted(part, evidence) for part in verdict.parts)
+    verdict, claim = replace(verdict, parts=parts), verdict.claim
+    lost = [kernel] if kernel and verdict.met and claim in _EVERY_PROBE else []
+    if verdict.outcome == "not refuted":
+        lost += [kernel] if kernel and claim in _LOWER_ESTIMATES else []
+        lost += [hessian] if hessian and claim in _CURVATURE else []
+    if not lost and not (verdict.outcome == "undecided" and kernel):
+        return verdict
+    note = f"could not be trusted ({'; '.join(lost or [kernel])}); of the rest: {verdict.note}"
+    return replace(verdict, outcome="undecided", note=note)
 
 
 def verify_point(
@@ -76,7 +112,8 @@ def verify_point(
         memory_budget: bytes for the kernel's assembly beside the kernel itself.
 
     Returns:
-        One verdict for each of `CLAIMS`; those that need a run are undecided or not applicable.
+        One verdict for each of `CLAIMS`; those that need a run are undecided or not applicable, and so are those whose
+        number the arithmetic lost, with the reason.
 
     Raises:
         ValueError: for inputs or a function that `empirical_ntk` or `evaluate_point` refuse.
@@ -89,7 +126,8 @@ def verify_point(
         ('proved', 'proved')
     """
     settings = {"loss_scale": loss_scale, "kernel": kernel, "memory_budget": memory_budget}
-    return verify(Record("point", point_arrays(apply_fn, params, x, y, **settings), {}))
+    arrays, lost = point_arrays(apply_fn, params, x, y, **settings)
+    return verify(Record("point", arrays, {}, {"untrusted": {"0": lost}} if lost else {}))
 
 
 def reading(verdicts: Sequence[Verdict]) -> str:
