@@ -89,8 +89,8 @@ def _projected_pairs(
     ends = [0, -1]
     coefficients = np.zeros((2, k), diagonal.dtype)
     coefficients[:, :size] = vectors[:, ends].T
-    # A next vector that overflowed says nothing about how far off the pairs are.
-    beta = betas[size - 1]
+    # A next vector that overflowed says nothing about how far off the pairs are; that of a zero operator is 0 / 0.
+    beta = betas[size - 1] if scale > 0 else 0.0
     residuals = np.abs(beta * vectors[-1, ends]) if np.isfinite(beta) else np.full(2, np.inf)
     return values[ends], residuals, coefficients
 
