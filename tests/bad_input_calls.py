@@ -13,7 +13,7 @@ import optax
 from bad_input import Case
 from lplr_jax import data, diagnostics, linalg, models, ntk, plotting, records, theory, training
 from lplr_jax.data import DataError, Dataset
-from lplr_jax.experiments import ablation, boundary, initialisation, mnist, trust
+from lplr_jax.experiments import ablation, boundary, cifar, initialisation, mnist, trust
 from lplr_jax.experiments.run import probe_epochs, spread
 from lplr_jax.records import Record, RecordError
 
@@ -115,6 +115,26 @@ def model_cases():
               r"x must be .*\(n, ...\).*got", EITHER),
         *each("MLP apply on other features", lambda v: small.apply(variables, v), (X[:, :2], np.ones((4, 3, 3), np.float32)), r"x has \d features a sample.*3"),
         *each("count_parameters", models.count_parameters, ("text", [object()]), r"params must be a pytree of arrays, got", EITHER),
+    ]  # fmt: skip
+
+
+def resnet_cases():
+    net = functools.partial(models.ResNet, width=8, stages=1, blocks=1, groups=4)
+    images = np.ones((2, 8, 8, 3), np.float32)
+    return [
+        *[case for name in ("width", "stages", "blocks", "groups", "outputs")
+          for case in each(f"ResNet {name}", lambda v, name=name: net(**{name: v}), NOT_POSITIVE_INTEGERS, rf"{name} must be (an integer )?>= 1.*, got")],
+        *each("ResNet groups", lambda v: net(groups=v), (3, 16), "width must be a multiple of groups"),
+        *each("ResNet activation", lambda v: net(activation=v), ("swish", None, ["relu"]), "activation must be one of .*got"),
+        *each("ResNet dtype", lambda v: net(dtype=v), ("float31", np.int32), "dtype must be .*floating.*got"),
+        *each("ResNet inputs", lambda v: net().init(jax.random.key(0), v), (None, "x", images[0], images[..., 0], images[:, :0], images.astype(str)), r"x must be an array of images.*got", EITHER),
+        *each("batches_of", lambda v: training.batches_of(9, v), (0, -1, 10, 1.5, "x", None), r"batch must (hold 1 to n = 9|be an integer).*got"),
+        *each("init_shuffled seed", lambda v: training.init_shuffled(W, optax.sgd(0.1), seed=v), (-1, 2**40, 1.5, "x", None), r"seed must be .*got"),
+        *each("stratified_ids size", lambda v: diagnostics.stratified_ids(np.eye(5), v), (0, -1, 6, 1.5, "x", None), r"subset_size must be .*got"),
+        *each("stratified_ids y", lambda v: diagnostics.stratified_ids(v, 1), (None, "x", np.ones(5), np.zeros((0, 5))), r"y must be an array .*\(n, c\).*got"),
+        *each("plotting.cifar", plotting.cifar, (None, [], [None], record(), "record.npz"), "record", EITHER),
+        Case("plotting.cifar of different lengths", lambda _: plotting.cifar([record(), record(probe_epoch=np.array([0, 1, 6]))]), VALUE, "differ in probe_epoch.*draw runs of one config"),
+        Case("plotting.cifar without probes", lambda _: plotting.cifar([record(probe_epoch=None, ntk_min_eig=None)]), (ValueError, KeyError), "was not measured.*holds"),
     ]  # fmt: skip
 
 
@@ -412,6 +432,14 @@ def config_cases():
         *each("InitialisationConfig inits", lambda v: inits(inits=v), ("", "he,he", "lecun", None, ["he"]), r"inits must be distinct names among .*got"),
         *each("InitialisationConfig share", lambda v: inits(share=v), NOT_POSITIVE_NUMBERS, r"share must be a finite number > 0, got"),
         *each("InitialisationConfig loss_epoch", lambda v: inits(loss_epoch=v), (-1, 1.5, "x", None), r"loss_epoch must be .*>= 0.*got"),
+        *[case for name in ("width", "stages", "blocks", "groups", "epochs", "n_train", "batch_size", "micro_batch", "subset_size", "probe_every", "diagnostics_every")
+          for case in each(f"CifarConfig {name}", lambda v, name=name: cifar.resolve(cifar.CifarConfig(**{name: v})),
+                           [v for v in NOT_POSITIVE_INTEGERS if not (v is None and name in ("micro_batch", "probe_every"))] + [10**30] * (name != "n_train"), rf"{name} must be .*got")],
+        *each("CifarConfig learning_rate", lambda v: cifar.resolve(cifar.CifarConfig(learning_rate=v)), NOT_POSITIVE_NUMBERS, "learning_rate must be a finite number > 0.*got"),
+        *each("CifarConfig momentum", lambda v: cifar.resolve(cifar.CifarConfig(momentum=v)), (-1.0, 1, NAN, "x", None), "momentum must be .*got"),
+        *each("CifarConfig schedule", lambda v: cifar.resolve(cifar.CifarConfig(schedule=v)), ("step", None, ["cosine"]), "schedule must be one of .*got"),
+        *each("CifarConfig seeds", lambda v: cifar.resolve(cifar.CifarConfig(seeds=v)), ("", "x", "0,0", "-1", None, "99999999999"), "seeds must be .*got"),
+        *each("cifar.set_up", cifar.set_up, (None, {}, "smoke"), "config must be a CifarConfig.*got", EITHER),
         *each("probe_epochs", lambda v: probe_epochs(v, 1), NOT_POSITIVE_INTEGERS, r"epochs must be .*>= 1.*got"),
         *each("probe_epochs every", lambda v: probe_epochs(9, v), NOT_POSITIVE_INTEGERS, r"probe_every must be .*>= 1.*got"),
         Case("probe_epochs of too many", lambda _: probe_epochs(10**9, 1), VALUE, r"probe_every must be at least 100000 for epochs = 1000000000.*got 1"),
@@ -428,6 +456,7 @@ def cases():
     return [
         *data_cases(),
         *model_cases(),
+        *resnet_cases(),
         *training_cases(),
         *ntk_cases(),
         *linalg_cases(),

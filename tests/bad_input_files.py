@@ -14,7 +14,8 @@ from bad_input import Case
 from bad_input_calls import arrays, record
 from lplr_jax import archives, data, records
 from lplr_jax.data import DataError
-from lplr_jax.experiments import ablation, initialisation, mnist
+from lplr_jax.experiments import ablation, initialisation, mnist, place
+from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.records import RecordError
 
 MIB = 2**20
@@ -429,8 +430,8 @@ def image_files():
     found += [
         images_case("gz that is none", lambda p: put(idx_pair(p / "d", suffix=".gz"), b"plain", "train-images-idx3-ubyte.gz").parent, "BadGzipFile.*intact copy"),
         images_case("gz cut short", lambda p: cut(idx_pair(p / "d", suffix=".gz") / "train-images-idx3-ubyte.gz", 0.7).parent, "EOFError|header"),
-        images_case("gz of 512 MiB of zeros", lambda p: gz_bomb(idx_pair(p / "d", suffix=".gz")), "found more"),
-        images_case("gz whose name never ends", lambda p: put(idx_pair(p / "d", suffix=".gz"), b"\x1f\x8b\x08\x08" + b"A" * 2_000_000, "train-images-idx3-ubyte.gz").parent, "EOFError|expected an IDX"),
+        images_case("gz of 64 MiB of zeros", lambda p: gz_bomb(idx_pair(p / "d", suffix=".gz")), "found more"),
+        images_case("gz whose name never ends", lambda p: put(idx_pair(p / "d", suffix=".gz"), b"\x1f\x8b\x08\x08" + b"A" * 200_000, "train-images-idx3-ubyte.gz").parent, "EOFError|expected an IDX"),
     ]  # fmt: skip
     x, y = np.zeros((2, 28, 28), np.uint8), np.array([3, 8], np.uint8)
     for name, members, message in (
@@ -455,7 +456,7 @@ def image_files():
         ("empty", {"x_train.npy": npy(x[:0]), "y_train.npy": npy(y[:0])}, "images of each of 2 classes"),
         ("one class", {"x_train.npy": npy(x), "y_train.npy": npy(np.array([3, 3], np.uint8))}, "0 of class 8"),
         (
-            "a member of 1 GiB",
+            "a member of 64 MiB",
             {"x_train.npy": npy(x), "y_train.npy": npy(y), "z.npy": bytes(64 * MIB)},
             "members of at most",
         ),
@@ -487,10 +488,10 @@ def image_files():
     return found
 
 
-def gz_bomb(folder):
+def gz_bomb(folder, size=64 * MIB):
     with gzip.open(folder / "train-images-idx3-ubyte.gz", "wb", 1) as file:
         file.write(struct.pack(">4I", 0x803, 2, 28, 28))
-        for _ in range(512):
+        for _ in range(size // MIB):
             file.write(bytes(MIB))
     return folder
 
@@ -514,6 +515,37 @@ def prepared(root, features):
     if features != "absent":
         (folder / "features.json").write_text(text or "")
     return root
+
+
+def run_folders():
+    """What a folder with a run in it may hold instead of its own files."""
+
+    def claim(folder, write):
+        write(folder)
+        with place.claimed(folder, "mnist", {"width": 4}):
+            pass
+
+    def resume(folder, manifest):
+        (folder / "epoch_00000001").mkdir()
+        put(folder / "epoch_00000001", manifest, "manifest.json")
+        return Checkpoints(folder).latest({})
+
+    damaged = "config.json is damaged.*start afresh with --force"
+    cards = (
+        ("empty", b""), ("no JSON", b"{"), ("a list", b"[]"), ("without a config", b'{"experiment": "mnist"}'), ("a config that is a list", b'{"experiment": "mnist", "config": [1]}'),
+        ("deep", b"[" * 100_000), ("no UTF-8", b"\xff\xfe"), ("of 2 MiB", b" " * 2 * MIB),
+    )  # fmt: skip
+    manifests = (
+        ("no JSON", b"{"), ("a list", b"[]"), ("empty", b"{}"), ("deep", b"[" * 100_000), ("whose empty array is large", b'{"empty": {"array-x": ["<f8", [1000000000000]]}}'),
+        ("whose empty array is a number", b'{"empty": 3}'), ("of no arrays", b'{"empty": {}, "digest": "", "leaves": 0, "memory": {}}'),
+    )  # fmt: skip
+    return [
+        *[Case(f"config.json {name}", lambda p, c=content: claim(p, lambda q: put(q, c, "config.json")), (ValueError,), damaged) for name, content in cards],
+        *[Case(f"config.json a {kind}", lambda p, kind=kind: claim(p, lambda q: special(kind, q / "config.json")), (ValueError,), damaged) for kind in SPECIAL],
+        *[Case(f".lock a {kind}", lambda p, kind=kind: claim(p, lambda q: special(kind, q / ".lock")), (ValueError,), "must be an ordinary file, not a link, folder or pipe; delete it") for kind in SPECIAL if kind != "socket"],
+        *[Case(f"checkpoint manifest {name}", lambda p, c=content: resume(p, c), (OSError,), "no checkpoint can be read.*start afresh with --force") for name, content in manifests],
+        Case("checkpoint manifest a pipe", lambda p: (p / "epoch_00000001").mkdir() or (special("pipe", p / "epoch_00000001" / "manifest.json") and Checkpoints(p).latest({})), (OSError,), "no checkpoint can be read.*is a pipe"),
+    ]  # fmt: skip
 
 
 def other_files():
@@ -547,4 +579,4 @@ def other_files():
 
 def cases():
     """Return every case of this module."""
-    return [*record_files(), *image_files(), *other_files()]
+    return [*record_files(), *image_files(), *run_folders(), *other_files()]

@@ -73,7 +73,7 @@ GOOD = Dataset(
 )
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(edits())
 def test_a_record_with_other_bytes_is_the_same_or_refused(changes):
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +86,7 @@ def test_a_record_with_other_bytes_is_the_same_or_refused(changes):
     assert found.checksum() == Record("mnist", arrays(), {"width": 3, "seed": 0}).checksum()
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(edits(), st.sampled_from(["npz", "idx", "gz", "labels"]))
 def test_images_with_other_bytes_are_read_or_refused(changes, kind):
     with tempfile.TemporaryDirectory() as name:
@@ -210,7 +210,7 @@ def as_users():
 
 
 @pytest.mark.parametrize("door", DOORS)
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(value=junk)
 def test_values_of_any_kind_are_taken_or_refused_in_words(door, value):
     with as_users():
