@@ -121,7 +121,7 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"no boundary after \d+ trials"):
         find_boundary(objective, jnp.ones(1), batch, start=1.0, max_rounds=5)
     for settings_, message in (
-        ({"start": -1.0}, "start must be a finite step size > 0, got -1.0"),
+        ({"start": -1.0}, "start must be a finite number > 0, got -1.0"),
         ({"start": 1.0, "tolerance": 0.0}, "tolerance must be a finite number > 0, got 0.0"),
         ({"start": 1.0, "steps": 0}, "steps must be >= 1, got 0"),
     ):

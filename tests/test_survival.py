@@ -351,12 +351,17 @@ def test_whatever_does_not_fit_leaves_nothing_torn(disk, in_one_go):
     """Record, figure and table on a disk with a little more room each time: whole, or not there."""
     writers = {
         "record.npz": lambda target: in_one_go.save(target),
-        "figure.png": lambda target: plotting.save(drawn, target),
+        "figure.png": lambda target: plotting.save(drawn(), target),
         "table.md": lambda target: tables.save(long, target.with_suffix("")),
     }
     quantity = tables.Quantity("a", "a", "a", "a " * 30_000)
-    long, drawn = tables.Table("t", ("one",), (quantity,), {"a": [1]}), Figure(figsize=(2, 2))
-    drawn.subplots().plot(np.random.default_rng(0).standard_normal(3000))
+    long = tables.Table("t", ("one",), (quantity,), {"a": [1]})
+
+    def drawn():
+        figure = Figure(figsize=(2, 2))
+        figure.subplots().plot(np.random.default_rng(0).standard_normal(3000))
+        return figure
+
     whole = {}
     for room in (1000, 4, 20, 40):
         assert mount("-o", f"remount,size={room}k", disk).returncode == 0

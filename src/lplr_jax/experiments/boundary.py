@@ -171,10 +171,8 @@ def find_boundary(
     Raises:
         ValueError: for settings out of range, or if no boundary is found.
     """
-    if not (math.isfinite(start) and start > 0):
-        raise ValueError(f"start must be a finite step size > 0, got {start}")
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be > 0, got {tolerance}")
+    checks.number("start", start, above=0)
+    checks.number("tolerance", tolerance, above=0)
     check_at_least_one("steps", steps)
     dtype = jax.tree.leaves(params)[0].dtype
     count = TOGETHER if (jax.default_backend() != "cpu" if together is None else together) else 1
