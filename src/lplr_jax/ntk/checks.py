@@ -4,6 +4,7 @@ A kernel of a function that breaks these is a number without a meaning, so each 
 """
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -213,8 +214,7 @@ class Probe:
             return jax.jvp(lambda values: outputs(values, variant), (moving,), (direction,))
 
         # A direction without symmetry: a constant shift would be invisible to normalisations that subtract a mean.
-        keys = jax.random.split(jax.random.key(0), max(1, len(floats)))
-        drawn = [jax.random.normal(k, batch[i].shape[1:], batch[i].dtype) for k, i in zip(keys, floats, strict=False)]
+        drawn = [_uneven(batch[i].shape[1:], batch[i].dtype, number) for number, i in enumerate(floats)]
         moved = [
             [jnp.zeros_like(batch[i]).at[row].set(d) for i, d in zip(floats, drawn, strict=True)] for row in (0, -1)
         ]
@@ -330,18 +330,21 @@ def _explained(evaluate: Callable[[Any, Any], Any], params: Any, x: Any) -> Any:
         ) from error
 
 
-def _nearby(params: Any) -> Any:
+def _nearby(params: list[Any]) -> list[Any]:
     """Parameters moved by some 10 %: outputs that cancel at `params`, as in a paired network, do not cancel there."""
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), max(1, len(leaves)))
 
-    def move(key: jax.Array, leaf: Any) -> Any:
+    def move(number: int, leaf: Any) -> Any:
         if not (_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)):
             return leaf
-        leaf = jnp.asarray(leaf)
-        return leaf + jnp.asarray(0.1, leaf.dtype) * leaf * jax.random.normal(key, leaf.shape, leaf.dtype)
+        return leaf + jnp.asarray(0.1, leaf.dtype) * leaf * _uneven(leaf.shape, leaf.dtype, number)
 
-    return jax.tree.unflatten(treedef, [move(key, leaf) for key, leaf in zip(keys, leaves, strict=False)])
+    return [move(number, leaf) for number, leaf in enumerate(params)]
+
+
+def _uneven(shape: tuple[int, ...], dtype: Any, number: int) -> jax.Array:
+    """Numbers in [-1, 1] without a pattern that a network could share; random ones take seconds to compile."""
+    count = jnp.arange(math.prod(shape), dtype=jnp.float32)
+    return jnp.cos(count * jnp.float32(1.618034) + jnp.float32(number)).astype(dtype).reshape(shape)
 
 
 def _scale(*outputs: np.ndarray) -> float:
