@@ -434,7 +434,7 @@ def config_cases():
         *each("InitialisationConfig loss_epoch", lambda v: inits(loss_epoch=v), (-1, 1.5, "x", None), r"loss_epoch must be .*>= 0.*got"),
         *[case for name in ("width", "stages", "blocks", "groups", "epochs", "n_train", "batch_size", "micro_batch", "subset_size", "probe_every", "diagnostics_every")
           for case in each(f"CifarConfig {name}", lambda v, name=name: cifar.resolve(cifar.CifarConfig(**{name: v})),
-                           [v for v in NOT_POSITIVE_INTEGERS if not (v is None and name in ("micro_batch", "probe_every"))] + [10**30] * (name != "n_train"), rf"{name} must be .*got")],
+                           [v for v in NOT_POSITIVE_INTEGERS if not (v is None and name in ("micro_batch", "probe_every"))] + [10**30] * (name != "n_train"), rf"({name} must be|multiple of {name} = ).*got")],
         *each("CifarConfig learning_rate", lambda v: cifar.resolve(cifar.CifarConfig(learning_rate=v)), NOT_POSITIVE_NUMBERS, "learning_rate must be a finite number > 0.*got"),
         *each("CifarConfig momentum", lambda v: cifar.resolve(cifar.CifarConfig(momentum=v)), (-1.0, 1, NAN, "x", None), "momentum must be .*got"),
         *each("CifarConfig schedule", lambda v: cifar.resolve(cifar.CifarConfig(schedule=v)), ("step", None, ["cosine"]), "schedule must be one of .*got"),

@@ -99,7 +99,7 @@ def option_cases():
             # A named file or folder takes the place of the images that the others use.
             common = ["--preset", "smoke"] if name in ("data", "source") else small
             if command == "cifar" and name == "n_train":
-                message = "n_train must be >= 1, got|batch_size must be at most n_train"
+                message += "|batch_size must be at most n_train"
 
             def arguments(folder, command=command, common=common, name=name, value=value):
                 return [command, *common, "--out", str(folder / "out"), f"{option(name)}={value}"]

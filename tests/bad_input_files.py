@@ -160,7 +160,7 @@ def record_files():
         ("provenance a list", {"provenance": np.array("[]")}, "provenance must be a mapping"),
         ("provenance no JSON", {"provenance": np.array("'")}, "Expecting value"),
         ("experiment a path", {"experiment": np.array("../../etc/cron.d/x")}, "experiment must be a name of letters"),
-        ("experiment absolute", {"experiment": np.array("/tmp/x")}, "experiment must be a name of letters"),
+        ("experiment absolute", {"experiment": np.array("/etc/x")}, "experiment must be a name of letters"),
         ("experiment empty", {"experiment": np.array("")}, "experiment must be a name of letters"),
         ("experiment with an escape", {"experiment": np.array("a\x1b[2J")}, "experiment must be a name of letters"),
         ("experiment a number", {"experiment": np.array(3)}, "experiment must be one text"),
