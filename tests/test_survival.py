@@ -372,3 +372,9 @@ def test_whatever_does_not_fit_leaves_nothing_torn(disk, in_one_go):
                 assert whole.setdefault(path.name, path.read_bytes()) == path.read_bytes(), "whole, or not there"
                 path.unlink()
     assert sorted(whole) == ["figure.pdf", "figure.png", "record.npz", "table.csv", "table.md", "table.tex"]
+
+
+def test_a_relative_folder_is_taken(tmp_path, monkeypatch, in_one_go):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command(Path("run"))) == 0
+    assert_same(tmp_path / "run", in_one_go)

@@ -58,7 +58,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, check: Callable[[], None] = lambda: None) -> None:
-        self._folder, self._check = folder, check
+        # Orbax takes absolute paths alone; the command line's default is a relative one.
+        self._folder, self._check = folder.absolute(), check
         self._memory: dict[int, str] = {}
 
     def save(
