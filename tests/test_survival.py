@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
