@@ -115,6 +115,52 @@ def option_cases():
             (["--data"], "--data"),
         ):
             found.append(Command(f"lplr {command} {' '.join(words)}", lambda p, c=command, w=words: [c, *w], message))
+        for name, write, message, code in (
+            (
+                ("a folder", lambda p: p, "must be an ordinary file", 2),
+                ("a pipe", lambda p: special("pipe", p / "pipe"), "must be an ordinary file", 2),
+                ("a device", lambda p: Path("/dev/null"), "must be an ordinary file", 2),
+                ("below a file", lambda p: put(p, b"x", "file") / "log", "the folder of --log must be a folder", 2),
+                (
+                    "a text",
+                    lambda p: put(p, b"notes\n", "notes.txt"),
+                    "is a file of another kind, which is left alone; name another one",
+                    2,
+                ),
+                (
+                    "other JSON",
+                    lambda p: put(p, b'{"width": 3}', "package.json"),
+                    "is a file of another kind, which is left alone; name another one",
+                    2,
+                ),
+                ("with a NUL", lambda p: "a\0b", "--log must be the name of a file or folder without NUL", 2),
+                (
+                    "new, of a run that cannot be",
+                    lambda p: p / "new" / "log.jsonl",
+                    "learning_rate must be a finite number > 0.*got -1.0",
+                    2,
+                ),
+            )
+            if command != "boundary"
+            else ()
+        ):
+            found.append(
+                Command(
+                    f"lplr {command} --log {name}",
+                    lambda p, c=command, s=small, write=write: [
+                        c,
+                        *s,
+                        "--learning-rate",
+                        "-1",
+                        "--out",
+                        str(p / "out"),
+                        "--log",
+                        str(write(p)),
+                    ],
+                    message,
+                    code,
+                )
+            )
         for name, place in (
             ("a file", lambda p: put(p, b"x", "file")),
             ("below a file", lambda p: put(p, b"x", "file") / "deep" / "out"),

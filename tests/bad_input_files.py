@@ -542,7 +542,7 @@ def run_folders():
     return [
         *[Case(f"config.json {name}", lambda p, c=content: claim(p, lambda q: put(q, c, "config.json")), (ValueError,), damaged) for name, content in cards],
         *[Case(f"config.json a {kind}", lambda p, kind=kind: claim(p, lambda q: special(kind, q / "config.json")), (ValueError,), damaged) for kind in SPECIAL],
-        *[Case(f".lock a {kind}", lambda p, kind=kind: claim(p, lambda q: special(kind, q / ".lock")), (ValueError,), "must be an ordinary file, not a link, folder or pipe; delete it") for kind in SPECIAL if kind != "socket"],
+        *[Case(f".lock a {kind}", lambda p, kind=kind: claim(p, lambda q: special(kind, q / ".lock")), (ValueError,), "must be an ordinary file, not a link, folder, pipe or device; delete it") for kind in SPECIAL if kind != "socket"],
         *[Case(f"checkpoint manifest {name}", lambda p, c=content: resume(p, c), (OSError,), "no checkpoint can be read.*start afresh with --force") for name, content in manifests],
         Case("checkpoint manifest a pipe", lambda p: (p / "epoch_00000001").mkdir() or (special("pipe", p / "epoch_00000001" / "manifest.json") and Checkpoints(p).latest({})), (OSError,), "no checkpoint can be read.*is a pipe"),
     ]  # fmt: skip

@@ -70,17 +70,26 @@ def test_a_log_that_an_interrupted_run_goes_on_with(tmp_path, monkeypatch, capsy
 
 def test_what_is_no_number_is_null_and_no_half_line_stays(tmp_path):
     path = tmp_path / "log"
-    path.write_bytes(b'{"a": 1}\n' + b'{"torn": "' + b"x" * 200_000)
+    path.write_bytes(b'{"time": "a"}\n' + b'{"time": "' + b"x" * 200_000)
     log = follow.JsonLines(path)
     log.write("probe", "arm", values={"a": np.float64("nan"), "b": np.float32(0.5), "c": np.int64(3)}, list=[np.inf, 1])
     log.close()
     first, second = lines_of(path)
-    assert first == {"a": 1}
+    assert first == {"time": "a"}
     assert second["values"] == {"a": None, "b": 0.5, "c": 3}
     assert second["list"] == [None, 1]
-    path.write_bytes(b"x" * 10)
-    with pytest.raises(ValueError, match="a file of another kind"):
-        follow.JsonLines(path)
+    # JSON that is no log would lose its last line, or all of it.
+    for content in (b"x" * 10, b'{"name": "package"}', b"{}", b"[1]\n"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="a file of another kind"):
+            follow.JsonLines(path)
+        assert path.read_bytes() == content
+
+
+def test_a_log_of_no_event_leaves_nothing(tmp_path):
+    path = tmp_path / "new" / "folder" / "log"
+    follow.JsonLines(path).close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_log_that_is_something_else_is_left_alone(tmp_path, capsys):
@@ -90,8 +99,8 @@ def test_a_log_that_is_something_else_is_left_alone(tmp_path, capsys):
     assert "thesis.tex is a file of another kind, which is left alone" in " ".join(capsys.readouterr().err.split())
     assert path.read_text() == "\\documentclass{article}"
     assert not (tmp_path / "run").exists()
-    assert cli.main([*OPTIONS, "--out", str(tmp_path / "run"), "--log", str(tmp_path)]) == cli.IO_FAILED
-    assert "Is a directory" in capsys.readouterr().err
+    assert cli.main([*OPTIONS, "--out", str(tmp_path / "run"), "--log", str(tmp_path)]) == cli.BAD_INPUT
+    assert "must be an ordinary file, not a link, folder" in capsys.readouterr().err
 
 
 def test_a_bar_on_a_terminal():

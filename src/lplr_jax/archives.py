@@ -4,6 +4,7 @@ An npz file is a zip of npy members. NumPy's own loader allocates what a header 
 members of one name; here the zip directory and all headers are read and held against each other first.
 """
 
+import errno
 import os
 import re
 import stat
@@ -65,6 +66,34 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         raise ArchiveError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'no file')}; name an ordinary file")
     with os.fdopen(handle, "rb") as file:
         yield file
+
+
+def open_to_write(path: Path, *, links: bool, flags: int = 0) -> int:
+    """Open an ordinary file for reading and writing, made where it is missing, and return its descriptor.
+
+    Args:
+        path: the file.
+        links: whether a link in its place is followed.
+        flags: more flags of `os.open`.
+
+    Raises:
+        ArchiveError: if a folder, a pipe, a device, or a link that is not followed, stands in its place.
+        OSError: if it cannot be made or written to.
+    """
+    flags |= os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW)
+    refusal = ArchiveError(
+        f"{path} must be an ordinary file, not a link, folder, pipe or device; delete it or name another"
+    )
+    try:
+        handle = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise refusal from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise refusal
+    return handle
 
 
 def read_text(path: Path, *, most_bytes: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lplr_jax import archives, checks
 from lplr_jax.experiments import report
 from lplr_jax.experiments.run import Judging, Observer
 from lplr_jax.theory import Verdict
@@ -27,6 +28,9 @@ class FollowConfig:
     tensorboard: Path | None = None
     """Folder for TensorBoard's scalars, readable while the run goes on; needs the package tensorboardX."""
 
+
+_START = b'{"time": "'
+"""How every line of a log begins."""
 
 SCREEN_ALONE = FollowConfig()
 
@@ -43,11 +47,14 @@ class JsonLines:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path = checks.path("--log", path)
+        checks.folder("the folder of --log", path.parent)
+        self._fresh = [place for place in (path, *path.parents) if not place.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._handle = archives.open_to_write(path, links=True, flags=os.O_APPEND)
         try:
-            if os.pread(self._handle, 1, 0) not in (b"", b"{"):
+            # A last line without its end is cut off below, so this must be a log and no other JSON.
+            if not _START.startswith(os.pread(self._handle, len(_START), 0)):
                 raise ValueError(f"--log {path} is a file of another kind, which is left alone; name another one")
             os.ftruncate(self._handle, _whole_lines(self._handle))
         except BaseException:
@@ -64,8 +71,14 @@ class JsonLines:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; one that was made here and holds nothing goes, with its folder: no run came to pass."""
+        bare = os.fstat(self._handle).st_size == 0
         os.close(self._handle)
+        for place in self._fresh if bare else ():
+            try:
+                place.rmdir() if place.is_dir() else place.unlink(missing_ok=True)
+            except OSError:
+                break  # something else is in it by now
 
 
 def _whole_lines(handle: int) -> int:

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import socket
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -52,7 +51,8 @@ class Lock:
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            handle = _open_lock(self._path)
+            # A link would be followed to a file that is then overwritten.
+            handle = archives.open_to_write(self._path, links=False)
             try:
                 taken = _flock(handle)
                 holder = _read_holder(self._path)
@@ -100,20 +100,6 @@ class Lock:
     def move(self, folder: Path) -> None:
         """Follow the directory to its new name."""
         self._path = folder / LOCK
-
-
-def _open_lock(path: Path) -> int:
-    """Open the lock file; a link or a pipe in its place is refused, as what it leads to would be overwritten."""
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise
-        raise ValueError(f"{path} must be an ordinary file, not a link, folder or pipe; delete it") from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise ValueError(f"{path} must be an ordinary file, not a link, folder or pipe; delete it")
-    return handle
 
 
 def _flock(handle: int) -> bool:
