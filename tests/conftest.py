@@ -1,5 +1,6 @@
 """Strict numerics for every test: nothing promotes or broadcasts silently, and the float64 flag is left alone."""
 
+import logging
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -33,3 +34,14 @@ def without_type_checks():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging():
+    """`cli.main` configures logging for a process; a test session has many."""
+    root, package = logging.getLogger(), logging.getLogger("lplr_jax")
+    handlers, level, own = root.handlers[:], root.level, package.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    package.setLevel(own)

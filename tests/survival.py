@@ -7,6 +7,20 @@ import sys
 import time
 from pathlib import Path
 
+from lplr_jax.experiments import mnist
+
+TINY = mnist.MnistConfig(
+    width=8,
+    epochs=12,
+    probe_every=3,
+    n_train=40,
+    learning_rate=2e-3,
+    hessian_probes=3,
+    spectrum_probes=2,
+    search_steps=2,
+)
+"""A run of a second, with probes of every kind."""
+
 # Audit events of everything that changes a directory: the places at which a kill can leave something half-done.
 CHILD = """
 import os, signal, sys

@@ -1,7 +1,6 @@
 """The main job end to end: real digits in, a record out, the same every time, and the theory's identities on it."""
 
 import dataclasses
-import logging
 from pathlib import Path
 
 import jax
@@ -167,14 +166,3 @@ def test_probe_epochs_hold_both_ends():
     assert probe_epochs(3, 50) == (0, 3)
     with pytest.raises(ValueError, match="probe_every must be >= 1, got 0"):
         probe_epochs(5, 0)
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging():
-    """`cli.main` configures logging for a process; a test session has many."""
-    root, package = logging.getLogger(), logging.getLogger("lplr_jax")
-    handlers, level, own = root.handlers[:], root.level, package.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    package.setLevel(own)

@@ -21,7 +21,7 @@ PACKAGE = Path(lplr_jax.__file__).parent
 # Bottom first: a module may import from those before it, and a package from itself.
 # fmt: off
 ROOMS = (
-    "checks", "archives", "files", "certificates", "lanczos", "linalg", "data", "layouts", "models", "training", "ntk",
+    "checks", "archives", "certificates", "lanczos", "linalg", "data", "layouts", "models", "training", "ntk",
     "diagnostics", "records", "summary", "theory", "plotting", "experiments", "cli",
 )
 # fmt: on

@@ -1,5 +1,6 @@
 """Same seed, same machine: same bytes. Other devices, another block size: the same up to a proved bound."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -7,20 +8,12 @@ import sys
 import numpy as np
 import pytest
 
+import survival
 from lplr_jax import linalg, records
 from lplr_jax.experiments import mnist, probe
 from lplr_jax.ntk import empirical_ntk
 
-TINY = mnist.MnistConfig(
-    width=8,
-    epochs=6,
-    probe_every=3,
-    n_train=40,
-    learning_rate=2e-3,
-    hessian_probes=2,
-    spectrum_probes=2,
-    search_steps=0,
-)
+TINY = dataclasses.replace(survival.TINY, epochs=6, hessian_probes=2, search_steps=0)
 
 EIGHT = """
 import sys

@@ -3,7 +3,6 @@
 import dataclasses
 import fcntl
 import json
-import logging
 import os
 import re
 import shutil
@@ -26,34 +25,14 @@ from lplr_jax import cli, plotting, records
 from lplr_jax.experiments import interrupt, mnist, place, report, tables
 from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.training import init_state
+from survival import TINY
 
-TINY = mnist.MnistConfig(
-    width=8,
-    epochs=12,
-    probe_every=3,
-    n_train=40,
-    learning_rate=2e-3,
-    hessian_probes=3,
-    spectrum_probes=2,
-    search_steps=2,
-)
 OPTIONS = ["mnist", *(f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(TINY).items() if value
            is not None and name not in ("force", "data", "out"))]  # fmt: skip
 
 
 def command(folder, *more):
     return [*OPTIONS, "--out", str(folder), *more]
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging():
-    """`cli.main` configures logging for a process; a test session has many."""
-    root, package = logging.getLogger(), logging.getLogger("lplr_jax")
-    handlers, level, own = root.handlers[:], root.level, package.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    package.setLevel(own)
 
 
 @pytest.fixture(autouse=True)

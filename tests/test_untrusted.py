@@ -8,6 +8,7 @@ import pytest
 import scipy.linalg
 import scipy.sparse.linalg
 
+import survival
 from lplr_jax import cli, diagnostics, lanczos, linalg, plotting, records, theory
 from lplr_jax.experiments import mnist, probe, report
 from lplr_jax.experiments.checkpoint import Checkpoints
@@ -15,17 +16,7 @@ from lplr_jax.ntk import empirical_ntk
 from lplr_jax.ntk.rounding import spectral_norm_bound
 from lplr_jax.theory import bounds, search
 
-TINY = mnist.MnistConfig(
-    width=8,
-    epochs=12,
-    probe_every=3,
-    n_train=40,
-    learning_rate=2e-3,
-    hessian_probes=3,
-    hessian_precision="float32",
-    spectrum_probes=2,
-    search_steps=0,
-)
+TINY = dataclasses.replace(survival.TINY, hessian_precision="float32", search_steps=0)
 RNG = np.random.default_rng(0)
 
 

@@ -20,7 +20,7 @@ from lplr_jax.diagnostics.stability import EXPECTED, observe, place_of
 from lplr_jax.experiments import mnist
 from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.experiments.place import kept
-from lplr_jax.experiments.run import Advance, Observer, check_at_least_one, check_learning_rate, probe_epochs, replay
+from lplr_jax.experiments.run import Advance, Observer, check_learning_rate, probe_epochs, replay
 from lplr_jax.records import Record
 from lplr_jax.training import EpochMetrics, LossScale, TrainState, init_state, train_epochs
 
@@ -230,7 +230,7 @@ def _check(config: AblationConfig) -> None:
     if isinstance(config.place, str) or config.place is None or not 0 < config.place < 1:
         raise ValueError(f"place must lie between 0 and 1, got {checks.shown(config.place)}")
     checks.number("restore", config.restore, above=0)
-    check_at_least_one("hessian_probes", config.hessian_probes)
+    checks.whole("hessian_probes", config.hessian_probes, least=1)
     for name in ("learning_rate", "smaller_learning_rate"):
         value = getattr(config, name)
         if value is not None:

@@ -22,7 +22,7 @@ from lplr_jax.diagnostics.stability import PowerLaw, power_law, rounding_allowan
 from lplr_jax.experiments import mnist
 from lplr_jax.experiments.ablation import initial_sharpness
 from lplr_jax.experiments.place import CHECKPOINTS
-from lplr_jax.experiments.run import check_at_least_one, describe_environment
+from lplr_jax.experiments.run import describe_environment
 from lplr_jax.experiments.tables import Measured, Quantity, Table
 from lplr_jax.models import Params
 from lplr_jax.training import LossScale, Objective, TrainState, init_state, train_step
@@ -173,7 +173,7 @@ def find_boundary(
     """
     checks.number("start", start, above=0)
     checks.number("tolerance", tolerance, above=0)
-    check_at_least_one("steps", steps)
+    checks.whole("steps", steps, least=1)
     dtype = jax.tree.leaves(params)[0].dtype
     count = TOGETHER if (jax.default_backend() != "cpu" if together is None else together) else 1
 
@@ -227,7 +227,7 @@ def _mnist_config(config: BoundaryConfig, width: int) -> mnist.MnistConfig:
 def _widths(config: BoundaryConfig) -> tuple[int, ...]:
     """Return the widths of a config that can be run, ascending."""
     widths = tuple(sorted(integers("widths", config.widths, least=1)))
-    check_at_least_one("steps", config.steps)
+    checks.whole("steps", config.steps, least=1)
     checks.number("tolerance", config.tolerance, above=0)
     for width in widths:
         mnist.resolve(_mnist_config(config, width))

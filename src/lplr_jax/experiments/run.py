@@ -118,11 +118,6 @@ class Silent:
         """Show nothing."""
 
 
-def check_at_least_one(name: str, value: int) -> None:
-    """Raise ValueError for a count below one."""
-    checks.whole(name, value, least=1)
-
-
 MOST = {"width": 10**6, "depth": 1_000, "epochs": 10**7, "seed": 2**32 - 1}
 """Largest values of some fields: beyond them nothing fits a machine, or two seeds would give the same keys."""
 
@@ -150,8 +145,8 @@ def probe_epochs(epochs: int, every: int) -> tuple[int, ...]:
     Raises:
         ValueError: if there is no epoch to run, or the interval is not positive.
     """
-    check_at_least_one("epochs", epochs)
-    check_at_least_one("probe_every", every)
+    checks.whole("epochs", epochs, least=1)
+    checks.whole("probe_every", every, least=1)
     if epochs // every > MOST_PROBES:
         raise ValueError(
             f"probe_every must be at least {-(-epochs // MOST_PROBES)} for epochs = {epochs}, "

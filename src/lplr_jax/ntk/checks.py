@@ -7,7 +7,6 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 
 from lplr_jax.checks import shown
 from lplr_jax.linalg import UntrustedError
+from lplr_jax.ntk.trees import Static, arrays_of, is_array, joined
 
 ApplyFn = Callable[[Any, Any], Any]
 
@@ -39,10 +39,9 @@ def inputs(params: Any, x: Any) -> None:
     """
     for name, tree in (("x", x), ("params", params)):
         for path, leaf in tree_flatten_with_path(tree)[0]:
-            if _is_array(leaf) and getattr(leaf.dtype, "kind", "") in tuple("OUSMm"):
+            if is_array(leaf) and getattr(leaf.dtype, "kind", "") in tuple("OUSMm"):
                 raise TypeError(f"{name}{keystr(path)} must hold numbers, got dtype {leaf.dtype}; convert it")
-    inexact = [leaf for leaf in jax.tree.leaves(params) if _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    if not inexact:
+    if not any(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in arrays_of(params)):
         raise ValueError(
             "params hold no floating array, so there is nothing to differentiate by; pass the pytree that apply_fn "
             f"takes first, got {shown(params)}"
@@ -52,7 +51,7 @@ def inputs(params: Any, x: Any) -> None:
         raise ValueError("x holds no arrays; pass an array (n, ...) or a pytree of arrays with one leading axis n")
     sizes = {}
     for path, leaf in leaves:
-        if not _is_array(leaf):
+        if not is_array(leaf):
             raise TypeError(f"x{keystr(path)} must be an array, got {shown(leaf)}; convert it with jnp.asarray")
         if leaf.ndim == 0:
             raise ValueError(f"x{keystr(path)} is a scalar; every array in x needs a leading axis of samples")
@@ -180,10 +179,9 @@ class Probe:
         return alike
 
     def _call(self, arrays: list[Any], samples: list[Any]) -> Any:
-        remaining = iter(arrays)
-        leaves = [next(remaining) if leaf is _ARRAY else leaf.value for leaf in self._static]
-        out = self._apply_fn(jax.tree.unflatten(self._treedef, leaves), jax.tree.unflatten(self._xdef, samples))
-        if not _is_array(out):
+        params = joined(self._treedef, self._static, arrays)
+        out = self._apply_fn(params, jax.tree.unflatten(self._xdef, samples))
+        if not is_array(out):
             raise ValueError(f"apply_fn must return one array (n, c) or (n,), got {type(out).__name__}")
         if not jnp.issubdtype(out.dtype, jnp.floating):
             raise ValueError(f"apply_fn must return real floating-point outputs, got dtype {out.dtype}; cast them")
@@ -231,20 +229,10 @@ class Probe:
         )
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """A leaf of the parameters that is no array."""
-
-    value: Any
-
-
-_ARRAY = "array"
-
-
 def probe_of(apply_fn: ApplyFn, params: Any, x: Any) -> Probe:
     """Return the compiled probe of a function, the one made before where there is one."""
     leaves, treedef = jax.tree.flatten(params)
-    key = (apply_fn, treedef, tuple(_ARRAY if _is_array(leaf) else _Setting(leaf) for leaf in leaves))
+    key = (apply_fn, treedef, tuple(None if is_array(leaf) else Static(leaf) for leaf in leaves))
     xdef = jax.tree.structure(x)
     try:
         return _remembered(*key, xdef)
@@ -256,7 +244,7 @@ _remembered = functools.lru_cache(maxsize=64)(Probe)
 
 
 def _arrays(params: Any, x: Any) -> tuple[list[Any], list[Any]]:
-    return [leaf for leaf in jax.tree.leaves(params) if _is_array(leaf)], list(jax.tree.leaves(x))
+    return arrays_of(params), list(jax.tree.leaves(x))
 
 
 def _text(closed: Any) -> str:
@@ -272,10 +260,6 @@ def _coupled(how: str) -> str:
     )
 
 
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
-
-
 def on_host(leaf: Any) -> bool:
     """Whether an array is NumPy's, or a concrete one of JAX that lies in the host's memory."""
     if not isinstance(leaf, jax.Array):
@@ -284,7 +268,7 @@ def on_host(leaf: Any) -> bool:
 
 
 def _check_finite(name: str, leaf: Any, *, is_param: bool) -> None:
-    if not _is_array(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+    if not is_array(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return
     if is_param and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         raise TypeError(f"{name} is complex; J Jᵀ is defined for real parameters: keep real and imaginary parts apart")
@@ -334,7 +318,7 @@ def _nearby(params: list[Any]) -> list[Any]:
     """Parameters moved by some 10 %: outputs that cancel at `params`, as in a paired network, do not cancel there."""
 
     def move(number: int, leaf: Any) -> Any:
-        if not (_is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)):
+        if not (is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)):
             return leaf
         return leaf + jnp.asarray(0.1, leaf.dtype) * leaf * _uneven(leaf.shape, leaf.dtype, number)
 

@@ -6,7 +6,7 @@ Blocks of Θ are formed from features of two blocks of samples; without x2 only 
 are mirrored.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from lplr_jax.ntk.jaxpr import Program, flatten
 from lplr_jax.ntk.memory import Group, budget, bytes_of, even, make_groups, sweep_bytes
 from lplr_jax.ntk.plan import Plan, Workload, make_plan
 from lplr_jax.ntk.result import DeviceResult, HostResult, Span, blocks, result
+from lplr_jax.ntk.trees import Static, arrays_of, is_array, joined
 
 Outputs = Literal["full", "trace", "diagonal"]
 
@@ -103,7 +104,7 @@ def kernel(
         x64=jax.dtypes.canonicalize_dtype(np.float64) == np.float64,
     )
     run = _cached(call) if _hashable(call) else _Run(call)
-    arrays = [jnp.asarray(leaf) for leaf in leaves if _is_array(leaf)]
+    arrays = [jnp.asarray(leaf) for leaf in arrays_of(leaves)]
     first = [jnp.asarray(a) for a in first]
     return run(arrays, first, None if x2 is None else [jnp.asarray(a) for a in second])
 
@@ -176,20 +177,9 @@ def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Traced:
     return _trace(apply_fn, treedef, tuple(_describe(leaf) for leaf in leaves), xdef, specs)
 
 
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
-
-
 def _describe(leaf: Any) -> Any:
     """Shape and dtype of an array leaf; any other leaf itself."""
-    return (tuple(leaf.shape), leaf.dtype) if _is_array(leaf) else _Static(leaf)
-
-
-@dataclass(frozen=True)
-class _Static:
-    """A leaf that is no array: a function, a string, a Python number."""
-
-    value: Any
+    return (tuple(leaf.shape), leaf.dtype) if is_array(leaf) else Static(leaf)
 
 
 @dataclass(frozen=True)
@@ -218,15 +208,12 @@ def _hashable(call: Hashable) -> bool:
 
 
 def _trace(apply_fn: Any, treedef: Any, leaves: tuple[Any, ...], xdef: Any, samples: tuple[Any, ...]) -> Traced:
-    arrays = tuple(i for i, leaf in enumerate(leaves) if not isinstance(leaf, _Static))
+    arrays = tuple(i for i, leaf in enumerate(leaves) if not isinstance(leaf, Static))
     specs = [jax.ShapeDtypeStruct(*leaves[i]) for i in arrays]
     xs = [jax.ShapeDtypeStruct((1, *shape), dtype) for shape, dtype in samples]
 
     def flat(values: list[Any], inputs: list[Any]) -> Any:
-        whole = [leaf.value if isinstance(leaf, _Static) else None for leaf in leaves]
-        for i, value in zip(arrays, values, strict=True):
-            whole[i] = value
-        return apply_fn(jax.tree.unflatten(treedef, whole), jax.tree.unflatten(xdef, inputs))
+        return apply_fn(joined(treedef, leaves, values), jax.tree.unflatten(xdef, inputs))
 
     with jax.default_matmul_precision("highest"):
         closed, out = jax.make_jaxpr(flat, return_shape=True)(specs, xs)
@@ -302,8 +289,10 @@ class _Run:
 
     def features(self, group: Group, arrays: Any, consts: Any, samples: Any) -> Any:
         """Features of some samples, in chunks of the group's size."""
+        one = sample_features(self.traced, self.plan, group.terms)
         # Samples may be taken in a loop, where a CPU runs the convolutions of a gradient slower in their own layout.
-        one = plain_convolutions(sample_features(self.traced, self.plan, group.terms))
+        if any(op.name == "conv_general_dilated" for op in self.traced.program.ops):
+            one = plain_convolutions(one)
         count = samples[0].shape[0]
         if group.chunk >= count:
             return jax.vmap(lambda sample: one(arrays, consts, sample))(samples)
@@ -315,29 +304,38 @@ class _Run:
         return self.features(group, arrays, consts, block)
 
     def _run_tiles(self, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
-        """Group by group: blocks of rows are held while the blocks of columns pass by, once for all that are held."""
-        mirror, shape = second is None, (self.sides[0] * self.rows, self.sides[-1] * self.rows)
+        shape = (self.sides[0] * self.rows, self.sides[-1] * self.rows)
         theta: HostResult | DeviceResult | None = None
         for number, group in enumerate(self.groups):
-            rows = list(blocks(self.sides[0], group.tile))
-            cols = list(blocks(self.sides[-1], group.tile))
-
-            def make(samples: Any, span: Span, group: Group = group) -> Any:
-                size = span.stop - span.start
-                return self._features(group, size, arrays, self.consts, samples, np.int32(span.start))
-
-            for begin in range(0, len(rows), group.held):
-                held = {i: make(first, rows[i]) for i in range(begin, min(begin + group.held, len(rows)))}
-                for j in range(max(held) + 1 if mirror else len(cols)):
-                    passing = held[j] if mirror and j in held else make(first if second is None else second, cols[j])
-                    for i, one in held.items():
-                        if mirror and i < j:
-                            continue
-                        tile = self._tile(group, one, passing)
-                        theta = theta or result(shape, tile)
-                        at = (self._entries(rows[i]), self._entries(cols[j]))
-                        theta.add(tile, *at, mirror=mirror, first=number == 0)
+            for rows, cols, tile in self._tiles(group, arrays, first, second):
+                theta = theta or result(shape, tile)
+                theta.add(tile, self._entries(rows), self._entries(cols), mirror=second is None, first=number == 0)
         return jnp.zeros(shape, self.dtype) if theta is None else theta.finish()
+
+    def _tiles(
+        self, group: Group, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None
+    ) -> Iterator[tuple[Span, Span, jax.Array]]:
+        """Rows, columns and tile of a group's share; without x2 those on and below the diagonal.
+
+        Blocks of rows are held while the blocks of columns pass by, once for all that are held.
+        """
+        mirror = second is None
+        rows, cols = (list(blocks(side, group.tile)) for side in (self.sides[0], self.sides[-1]))
+
+        def make(samples: list[jax.Array], span: Span) -> Any:
+            size = span.stop - span.start
+            return self._features(group, size, arrays, self.consts, samples, np.int32(span.start))
+
+        for begin in range(0, len(rows), group.held):
+            held, passing = {}, None  # the budget has no room for what was held before
+            for i in range(begin, min(begin + group.held, len(rows))):
+                held[i] = make(first, rows[i])
+            for j in range(max(held) + 1 if mirror else len(cols)):
+                passing = None
+                passing = held[j] if mirror and j in held else make(first if second is None else second, cols[j])
+                for i in held:
+                    if not mirror or i >= j:
+                        yield rows[i], cols[j], self._tile(group, held[i], passing)
 
     def _entries(self, span: Span) -> Span:
         """Rows of Θ of some samples."""
