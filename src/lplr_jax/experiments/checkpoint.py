@@ -10,10 +10,12 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from lplr_jax import archives, records
 
 _LOG = logging.getLogger(__name__)
 _NAMES = "epoch_{:08d}"
+_FILE = 2**12
+"""Bytes that any file takes, at least."""
 _MANIFEST_BYTES = 2**24
 _MEMORY_BYTES = 2**36
 """A kernel of 60,000 rows in float64 takes 29 GB; the file's own directory is held against its bytes anyway."""
@@ -96,8 +100,10 @@ class Checkpoints:
         target = self._folder / name
         temporary = Path(tempfile.mkdtemp(prefix=f".{name}{records.HALF}", dir=self._folder))
         try:
+            filled = {key: value for key, value in content.items() if value.size}
+            _check_room(temporary, filled)
             with _orbax() as checkpointer:
-                checkpointer.save(temporary / "arrays", {key: value for key, value in content.items() if value.size})
+                checkpointer.save(temporary / "arrays", filled)
             manifest = {
                 "epoch": epoch,
                 "leaves": len(leaves),
@@ -206,17 +212,35 @@ def _digest(content: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def _check_room(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise OSError where the disk has no room for arrays; orbax tells of a full one late and at length."""
+    needed = sum(value.nbytes for value in arrays.values()) + _FILE * (len(arrays) + 1)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        text = f"{os.strerror(errno.ENOSPC)} (checkpoint: {needed:,} bytes are needed, {free:,} are free)"
+        raise OSError(errno.ENOSPC, text)
+
+
+def _unraisable(hook: Callable[[Any], Any], unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        hook(unraisable)
+
+
 @contextmanager
 def _orbax() -> Iterator[Any]:
     """Yield orbax's checkpointer, its errors turned into OSError of one line, its log of them kept off the screen."""
     import orbax.checkpoint as ocp  # a third of a second that only runs need
 
     log = logging.getLogger("absl")
-    before = log.disabled
+    before, hook = log.disabled, sys.unraisablehook
     log.disabled = True
+    # Where a write fails orbax leaves the others to themselves, and each would print that its loop is closed, some of
+    # them after the error is told: then the hook stays.
+    sys.unraisablehook = partial(_unraisable, hook)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             yield checkpointer
+        sys.unraisablehook = hook
     except OSError:
         raise
     except Exception as error:
