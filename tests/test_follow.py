@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import struct
+import subprocess
 import sys
 
 import numpy as np
@@ -90,6 +91,42 @@ def test_a_log_of_no_event_leaves_nothing(tmp_path):
     path = tmp_path / "new" / "folder" / "log"
     follow.JsonLines(path).close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_log_in_the_folder_of_the_run_starts_afresh_with_it(tmp_path):
+    folder = tmp_path / "run"
+    argv = [*OPTIONS, "--out", str(folder), "--log", str(folder / "log")]
+    assert cli.main(argv) == cli.OK
+    before = (folder / "log").read_bytes()
+    assert cli.main([*argv, "--force"]) == cli.OK
+    assert (tmp_path / "run.old-1" / "log").read_bytes() == before
+    first, second = (
+        [(line["event"], line.get("epoch")) for line in lines_of(path / "log")]
+        for path in (tmp_path / "run.old-1", folder)
+    )
+    assert first == second
+
+
+def test_who_stops_reading_stops_no_run(tmp_path):
+    def unread(*argv):
+        reading, writing = os.pipe()
+        os.close(reading)
+        try:
+            command = [sys.executable, "-m", "lplr_jax.cli", *argv]
+            done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+        finally:
+            os.close(writing)
+        return done.returncode, done.stderr
+
+    folder = tmp_path / "run"
+    assert unread(*OPTIONS, "--out", str(folder)) == (cli.OK, "")
+    assert records.load(folder)["loss"].shape == (13,)
+    assert unread("verify", str(folder)) == (cli.OK, "")
+    assert unread("verify", str(folder), "--json", "--strict=compatibility") == (cli.UNMET, "")
+    assert unread("verify", "--help") == (cli.OK, "")
+    code, said = unread("verify", str(tmp_path / "missing"))
+    assert code == cli.BAD_INPUT
+    assert "missing" in said
 
 
 def test_a_log_that_is_something_else_is_left_alone(tmp_path, capsys):

@@ -32,8 +32,32 @@ OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, IN_USE, INTERRUPTED = 0
 Preset = Literal["smoke", "default", "paper"]
 CifarPreset = Literal["smoke", "default", "paper", "cpu"]
 
+
+class Screen(Console):
+    """A console that falls silent when nobody reads it any more: who stops reading (`| head`) stops no run."""
+
+    def on_broken_pipe(self) -> None:
+        """Go on in silence."""
+        self.quiet = True
+        _write_nowhere()
+
+
+def _flush() -> None:
+    """Write out what is held back; if nobody reads it, it and all that comes goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _write_nowhere()
+
+
+def _write_nowhere() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 # Files and pipes have no width of their own; 80 columns break every row of the table.
-CONSOLE = Console() if sys.stdout.isatty() else Console(width=130)
+CONSOLE = Screen() if sys.stdout.isatty() else Screen(width=130)
 
 
 def _mnist(preset: Preset, config: mnist_experiment.MnistConfig, following: follow.Following) -> int:
@@ -222,7 +246,7 @@ def _verify(
             "reading": theory.reading(verdicts),
             "verdicts": theory.as_json(verdicts),
         }
-        print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+        CONSOLE.out(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False), highlight=False)
     else:
         report.print_verdicts(CONSOLE, verdicts)
     return code
@@ -422,9 +446,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _use_compilation_cache()
         with interrupt.handled():
-            return _parse_and_run(argv)
+            code = _parse_and_run(argv)
+        _flush()
+        return code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    except BrokenPipeError:  # of the help, which the parser writes past the console; logs are no pipes
+        _write_nowhere()
+        return OK
     except (Exception, KeyboardInterrupt) as error:
         code, message = _outcome(error)
         if debug:

@@ -39,7 +39,8 @@ class JsonLines:
     """A file to which every event is one line of strict JSON, written at once; NaN is null.
 
     Args:
-        path: the file; one that is there is appended to, less a last line that a killed process left half-written.
+        path: the file; one that is there is appended to, less a last line that a killed process left half-written. It
+            is tried here and opened for good by the first event: until then --force may move its folder away.
 
     Raises:
         ValueError: if there is a file that is no such log.
@@ -47,8 +48,13 @@ class JsonLines:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path = checks.path("--log", path)
-        checks.folder("the folder of --log", path.parent)
+        self._path, self._handle = checks.path("--log", path), -1
+        checks.folder("the folder of --log", self._path.parent)
+        self._open()
+        self.close()
+
+    def _open(self) -> None:
+        path = self._path
         self._fresh = [place for place in (path, *path.parents) if not place.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = archives.open_to_write(path, links=True, flags=os.O_APPEND)
@@ -63,6 +69,8 @@ class JsonLines:
 
     def write(self, event: str, run: str, **fields: Any) -> None:
         """Append one event."""
+        if self._handle < 0:
+            self._open()
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, "run": run, **fields}
         content = (json.dumps(_plain(line), ensure_ascii=False, allow_nan=False) + "\n").encode()
         written = os.write(self._handle, content)
@@ -72,8 +80,11 @@ class JsonLines:
 
     def close(self) -> None:
         """Close the file; one that was made here and holds nothing goes, with its folder: no run came to pass."""
+        if self._handle < 0:
+            return
         bare = os.fstat(self._handle).st_size == 0
         os.close(self._handle)
+        self._handle = -1
         for place in self._fresh if bare else ():
             try:
                 place.rmdir() if place.is_dir() else place.unlink(missing_ok=True)
