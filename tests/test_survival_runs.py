@@ -12,6 +12,7 @@ import survival
 from lplr_jax import records
 from lplr_jax.experiments import ablation, boundary, initialisation, mnist
 from lplr_jax.experiments.checkpoint import Checkpoints
+from test_data import cifar_like, write_batch
 
 
 class Stop(Exception):  # noqa: N818
@@ -140,11 +141,15 @@ def left_by(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["mnist", "ablation"])
+@pytest.mark.parametrize("experiment", ["mnist", "ablation", "cifar"])
 def test_twenty_kills_at_random_moments(experiment, tmp_path):
     """Half of the kills by the clock, half at a write chosen at random; whatever was done in between is compared."""
     folder, whole = tmp_path / "run", tmp_path / "whole"
-    command = [experiment, "--preset", "smoke", "--out"]
+    command = [experiment, "--preset", "smoke"]
+    if experiment == "cifar":
+        write_batch(tmp_path / "images" / "data_batch_1.bin", *cifar_like(300))
+        command += ["--data", str(tmp_path / "images")]
+    command += ["--out"]
     code, said = survival.run(whole, [*command, str(whole)])
     assert code == 0, said
     writes = int(said.rpartition("writes: ")[2])

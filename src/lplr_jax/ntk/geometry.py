@@ -6,7 +6,6 @@ b counts batch entries or feature groups, s positions, k contracted and m free e
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import jax
@@ -78,23 +77,27 @@ def _convolution(program: Program, use: Use) -> Geometry:
     s = images * math.prod(spatial)
     k = depth * math.prod(window)
 
+    axes, rows = len(window), []
+    for axis in range(axes):  # pixels of the padded image, (*spatial, *window) when broadcast together
+        stride, dilation = params["window_strides"][axis], params["rhs_dilation"][axis]
+        pixels = np.arange(spatial[axis])[:, None] * stride + np.arange(window[axis]) * dilation
+        rows.append(np.expand_dims(pixels, [d for d in range(2 * axes) if d % axes != axis]))
+
+    def by_group(positions: jax.Array) -> jax.Array:
+        return jnp.moveaxis(positions.reshape(s, groups, -1), 1, 0)
+
     def operand(h: Any) -> jax.Array:
-        h = jnp.transpose(h, lhs)
-        padding = [(0, 0, 0), (0, 0, 0)]
+        h = jnp.transpose(h, (lhs[0], *lhs[2:], lhs[1]))
+        padding = [(0, 0, 0)]
         padding += [(*p, d - 1) for p, d in zip(params["padding"], params["lhs_dilation"], strict=True)]
-        h = lax.pad(h, jnp.zeros((), h.dtype), padding)
-        parts = []
-        for offset in product(*(range(size) for size in window)):
-            start = [o * d for o, d in zip(offset, params["rhs_dilation"], strict=True)]
-            strides = params["window_strides"]
-            stop = [a + (size - 1) * st + 1 for a, size, st in zip(start, spatial, strides, strict=True)]
-            parts.append(lax.slice(h, (0, 0, *start), (*h.shape[:2], *stop), (1, 1, *strides)))
-        patches = jnp.stack(parts, axis=2).reshape(images, groups, k, math.prod(spatial))
-        return jnp.transpose(patches, (1, 0, 3, 2)).reshape(groups, s, k)
+        h = lax.pad(h, jnp.zeros((), h.dtype), [*padding, (0, 0, 0)])
+        # One gather compiles several times faster than a slice for every entry of the window, and runs no slower.
+        patches = h.at[(slice(None), *rows)].get(mode="promise_in_bounds")
+        patches = patches.reshape(s, math.prod(window), groups, depth)
+        return by_group(jnp.swapaxes(patches, 1, 2))
 
     def cotangent(delta: Any) -> jax.Array:
-        delta = jnp.transpose(delta, out_spec).reshape(images, groups, features, math.prod(spatial))
-        return jnp.transpose(delta, (1, 0, 3, 2)).reshape(groups, s, features)
+        return by_group(jnp.transpose(delta, (out_spec[0], *out_spec[2:], out_spec[1])))
 
     return Geometry(groups, s, k, features, operand, cotangent)
 
