@@ -23,19 +23,25 @@ def plain_convolutions(fn: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         fn: function of pytrees of arrays; called bodies are inlined, loops and custom derivatives left whole.
     """
-    if jax.default_backend() != "cpu":
+    if not matters():
         return fn
 
     @wraps(fn)
     def wrapped(*args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)
         closed, out = jax.make_jaxpr(lambda *flat: fn(*tree.unflatten(flat)), return_shape=True)(*leaves)
-        return jax.tree.unflatten(jax.tree.structure(out), _with_plain_convolutions(closed, leaves))
+        return jax.tree.unflatten(jax.tree.structure(out), evaluate(closed, leaves))
 
     return wrapped
 
 
-def _with_plain_convolutions(closed: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+def matters() -> bool:
+    """Return whether this backend runs some layouts of a convolution much slower than others."""
+    return jax.default_backend() == "cpu"
+
+
+def evaluate(closed: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+    """Evaluate a program with its convolutions laid out as by `plain_convolutions`, on every backend."""
     known: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     known.update(zip(closed.jaxpr.invars, args, strict=True))
 
@@ -45,7 +51,7 @@ def _with_plain_convolutions(closed: jex.ClosedJaxpr, args: Sequence[Any]) -> li
     for eqn in closed.jaxpr.eqns:
         operands = [value(atom) for atom in eqn.invars]
         if eqn.primitive.name in _CALLS:
-            results = _with_plain_convolutions(eqn.params["jaxpr"], operands)
+            results = evaluate(eqn.params["jaxpr"], operands)
         elif eqn.primitive is jex.primitives.conv_general_dilated_p:
             results = [_plain_convolution(*operands, **eqn.params)]
         else:

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh
 from jaxtyping import Array, Inexact
 
-from lplr_jax.layouts import plain_convolutions
+from lplr_jax import layouts
 from lplr_jax.ntk import sharded
 from lplr_jax.ntk.explain import Explanation, LeafExplanation
 from lplr_jax.ntk.jaxpr import Program, flatten
@@ -131,7 +132,7 @@ def explain(
     """
     traced = trace(apply_fn, params, x)
     n = int(np.shape(jax.tree.leaves(x)[0])[0])
-    plan, groups = prepare(traced, outputs, (n,), budget(memory_budget))
+    plan, _, groups = prepare(traced, outputs, (n,), budget(memory_budget))
     leaves = []
     for part in plan.leaves:
         shape = traced.program.avals[traced.program.params[part.leaf]].shape
@@ -143,13 +144,18 @@ def explain(
 
 def prepare(
     traced: Traced, outputs: str, sides: tuple[int, ...], memory_budget: int, mesh: Mesh | None = None
-) -> tuple[Plan, tuple[Group, ...]]:
-    """Chooses rules and block sizes for the kernel of one (n,) or two sets (n1, n2) of samples."""
+) -> tuple[Plan, "SampleFeatures", tuple[Group, ...]]:
+    """Chooses rules and block sizes for the kernel of one (n,) or two sets (n1, n2) of samples.
+
+    Returns:
+        Rules; the features of one sample, all terms; groups of terms that are worked on together.
+    """
     held = sides if mesh is None else (sharded.share(sides[0], mesh), sharded.share(sides[-1], mesh))
     plan = make_plan(traced.program, traced.leaves, workload(outputs, traced.c, sides))
+    features = SampleFeatures.trace(traced, plan, tuple(range(len(plan.terms))))
     groups = make_groups(
         plan.terms,
-        [bytes_of(shape) for shape in feature_shapes(traced, plan)],
+        [bytes_of(shape) for shape in features.shapes],
         sweep_bytes(traced.program, traced.c),
         outputs=outputs,
         c=traced.c,
@@ -162,7 +168,7 @@ def prepare(
             f"memory_budget = {memory_budget} bytes for each device does not hold the features that {max(held)} "
             "samples need for one leaf; use more devices or a larger budget"
         )
-    return plan, groups
+    return plan, features, groups
 
 
 def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Traced:
@@ -261,6 +267,43 @@ def sample_features(traced: Traced, plan: Plan, chosen: tuple[int, ...]) -> Call
     return features
 
 
+@dataclass(frozen=True, eq=False)
+class SampleFeatures:
+    """The features of one sample as a program, traced once: its shapes are asked for before it is compiled.
+
+    Attributes:
+        terms: The terms whose features these are.
+        shapes: Shapes of the features, term by term.
+        program: From arrays, constants and the leaves of one sample to the features.
+    """
+
+    terms: tuple[int, ...]
+    shapes: tuple[Any, ...]
+    program: Any
+
+    @classmethod
+    def trace(cls, traced: Traced, plan: Plan, terms: tuple[int, ...]) -> "SampleFeatures":
+        """Traces the features of some terms."""
+        avals = traced.program.avals
+        arrays = [avals[slot] for slot in traced.program.params]
+        consts = [avals[slot] for slot, _ in traced.program.consts]
+        sample = [jax.ShapeDtypeStruct(avals[slot].shape[1:], avals[slot].dtype) for slot in traced.program.inputs]
+        function = sample_features(traced, plan, terms)
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(arrays, consts, sample)
+        return cls(terms, shapes, closed)
+
+    def __call__(self, arrays: list[Any], consts: list[Any], sample: list[Any]) -> tuple[Any, ...]:
+        """Features of one sample."""
+        # Samples may be taken in a loop, where a CPU runs the convolutions of a gradient slower in their own layout.
+        run = layouts.evaluate if layouts.matters() else _evaluate
+        values = run(self.program, [*arrays, *consts, *sample])
+        return jax.tree.unflatten(jax.tree.structure(self.shapes), values)
+
+
+def _evaluate(closed: Any, args: list[Any]) -> list[Any]:
+    return jaxpr_as_fun(closed)(*args)
+
+
 class _Run:
     """A compiled kernel: traced once, called with arrays of the shapes it was made for."""
 
@@ -271,7 +314,9 @@ class _Run:
         self.consts = [jnp.asarray(value) for _, value in self.traced.program.consts]
         self.dtype = self.traced.dtype
         self.rows = self.traced.c if call.outputs == "full" else 1
-        self.plan, self.groups = prepare(self.traced, call.outputs, self.sides, call.budget, call.mesh)
+        self.plan, self.whole_features, self.groups = prepare(
+            self.traced, call.outputs, self.sides, call.budget, call.mesh
+        )
         self.whole = None if call.mesh is None else sharded.compile_kernel(self)
         # One small program called for each tile: a loop inside the program takes longer to compile and to run. The
         # features of every block are arrays of their own, since cutting tiles from larger ones copies more than it is
@@ -289,10 +334,9 @@ class _Run:
 
     def features(self, group: Group, arrays: Any, consts: Any, samples: Any) -> Any:
         """Features of some samples, in chunks of the group's size."""
-        one = sample_features(self.traced, self.plan, group.terms)
-        # Samples may be taken in a loop, where a CPU runs the convolutions of a gradient slower in their own layout.
-        if any(op.name == "conv_general_dilated" for op in self.traced.program.ops):
-            one = plain_convolutions(one)
+        one = self.whole_features
+        if group.terms != one.terms:
+            one = SampleFeatures.trace(self.traced, self.plan, group.terms)
         count = samples[0].shape[0]
         if group.chunk >= count:
             return jax.vmap(lambda sample: one(arrays, consts, sample))(samples)
@@ -379,12 +423,3 @@ def workload(outputs: str, c: int, sides: tuple[int, ...]) -> Workload:
         return Workload(outputs, c, sum(sides), sides[0])
     pairs = sides[0] * (sides[0] + 1) // 2 if len(sides) == 1 else sides[0] * sides[1]
     return Workload(outputs, c, sum(sides), pairs)
-
-
-def feature_shapes(traced: Traced, plan: Plan) -> tuple[Any, ...]:
-    """Shapes of the features of one sample, term by term."""
-    program = traced.program
-    arrays = [program.avals[slot] for slot in program.params]
-    consts = [program.avals[slot] for slot, _ in program.consts]
-    samples = [jax.ShapeDtypeStruct(program.avals[i].shape[1:], program.avals[i].dtype) for i in program.inputs]
-    return jax.eval_shape(sample_features(traced, plan, tuple(range(len(plan.terms)))), arrays, consts, samples)

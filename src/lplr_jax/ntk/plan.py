@@ -265,7 +265,7 @@ def _row_maker(program: Program, use: Use, form: Geometry | None) -> Callable[..
         delta = deltas[use.cut]
         h = _scaled_operand(use, form)(env)  # (b, s, k)
         delta = jax.vmap(lambda one: form.cotangent(use.cotangent(program, one)))(delta)  # (c, b, s, m)
-        # Outputs and free entries lead the product: its rows are those of the gradients, and nothing is moved behind it.
+        # Outputs and free entries lead the product, whose rows are those of the gradients: nothing is moved behind it.
         return jnp.einsum("obsm,bsk->bomk", delta, h, precision=jax.lax.Precision.HIGHEST).swapaxes(0, 1)
 
     return product
