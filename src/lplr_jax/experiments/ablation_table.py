@@ -7,7 +7,7 @@ import numpy as np
 
 from lplr_jax.diagnostics.stability import observe
 from lplr_jax.experiments.ablation import Arm, judged
-from lplr_jax.experiments.tables import Cell, Quantity, Table, mean_of
+from lplr_jax.experiments.tables import Cell, Quantity, Table, last_finite, mean_of
 from lplr_jax.records import Record
 from lplr_jax.summary import summarise
 
@@ -53,11 +53,6 @@ QUANTITIES = (
 )
 
 
-def _last(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite[-1]) if finite.size else math.nan
-
-
 def row(arm: Arm, record: Record) -> dict[str, float | int | str]:
     """Return every quantity of one arm, by the keys of `QUANTITIES`."""
     summary, s = summarise(record), float(record["loss_scale"])
@@ -71,12 +66,12 @@ def row(arm: Arm, record: Record) -> dict[str, float | int | str]:
         "learning_rate": eta,
         "p": int(record["p"]),
         "lambda_0": float(eigs[0]),
-        "lambda_t": _last(eigs),
-        "lambda_t_lower": _last(record["ntk_min_eig_lower"]),
-        "ntk_drift_subset": abs(_last(subset) - subset[0]) / abs(subset[0]),
-        "ntk_drift": abs(_last(eigs) - eigs[0]) / abs(eigs[0]),
-        "loss_t": _last(record["loss"]) if record.diverged_at is None else math.inf,
-        "drift_t": _last(record["drift"]) if record.diverged_at is None else math.inf,
+        "lambda_t": last_finite(eigs),
+        "lambda_t_lower": last_finite(record["ntk_min_eig_lower"]),
+        "ntk_drift_subset": abs(last_finite(subset) - subset[0]) / abs(subset[0]),
+        "ntk_drift": abs(last_finite(eigs) - eigs[0]) / abs(eigs[0]),
+        "loss_t": last_finite(record["loss"]) if record.diverged_at is None else math.inf,
+        "drift_t": last_finite(record["drift"]) if record.diverged_at is None else math.inf,
         "drift_max": float(np.nanmax(record["drift"])) if record.diverged_at is None else math.inf,
         "drift_paper": PAPER_DRIFT[arm.kind] if arm.config.width == 1024 else math.nan,
         "pl_zero": summary.envelope[0],
@@ -88,7 +83,7 @@ def row(arm: Arm, record: Record) -> dict[str, float | int | str]:
         "law_proxy": summary.middle_rate.proxy.law,
         "boundary": 2 / float(sharpness[0]),
         "eta_beta": eta * float(sharpness[0]),
-        "eta_beta_t": eta * _last(sharpness),
+        "eta_beta_t": eta * last_finite(sharpness),
         "predicted": predicted,
         "observed": seen.outcome,
         "diverged": "no" if record.diverged_at is None else f"at epoch {record.diverged_at}",

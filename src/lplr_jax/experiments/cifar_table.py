@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lplr_jax.experiments.tables import Cell, Measured, Quantity, Table, mean_of
+from lplr_jax.experiments.tables import Cell, Measured, Quantity, Table, last_finite, mean_of
 from lplr_jax.plotting.cifar import scope_note
 from lplr_jax.records import Record
 from lplr_jax.summary import gradient_law, summarise
@@ -44,11 +44,6 @@ QUANTITIES = (
 )
 
 
-def _last(values: np.ndarray) -> float:
-    finite = values[np.isfinite(values)]
-    return float(finite[-1]) if finite.size else math.nan
-
-
 def row(record: Record) -> dict[str, float | str]:
     """Return every quantity of one seed, by the keys of `QUANTITIES`."""
     summary, over = summarise(record), record.diverged_at is not None
@@ -61,9 +56,9 @@ def row(record: Record) -> dict[str, float | str]:
     width = max(1, record["epoch"].size // 10)
     return {
         "loss_0": float(record["loss"][0]),
-        "loss_t": math.inf if over else _last(record["loss"]),
-        "accuracy_t": _last(record["accuracy"]),
-        "drift_t": math.inf if over else _last(record["drift"]),
+        "loss_t": math.inf if over else last_finite(record["loss"]),
+        "accuracy_t": last_finite(record["accuracy"]),
+        "drift_t": math.inf if over else last_finite(record["drift"]),
         "drift_falls": f"{falls} of {max(drift.size - 1, 0)}",
         "regime": f"{regime.start} to {regime.stop - 1}" if regime.stop else "none",
         "pl_zero": summary.envelope[0],
@@ -71,15 +66,15 @@ def row(record: Record) -> dict[str, float | str]:
         "pl_proxy": summary.envelope[1],
         "pl_proxy_median": medians[1],
         "lambda_0": float(record["ntk_min_eig"][0]),
-        "lambda_t": _last(record["ntk_min_eig"]),
+        "lambda_t": last_finite(record["ntk_min_eig"]),
         "lambda_least": float(np.nanmin(record["ntk_min_eig"])),
         "max_0": float(record["ntk_max_eig"][0]),
-        "max_t": _last(record["ntk_max_eig"]),
+        "max_t": last_finite(record["ntk_max_eig"]),
         "rank_0": float(record["ntk_effective_rank"][0]),
-        "rank_t": _last(record["ntk_effective_rank"]),
+        "rank_t": last_finite(record["ntk_effective_rank"]),
         "rayleigh_0": float(record["ntk_rayleigh"][0]),
-        "rayleigh_t": _last(record["ntk_rayleigh"]),
-        "shift_t": _last(record["ntk_shift"]),
+        "rayleigh_t": last_finite(record["ntk_rayleigh"]),
+        "shift_t": last_finite(record["ntk_shift"]),
         "slope": gradient_law(record, summary.floor, smoothing=width, whole=True).slope,
         "slope_raw": gradient_law(record, summary.floor, whole=True).slope,
     }

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import rich.table
 from rich.markup import escape
 
@@ -75,6 +76,12 @@ def mean_of(values: Sequence[float]) -> Cell:
     if len(finite) < 2:
         return Measured(mean)
     return Measured(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in finite) / (len(finite) - 1)))
+
+
+def last_finite(values: np.ndarray) -> float:
+    """Return the last value of a series that is finite, NaN where none is."""
+    finite = values[np.isfinite(values)]
+    return float(finite[-1]) if finite.size else math.nan
 
 
 def _number(value: float) -> str:
