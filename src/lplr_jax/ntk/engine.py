@@ -9,6 +9,7 @@ are mirrored.
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Any, Literal
 
 import jax
@@ -25,7 +26,7 @@ from lplr_jax.ntk.explain import Explanation, LeafExplanation
 from lplr_jax.ntk.jaxpr import Program, flatten
 from lplr_jax.ntk.memory import Group, budget, bytes_of, even, make_groups, sweep_bytes
 from lplr_jax.ntk.plan import Plan, Workload, make_plan
-from lplr_jax.ntk.result import DeviceResult, HostResult, Span, blocks, result
+from lplr_jax.ntk.result import DeviceResult, HostResult, Span, blocks, cut, result
 from lplr_jax.ntk.trees import Static, arrays_of, is_array, joined
 
 Outputs = Literal["full", "trace", "diagonal"]
@@ -319,8 +320,7 @@ class _Run:
         )
         self.whole = None if call.mesh is None else sharded.compile_kernel(self)
         # One small program called for each tile: a loop inside the program takes longer to compile and to run. The
-        # features of every block are arrays of their own, since cutting tiles from larger ones copies more than it is
-        # worth.
+        # features of every block are arrays of their own, since a tile that cuts them from larger ones copies too much.
         self._features = jax.jit(self.features_of_block, static_argnums=(0, 1))
         self._tile = jax.jit(self.tile, static_argnums=0)
         self._diagonal = jax.jit(self.diagonal, static_argnums=0)
@@ -361,7 +361,8 @@ class _Run:
     ) -> Iterator[tuple[Span, Span, jax.Array]]:
         """Rows, columns and tile of a group's share; without x2 those on and below the diagonal.
 
-        Blocks of rows are held while the blocks of columns pass by, once for all that are held.
+        All blocks are made at once where the budget allows; else blocks of rows are held while the blocks of columns
+        pass by, once for all that are held.
         """
         mirror = second is None
         rows, cols = (list(blocks(side, group.tile)) for side in (self.sides[0], self.sides[-1]))
@@ -370,6 +371,13 @@ class _Run:
             size = span.stop - span.start
             return self._features(group, size, arrays, self.consts, samples, np.int32(span.start))
 
+        if group.at_once:  # a CPU takes many samples on all its cores, and few on one
+            held = cut(make(first, Span(0, 0, self.sides[0])), rows)
+            passing = held if second is None else cut(make(second, Span(0, 0, self.sides[-1])), cols)
+            for i, j in product(range(len(rows)), range(len(cols))):
+                if not mirror or i >= j:
+                    yield rows[i], cols[j], self._tile(group, held[i], passing[j])
+            return
         for begin in range(0, len(rows), group.held):
             held, passing = {}, None  # the budget has no room for what was held before
             for i in range(begin, min(begin + group.held, len(rows))):

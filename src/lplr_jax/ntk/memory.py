@@ -27,12 +27,14 @@ class Group:
         tile: Samples on a side of the tiles in which Θ is formed, and of the blocks in which features are made.
         held: Blocks of rows whose features are kept while those of the columns pass by; all of them where they fit.
         chunk: Samples whose forward and backward sweeps run at once, at most.
+        at_once: Whether the features of all samples fit twice, so that one program makes them all and then cuts them.
     """
 
     terms: tuple[int, ...]
     tile: int
     held: int
     chunk: int
+    at_once: bool
 
 
 def budget(requested: int | None) -> int:
@@ -132,7 +134,8 @@ def make_groups(
         tile = even(longest, min(tile, fits // pair))
         count = ceil(sides[0] / tile)
         held = count if fits >= (count + bool(passing)) * tile else max(1, fits // tile - 1)
-        groups.append(Group(indices, tile, held, max(1, memory_budget // 4 // sweep)))
+        at_once = fits >= 2 * sum(ceil(side / tile) * tile for side in sides)
+        groups.append(Group(indices, tile, held, max(1, memory_budget // 4 // sweep), at_once))
     return tuple(groups)
 
 

@@ -1,11 +1,11 @@
-"""Where tiles of Θ are put together: on the host where the kernel is computed on the CPU, on the device elsewhere.
+"""Where features are cut and tiles of Θ put together: on the host where it computes itself, on the device elsewhere.
 
-Both take the tiles of one row and one column of blocks as they come. Blocks all have one shape, so the last one begins
-before the previous one ends; of each tile only the entries that are its own are taken.
+Both results take the tiles of one row and one column of blocks as they come. Blocks all have one shape, so the last
+one begins before the previous one ends; of each tile only the entries that are its own are taken.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,6 +40,28 @@ def blocks(total: int, size: int) -> Iterator[Span]:
     for own in range(0, total, size):
         stop = min(own + size, total)
         yield Span(max(stop - size, 0), own, stop)
+
+
+def cut(features: Any, spans: Sequence[Span]) -> list[Any]:
+    """Cut arrays with the sample as leading axis into arrays for each block; on a CPU these are views, not copies."""
+    leaves, tree = jax.tree.flatten(features)
+    if len(spans) == 1:
+        return [features]
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return [tree.unflatten([leaf[span.start : span.stop] for leaf in leaves]) for span in spans]
+    device = next(iter(leaves[0].devices()))
+    if device.platform != "cpu":
+        return [tree.unflatten(_cut(leaves, span.start, span.stop - span.start)) for span in spans]
+    host = [np.asarray(leaf) for leaf in leaves]
+    return [
+        tree.unflatten(jax.device_put([a[span.start : span.stop] for a in host], device, may_alias=True))
+        for span in spans
+    ]
+
+
+@partial(jax.jit, static_argnums=2)
+def _cut(leaves: list[jax.Array], start: Any, size: int) -> list[jax.Array]:
+    return [lax.dynamic_slice_in_dim(leaf, start, size) for leaf in leaves]
 
 
 class HostResult:
