@@ -476,6 +476,15 @@ def test_command(digits, tmp_path, capsys):
     assert document["exit_code"] == 3
     assert document["verdicts"][0]["outcome"] == "refuted"
     assert [v["claim"] for v in document["verdicts"]] == list(theory.CLAIMS)
+    assert cli.main(["verify", str(tmp_path), "--json"]) == cli.INCONSISTENT, "the worst of the arms counts"
+    arms = json.loads(capsys.readouterr().out)
+    assert arms["exit_code"] == 3
+    assert {name: arm["exit_code"] for name, arm in arms["arms"].items()} == {"bad": 3, "good": 0}
+    assert arms["arms"]["bad"]["verdicts"] == document["verdicts"]
+    assert cli.main(["verify", str(tmp_path)]) == cli.INCONSISTENT
+    shown = capsys.readouterr().out
+    assert "run by run" in shown
+    assert "first to break" in shown
     assert cli.main(["verify", str(tmp_path / "none")]) == cli.BAD_INPUT
     assert cli.main(["verify", str(good), "--strict", "nothing"]) == cli.BAD_INPUT
 

@@ -190,6 +190,13 @@ def _cifar(preset: CifarPreset, config: cifar_experiment.CifarConfig, following:
     return OK if all(record.diverged_at is None for record in done.values()) else DIVERGED
 
 
+def _arms(folder: Path) -> dict[str, records.Record]:
+    """Load the records of a folder that holds one folder for each arm; none where it is itself the folder of a run."""
+    if not folder.is_dir() or (folder / "record.npz").exists():
+        return {}
+    return {path.parent.name: records.load(path) for path in sorted(folder.glob("*/record.npz"))}
+
+
 def _plot(record: Annotated[Path, tyro.conf.Positional], /, out: Path | None = None) -> int:
     """Redraw the figure of a record or of a folder of arms; no model and no data are needed.
 
@@ -198,9 +205,8 @@ def _plot(record: Annotated[Path, tyro.conf.Positional], /, out: Path | None = N
         out: figure to write, as PNG and PDF [default: beside the record, named after its experiment].
     """
     record = checks.path("RECORD", record)
-    arms = sorted(record.glob("*/record.npz"))
-    if arms and not (record / "record.npz").exists():
-        loaded_arms = {path.parent.name: records.load(path) for path in arms}
+    loaded_arms = _arms(record)
+    if loaded_arms:
         inits = {repr(arm.config.get("init")) for arm in loaded_arms.values()}
         if all(arm.experiment == "cifar" for arm in loaded_arms.values()):
             _save(plotting.cifar(list(loaded_arms.values())), out or record / "cifar.png")
@@ -224,31 +230,34 @@ def _verify(
     """Hold every hypothesis and every conclusion of the theory against a record; no model and no data are needed.
 
     Exit codes: 0 nothing is inconsistent (a refuted hypothesis is a finding), 1 a claim of --strict is unmet, 2 bad
-    input, 3 the record contradicts itself or the tool is wrong.
+    input, 3 the record contradicts itself or the tool is wrong. Of several runs the worst counts.
 
     Args:
-        record: record.npz, or the folder that holds it.
+        record: record.npz, or the folder that holds it, or one that holds a folder for each arm of an experiment.
         as_json: write the verdicts as JSON.
         strict: a claim that must be at least "not refuted"; may be given several times.
     """
-    loaded = records.load(record)
-    verdicts = theory.verify(loaded)
-    code = OK
-    if any(verdict.claim in strict and not verdict.met for verdict in verdicts):
-        code = UNMET
-    if theory.any_inconsistent(verdicts):
-        code = INCONSISTENT
-    if as_json:
-        document = {
+    record = checks.path("RECORD", record)
+    arms = _arms(record)
+    documents, judged = {}, {}
+    for name, loaded in (arms or {"": records.load(record)}).items():
+        verdicts = judged[name] = theory.verify(loaded)
+        unmet = any(verdict.claim in strict and not verdict.met for verdict in verdicts)
+        documents[name] = {
             "experiment": loaded.experiment,
             "checksum": loaded.checksum(),
-            "exit_code": code,
+            "exit_code": INCONSISTENT if theory.any_inconsistent(verdicts) else UNMET if unmet else OK,
             "reading": theory.reading(verdicts),
             "verdicts": theory.as_json(verdicts),
         }
+    code = max(document["exit_code"] for document in documents.values())
+    if as_json:
+        document = {"exit_code": code, "arms": documents} if arms else documents[""]
         CONSOLE.out(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False), highlight=False)
+    elif len(judged) > 1:
+        CONSOLE.print(report.verdict_matrix(judged))
     else:
-        report.print_verdicts(CONSOLE, verdicts)
+        report.print_verdicts(CONSOLE, *judged.values())
     return code
 
 
