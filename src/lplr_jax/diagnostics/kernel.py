@@ -31,8 +31,7 @@ def empirical_ntk_min_eig(
 
     Raises:
         ValueError: for empty, non-finite or wrongly shaped input, or an `apply_fn` that is not a deterministic
-        function of each
-            sample alone.
+            function of each sample alone.
 
     Example:
         >>> import jax.numpy as jnp

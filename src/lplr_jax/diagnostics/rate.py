@@ -51,12 +51,10 @@ def stable_regime(
     """Find the epochs past the transient and before the proxy decides the value of the PL ratio.
 
     The rule. Tail: an epoch counts as decided by the proxy when L - floor < L / 2, that is when the two ends of the PL
-    bracket
-    differ by more than a factor of 2; the regime stops after the last epoch that is not. Transient: the regime starts
-    at the first
-    epoch whose local rate (log-decrease per epoch, over 1 % of the run) is within a factor of 2 of the median
-    local rate from there to the stop, and whose loss is at most L_0. Where that leaves fewer than 3 epochs the slice
-    is empty.
+    bracket differ by more than a factor of 2; the regime stops after the last epoch that is not. Transient: the regime
+    starts at the first epoch whose local rate (log-decrease per epoch, over 1 % of the run) is within a factor of 2 of
+    the median local rate from there to the stop, and whose loss is at most L_0. Where that leaves fewer than 3 epochs
+    the slice is empty.
 
     Args:
         loss: L at every epoch from 0, shape (T + 1,); NaN after a run that ended early.

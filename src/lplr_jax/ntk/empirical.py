@@ -135,18 +135,17 @@ def empirical_ntk(
         dtype: precision of the computation; parameters and inputs are cast to it. λ_min of a badly conditioned kernel
             is noise in "float32".
         memory_budget: bytes that may be used beside the result; None lets the kernel choose. The result does not
-        depend on it.
+            depend on it.
         mesh: devices over which the engine shards the rows; None takes all where there are several.
 
     Returns:
         (n1 c, n2 c) with rows i c + o (sample-major) for "full", (n1, n2) for "trace", (n1, c) for "diagonal". A
-        float64
-        result should be handed to NumPy (`np.asarray`) unless `jax.enable_x64` is on: JAX truncates it otherwise.
+        float64 result should be handed to NumPy (`np.asarray`) unless `jax.enable_x64` is on: JAX truncates it
+        otherwise.
 
     Raises:
         ValueError: for an unknown name, empty, non-finite or mismatched inputs, or an `apply_fn` that is not a
-        deterministic
-            function of each sample alone.
+            deterministic function of each sample alone.
         TypeError: for an `apply_fn` that is no function, or inputs that are no arrays of numbers.
         ImportError: when neural-tangents is asked for and cannot be imported.
 
