@@ -211,10 +211,10 @@ class RateReport:
         zero: the decay of L itself.
         proxy: the decay of L less the run's floor.
         refits: (T', decay) of the gap when the run is stopped at T' = T/2 and 3T/4, the window found anew by the same
-        rule.
+            rule.
         spread: largest rate of all these over the least, less one; inf if one is not positive, NaN if one is unknown.
         set_by_proxy: whether the spread is above 20 %: the number is made by the proxy, not by the loss. None if
-        unknown.
+            unknown.
     """
 
     window: slice
