@@ -22,6 +22,7 @@ TINY = cifar.CifarConfig(
     blocks=1,
     groups=2,
     epochs=5,
+    learning_rate=0.005,
     batch_size=8,
     n_train=20,
     subset_size=5,
@@ -237,6 +238,23 @@ def test_figure_shows_mean_and_deviation_of_the_records():
         plotting.cifar([seeds[0], stochastic_record(1, epochs=30)])
     with pytest.raises(ValueError, match="no record"):
         plotting.cifar([])
+
+
+def test_figure_says_whose_regime_it_shades():
+    seeds = [stochastic_record(seed) for seed in (0, 1)]
+    # L >= 2 min L for L = e^(-t/10) + 0.05 to t = 10 log(1 / (2 e^-4 + 0.05)) = 24.5, and for seed 1 to 24.7.
+    assert summarise(seeds[0]).regime == slice(0, 25)
+    flat = dataclasses.replace(seeds[1], arrays={**seeds[1].arrays, "loss": np.linspace(1.0, 0.9, 41)})
+    flat.arrays["loss"][0] = 3.0
+    for records_drawn, whose, hatched in ((seeds, "all seeds", 24), ([seeds[0], flat], "1 of 2 seeds", 0)):
+        axes = plotting.cifar(records_drawn).axes[0]
+        labels = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert labels[-2:] == [f"stable regime of {whose}", "the proxy for L* decides for some seed"]
+        (hatch,) = [patch for patch in axes.patches if patch.get_hatch()]
+        assert hatch.get_x() == hatched
+    labels = [text.get_text() for text in plotting.cifar([flat, flat]).axes[0].get_legend().get_texts()]
+    assert labels[-1] == "the proxy for L* decides for some seed"
+    assert not any("regime" in label for label in labels)
 
 
 def test_command_writes_everything_and_plot_redraws_it(tiny, tmp_path, capsys):

@@ -77,12 +77,16 @@ def stable_regime(
         return EMPTY
     loss = loss[:recorded]
     if stop is None:
-        floor = loss_floor(loss) if floor is None else floor
-        clear = np.flatnonzero(loss - floor >= loss / PROXY_INFLATION)
-        stop = int(clear[-1]) + 1 if clear.size else 0
+        stop = proxy_decides_from(loss, loss_floor(loss) if floor is None else floor)
     if start is None:
         start = _past_transient(loss, stop)
     return slice(start, stop) if stop - start >= MIN_EPOCHS else EMPTY
+
+
+def proxy_decides_from(loss: Float[np.ndarray, " t"], floor: float) -> int:
+    """Return the first epoch from which on the proxy decides the value of the PL ratio (see `stable_regime`)."""
+    clear = np.flatnonzero(loss - floor >= loss / PROXY_INFLATION)
+    return int(clear[-1]) + 1 if clear.size else 0
 
 
 def _past_transient(loss: np.ndarray, stop: int) -> int:

@@ -55,16 +55,16 @@ class CifarConfig:
     """Groups of every GroupNorm. Calibrated: the paper's number is not known to us."""
     activation: Literal["relu", "softplus", "tanh"] = "relu"
     """Activation. Calibrated: the paper's is not known to us."""
-    epochs: int = 30
+    epochs: int = 40
     """Passes over the images. Calibrated: 100 in the preset "paper"."""
-    learning_rate: float = 0.005
-    """η at the first step, in squared parameters per unit of loss. Calibrated."""
+    learning_rate: float = 0.002
+    """η at the first step, in squared parameters per unit of loss. Calibrated: at 0.005 two of the seeds drift off."""
     momentum: float = 0.9
     """Heavy-ball momentum (paper, section 6.3: SGD with momentum); 0 for none. The value is calibrated."""
     schedule: Schedule = "cosine"
     """How the step size falls: "cosine" to zero at the end (paper, section 6.3), or "constant"."""
-    batch_size: int = 128
-    """Images of a batch; the last one of an epoch holds what is left. Calibrated."""
+    batch_size: int = 16
+    """Images of a batch; the last one of an epoch holds what is left. Calibrated: 128 in the preset "paper"."""
     micro_batch: int | None = None
     """Images at a time of the exact diagnostics, which bounds memory [default: as `batch_size`]."""
     diagnostics_every: int = 1
@@ -102,7 +102,7 @@ PRESETS: dict[str, CifarConfig] = {
         width=8, epochs=4, batch_size=32, n_train=100, subset_size=10, probe_every=2, spectrum_probes=2, seeds="0,1"
     ),
     "cpu": CifarConfig(),
-    "paper": CifarConfig(width=64, epochs=100, n_train=5000),
+    "paper": CifarConfig(width=64, epochs=100, batch_size=128, n_train=5000),
 }
 """Named sets of defaults: a run of seconds, one for two CPU cores, and one of the paper's size for an accelerator."""
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lplr_jax import theory
+from lplr_jax.diagnostics.rate import proxy_decides_from
 from lplr_jax.plotting.panels import BELOW, HATCH, SHADE
 from lplr_jax.plotting.style import STYLE, plain, source_of
 from lplr_jax.records import Record
@@ -175,16 +176,20 @@ def _kernel_panel(axes: Axes, records: Sequence[Record]) -> None:
 
 
 def _shade(axes: Axes, records: Sequence[Record], summaries: Sequence[Summary], *, columns: int) -> None:
-    """Shade the epochs that lie in every seed's regime, and hatch those at which the proxy decides for some seed."""
+    """Shade the epochs that lie in the regime of every seed that has one, and hatch those decided by some proxy."""
     regimes = [summary.regime for summary in summaries if summary.regime.stop]
     last = int(records[0]["epoch"][-1])
-    if not regimes:
-        return
-    start, stop = max(one.start for one in regimes), min(one.stop for one in regimes) - 1
+    handles, labels = axes.get_legend_handles_labels()
+    start, stop = max((one.start for one in regimes), default=0), min((one.stop for one in regimes), default=0) - 1
     if start < stop:
         axes.axvspan(start, stop, zorder=0, **SHADE)
-    axes.axvspan(stop, last, zorder=0, **HATCH)
-    handles, labels = axes.get_legend_handles_labels()
-    handles += [Patch(**SHADE), Patch(**{**HATCH, "edgecolor": "0.6"})]
-    labels += ["stable regime of all seeds", "the proxy for L* decides"]
+        handles.append(Patch(**SHADE))
+        whose = "all seeds" if len(regimes) == len(records) else f"{len(regimes)} of {len(records)} seeds"
+        labels.append(f"stable regime of {whose}")
+    pairs = zip(records, summaries, strict=True)
+    decided = min(proxy_decides_from(record["loss"], summary.floor) for record, summary in pairs) - 1
+    if decided < last:
+        axes.axvspan(max(decided, 0), last, zorder=0, **HATCH)
+        handles.append(Patch(**{**HATCH, "edgecolor": "0.6"}))
+        labels.append("the proxy for L* decides" if len(records) == 1 else "the proxy for L* decides for some seed")
     axes.legend(handles, labels, **{**BELOW, "ncol": columns})
