@@ -23,7 +23,7 @@ def plain_convolutions(fn: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         fn: function of pytrees of arrays; called bodies are inlined, loops and custom derivatives left whole.
     """
-    if not matters():
+    if not _matters():
         return fn
 
     @wraps(fn)
@@ -35,13 +35,24 @@ def plain_convolutions(fn: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def matters() -> bool:
-    """Return whether this backend runs some layouts of a convolution much slower than others."""
+def _matters() -> bool:
     return jax.default_backend() == "cpu"
 
 
 def evaluate(closed: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
-    """Evaluate a program with its convolutions laid out as by `plain_convolutions`, on every backend."""
+    """Evaluate a program, its convolutions laid out as by `plain_convolutions` where the backend wants it."""
+    return _evaluate_plain(closed, args) if _matters() else list(jex.jaxpr_as_fun(closed)(*args))
+
+
+def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Apply the primitive of an equation to operands, and list its results."""
+    bound = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # a pair up to JAX 0.9
+    out = eqn.primitive.bind(*functions, *operands, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _evaluate_plain(closed: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
     known: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     known.update(zip(closed.jaxpr.invars, args, strict=True))
 
@@ -51,14 +62,11 @@ def evaluate(closed: jex.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
     for eqn in closed.jaxpr.eqns:
         operands = [value(atom) for atom in eqn.invars]
         if eqn.primitive.name in _CALLS:
-            results = evaluate(eqn.params["jaxpr"], operands)
+            results = _evaluate_plain(eqn.params["jaxpr"], operands)
         elif eqn.primitive is jex.primitives.conv_general_dilated_p:
             results = [_plain_convolution(*operands, **eqn.params)]
         else:
-            bound = eqn.primitive.get_bind_params(eqn.params)
-            functions, params = bound if isinstance(bound, tuple) else ((), bound)  # a pair up to JAX 0.9
-            out = eqn.primitive.bind(*functions, *operands, **params)
-            results = out if eqn.primitive.multiple_results else [out]
+            results = bind(eqn, operands)
         known.update(zip(eqn.outvars, results, strict=True))
     return [value(atom) for atom in closed.jaxpr.outvars]
 

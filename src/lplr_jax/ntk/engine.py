@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh
 from jaxtyping import Array, Inexact
 
@@ -296,13 +295,8 @@ class SampleFeatures:
     def __call__(self, arrays: list[Any], consts: list[Any], sample: list[Any]) -> tuple[Any, ...]:
         """Features of one sample."""
         # Samples may be taken in a loop, where a CPU runs the convolutions of a gradient slower in their own layout.
-        run = layouts.evaluate if layouts.matters() else _evaluate
-        values = run(self.program, [*arrays, *consts, *sample])
+        values = layouts.evaluate(self.program, [*arrays, *consts, *sample])
         return jax.tree.unflatten(jax.tree.structure(self.shapes), values)
-
-
-def _evaluate(closed: Any, args: list[Any]) -> list[Any]:
-    return jaxpr_as_fun(closed)(*args)
 
 
 class _Run:

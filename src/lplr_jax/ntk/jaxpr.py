@@ -16,6 +16,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from lplr_jax import layouts
+
 # Calls whose body means exactly what the call means, for values and for derivatives.
 _TRANSPARENT_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"})
 
@@ -40,11 +42,7 @@ class Op:
 
     def evaluate(self, operands: Sequence[Any]) -> list[Any]:
         """Applies the primitive to the operands and lists its results."""
-        primitive = self.eqn.primitive
-        bound = primitive.get_bind_params(self.eqn.params)
-        functions, params = bound if isinstance(bound, tuple) else ((), bound)  # a pair up to JAX 0.9
-        out = primitive.bind(*functions, *operands, **params)
-        return list(out) if primitive.multiple_results else [out]
+        return layouts.bind(self.eqn, operands)
 
 
 @dataclass(frozen=True, eq=False)
