@@ -1,6 +1,5 @@
 """The `lplr` command: wiring from options to experiments, records and figures."""
 
-import errno
 import io
 import json
 import logging
@@ -26,38 +25,23 @@ from lplr_jax.experiments import cifar as cifar_experiment
 from lplr_jax.experiments import initialisation as initialisation_experiment
 from lplr_jax.experiments import mnist as mnist_experiment
 from lplr_jax.experiments.checkpoint import Checkpoints
+from lplr_jax.experiments.outcome import (
+    BAD_INPUT,
+    DIVERGED,
+    IN_USE,
+    INCONSISTENT,
+    INTERRUPTED,
+    IO_FAILED,
+    OK,
+    UNMET,
+    outcome,
+)
+from lplr_jax.experiments.screen import CONSOLE, flush, say, write_nowhere
 
-OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, IN_USE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
+__all__ = ["BAD_INPUT", "DIVERGED", "INCONSISTENT", "INTERRUPTED", "IN_USE", "IO_FAILED", "OK", "UNMET", "main"]
 
 Preset = Literal["smoke", "default", "paper"]
 CifarPreset = Literal["smoke", "default", "paper", "cpu"]
-
-
-class Screen(Console):
-    """A console that falls silent when nobody reads it any more: who stops reading (`| head`) stops no run."""
-
-    def on_broken_pipe(self) -> None:
-        """Go on in silence."""
-        self.quiet = True
-        _write_nowhere()
-
-
-def _flush() -> None:
-    """Write out what is held back; if nobody reads it, it and all that comes goes nowhere."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _write_nowhere()
-
-
-def _write_nowhere() -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
-
-
-# Files and pipes have no width of their own; 80 columns break every row of the table.
-CONSOLE = Screen() if sys.stdout.isatty() else Screen(width=130)
 
 
 def _mnist(preset: Preset, config: mnist_experiment.MnistConfig, following: follow.Following) -> int:
@@ -69,12 +53,12 @@ def _mnist(preset: Preset, config: mnist_experiment.MnistConfig, following: foll
             settings = {"probe_dir": folder / "probes", "checkpoints": checkpoints}
             return mnist_experiment.run(config, observer=observer, **settings)
 
-    with place.claimed(folder, "mnist", identity, force=config.force, say=_say) as lock:
-        record = place.kept(folder, "mnist", identity, make, check=lock.check, say=_say)
+    with place.claimed(folder, "mnist", identity, force=config.force, say=say) as lock:
+        record = place.kept(folder, "mnist", identity, make, check=lock.check, say=say)
     CONSOLE.print(report.summary_table(record))
-    _say(f"record   {folder / 'record.npz'}")
+    say(f"record   {folder / 'record.npz'}")
     if record.diverged_at == 0:
-        _say("no figure: the run diverged at epoch 0")
+        say("no figure: the run diverged at epoch 0")
     else:
         _draw(record, figures / "mnist.png")
     verdicts = theory.verify(record)
@@ -89,13 +73,9 @@ def _draw(record: records.Record, target: Path) -> None:
     _save(plotting.cifar([record]) if record.experiment == "cifar" else plotting.four_panel(record), target)
 
 
-def _say(line: str) -> None:
-    CONSOLE.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
 def _save(figure: Figure, target: Path) -> None:
     for path in plotting.save(figure, target):
-        _say(f"figure   {path}")
+        say(f"figure   {path}")
 
 
 def _places(experiment: str, preset: str, out: Path | None) -> tuple[Path, Path]:
@@ -108,7 +88,7 @@ def _places(experiment: str, preset: str, out: Path | None) -> tuple[Path, Path]
 def _tabulate(table: tables.Table, stem: Path) -> None:
     CONSOLE.print(tables.to_rich(table))
     for path in tables.save(table, stem):
-        _say(f"table    {path}")
+        say(f"table    {path}")
 
 
 def _ablation(preset: Preset, config: ablation_experiment.AblationConfig, following: follow.Following) -> int:
@@ -116,8 +96,8 @@ def _ablation(preset: Preset, config: ablation_experiment.AblationConfig, follow
     identity = ablation_experiment.identity(config)
     if not config.force:
         ablation_experiment.known_sharpness(folder)  # a damaged file is refused before anything is written
-    with place.claimed(folder, "ablation", identity, force=config.force, say=_say) as lock:
-        done = ablation_experiment.run(config, folder, say=_say, follow=following, check=lock.check)
+    with place.claimed(folder, "ablation", identity, force=config.force, say=say) as lock:
+        done = ablation_experiment.run(config, folder, say=say, follow=following, check=lock.check)
         _tabulate(ablation_table.table(done), folder / "ablation")
     _save(plotting.ablation([record for _, record in done]), figures / "ablation.png")
     verdicts = {arm.name: theory.verify(record) for arm, record in done}
@@ -130,9 +110,9 @@ def _ablation(preset: Preset, config: ablation_experiment.AblationConfig, follow
 def _boundary(preset: Preset, config: boundary_experiment.BoundaryConfig) -> int:
     folder, figures = _places("boundary", preset, config.out)
     identity = boundary_experiment.identity(config)
-    with place.claimed(folder, "boundary", identity, force=config.force, say=_say) as lock:
-        points = boundary_experiment.run_in(config, folder, say=_say, check=lock.check)
-        _say(f"points   {folder / 'boundary.json'}")
+    with place.claimed(folder, "boundary", identity, force=config.force, say=say) as lock:
+        points = boundary_experiment.run_in(config, folder, say=say, check=lock.check)
+        say(f"points   {folder / 'boundary.json'}")
         _tabulate(boundary_experiment.table(points, config), folder / "boundary")
     brackets = [point.bracket for point in points]
     figure = plotting.boundary(
@@ -155,13 +135,13 @@ def _initialisation(
     identity = initialisation_experiment.identity(config)
     if not config.force:
         ablation_experiment.known_sharpness(folder)
-    with place.claimed(folder, "initialisation", identity, force=config.force, say=_say) as lock:
-        done = initialisation_experiment.run(config, folder, say=_say, follow=following, check=lock.check)
+    with place.claimed(folder, "initialisation", identity, force=config.force, say=say) as lock:
+        done = initialisation_experiment.run(config, folder, say=say, follow=following, check=lock.check)
         _tabulate(initialisation_experiment.table(done), folder / "initialisation")
     for arm, record in done:
         following.finished(arm.name, theory.verify(record), diverged_at=record.diverged_at)
     if not widths:
-        _say(f"no width ablation at {beside}: the panel of loss against width is left out (`lplr ablation` makes one)")
+        say(f"no width ablation at {beside}: the panel of loss against width is left out (`lplr ablation` makes one)")
     figure = plotting.initialisation({arm.name: record for arm, record in done}, widths, epoch=config.loss_epoch)
     _save(figure, figures / "initialisation.png")
     return OK
@@ -172,17 +152,17 @@ def _cifar(preset: CifarPreset, config: cifar_experiment.CifarConfig, following:
     folder, figures = _places("cifar", "default" if preset == cifar_experiment.default_preset() else preset, config.out)
     problem = cifar_experiment.set_up(config)
     identity = cifar_experiment.identity(config, problem.dataset)
-    with place.claimed(folder, "cifar", identity, force=config.force, say=_say) as lock:
-        done = cifar_experiment.run_all(config, folder, problem, say=_say, follow=following, check=lock.check)
+    with place.claimed(folder, "cifar", identity, force=config.force, say=say) as lock:
+        done = cifar_experiment.run_all(config, folder, problem, say=say, follow=following, check=lock.check)
         _tabulate(cifar_table.table(done), folder / "cifar")
     _save(plotting.cifar(list(done.values())), figures / "cifar.png")
     verdicts = {f"seed {seed}": theory.verify(record) for seed, record in done.items()}
     if len(verdicts) > 1:
         CONSOLE.print(report.verdict_matrix(verdicts))
     first, of_first = next(iter(verdicts.items()))
-    _say(f"{first}:")
+    say(f"{first}:")
     report.print_verdicts(CONSOLE, of_first)
-    _say(plotting.scope_note(list(done.values())))
+    say(plotting.scope_note(list(done.values())))
     for seed, record in done.items():
         following.finished(f"seed{seed}", verdicts[f"seed {seed}"], diverged_at=record.diverged_at)
     if any(map(theory.any_inconsistent, verdicts.values())):
@@ -277,7 +257,7 @@ def _data(
         source: where the images come from.
     """
     found = datasets.load(name, source=source, data_dir=data, n_train=n_train)
-    _say(f"{found.name}: x {found.x.shape}, y {found.y.shape}\nsource   {found.source}\nchecksum {found.checksum}")
+    say(f"{found.name}: x {found.x.shape}, y {found.y.shape}\nsource   {found.source}\nchecksum {found.checksum}")
     return OK
 
 
@@ -403,35 +383,6 @@ def _use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def _sentence(error: BaseException) -> str:
-    """Return what an error says as one line that a terminal can show; a KeyError's text is its argument."""
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    line = " ".join(text.split()) or type(error).__name__
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
-
-
-def _outcome(error: BaseException) -> tuple[int, str]:
-    """Return the exit code of an error and what is said of it."""
-    said = _sentence(error)
-    match error:
-        case KeyboardInterrupt():
-            return INTERRUPTED, f"{said}; the same command goes on from there"
-        case place.DirectoryInUseError():
-            return IN_USE, said
-        case ValueError() | TypeError() | KeyError() | ImportError():
-            return BAD_INPUT, said
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return (
-                IO_FAILED,
-                f"{said}; make room: what was saved before is intact, and the same command goes on from there",
-            )
-        case OSError():
-            return IO_FAILED, said
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return BAD_INPUT, f"out of memory ({said}); lower --width, --n-train or --epochs"
-    return INCONSISTENT, f"a fault of lplr-jax, {type(error).__name__}: {said}; try --debug"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -456,15 +407,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _use_compilation_cache()
         with interrupt.handled():
             code = _parse_and_run(argv)
-        _flush()
+        flush()
         return code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     except BrokenPipeError:  # of the help, which the parser writes past the console; logs are no pipes
-        _write_nowhere()
+        write_nowhere()
         return OK
     except (Exception, KeyboardInterrupt) as error:
-        code, message = _outcome(error)
+        code, message = outcome(error)
         if debug:
             traceback.print_exc()
     Console(stderr=True).print(f"lplr: {message}", style="red", highlight=False, soft_wrap=True, markup=False)
