@@ -17,8 +17,9 @@ import numpy as np
 import optax
 
 from lplr_jax import data
+from lplr_jax.losses import Objective
 from lplr_jax.models import MLP
-from lplr_jax.training import Objective, init_state, train_epochs
+from lplr_jax.training import init_state, train_epochs
 
 
 @partial(jax.jit, static_argnames=("loss", "optimizer", "epochs"), donate_argnames=("params", "opt_state"))

@@ -19,13 +19,13 @@ from rich.logging import RichHandler
 from lplr_jax import checks, plotting, records, theory
 from lplr_jax import data as datasets
 from lplr_jax.experiments import ablation as ablation_experiment
-from lplr_jax.experiments import ablation_table, cifar_table, follow, interrupt, place, report, tables
+from lplr_jax.experiments import ablation_table, cifar_table
 from lplr_jax.experiments import boundary as boundary_experiment
 from lplr_jax.experiments import cifar as cifar_experiment
 from lplr_jax.experiments import initialisation as initialisation_experiment
 from lplr_jax.experiments import mnist as mnist_experiment
-from lplr_jax.experiments.checkpoint import Checkpoints
-from lplr_jax.experiments.outcome import (
+from lplr_jax.reports import follow, report, tables
+from lplr_jax.reports.exit_codes import (
     BAD_INPUT,
     DIVERGED,
     IN_USE,
@@ -36,7 +36,10 @@ from lplr_jax.experiments.outcome import (
     UNMET,
     outcome,
 )
-from lplr_jax.experiments.screen import CONSOLE, flush, say, write_nowhere
+from lplr_jax.reports.screen import CONSOLE, flush, say, write_nowhere
+from lplr_jax.runs import folder as place
+from lplr_jax.runs import interrupt
+from lplr_jax.runs.checkpoint import Checkpoints
 
 __all__ = ["BAD_INPUT", "DIVERGED", "INCONSISTENT", "INTERRUPTED", "IN_USE", "IO_FAILED", "OK", "UNMET", "main"]
 

@@ -6,19 +6,12 @@ The only module that knows a layer. Everything downstream sees `apply_fn(params,
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from lplr_jax import checks
-
-Params = Any
-"""A pytree of parameter arrays."""
-
-ApplyFn = Callable[[Params, Any], Any]
-"""A pure function from parameters and inputs (n, ...) to outputs (n, c)."""
+from lplr_jax import checks, rooms
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"softplus": nn.softplus, "tanh": nn.tanh, "relu": nn.relu}
 """Activations by name."""
@@ -220,14 +213,6 @@ def _check_floating(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a floating type such as float32, got {checks.shown(value)}")
 
 
-def count_parameters(params: Params) -> int:
-    """Return p, the number of scalars in a pytree of parameters.
-
-    Raises:
-        TypeError: if a leaf is no array.
-    """
-    leaves = jax.tree.leaves(params)
-    for leaf in leaves:
-        if not hasattr(leaf, "size"):
-            raise TypeError(f"params must be a pytree of arrays, got a leaf {checks.shown(leaf)}")
-    return sum(leaf.size for leaf in leaves)
+def __getattr__(name: str) -> Any:
+    """Give out a name that lives elsewhere now."""
+    return rooms.through_door(__name__, name)

@@ -1,20 +1,20 @@
 """Records of runs: what was measured, with units, configuration and provenance, as one npz file without pickles."""
 
-import errno
 import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from lplr_jax import archives, checks
+from lplr_jax.files import atomic_write
+from lplr_jax.schema import REQUIRED, SCHEMA
 
 SCHEMA_VERSION = 1
 
@@ -27,78 +27,6 @@ class RecordError(ValueError):
     """A file or a set of arrays that is no valid record."""
 
 
-class Entry(NamedTuple):
-    """What one array of a record is."""
-
-    dims: tuple[str, ...]
-    units: str
-    meaning: str
-
-
-HALF = ".half-"
-"""Part of the name of every file and directory that is not whole yet."""
-
-LOSS = "units of L"
-KERNEL = "output² / parameter²"
-LIPSCHITZ = "output² / parameter³"
-
-SCHEMA: dict[str, Entry] = {
-    "epoch": Entry(("epoch",), "epochs", "epoch t; 0 is the initialisation"),
-    "loss": Entry(("epoch",), LOSS, "L(θ_t) on all training data, in training precision"),
-    "grad_sq_norm": Entry(("epoch",), "L² / parameter²", "‖∇L(θ_t)‖², in training precision"),
-    "drift": Entry(("epoch",), "parameter", "‖θ_t - θ_0‖₂"),
-    "accuracy": Entry(("epoch",), "1", "share of training samples whose largest output is that of their class"),
-    "probe_epoch": Entry(("probe",), "epochs", "epoch of each kernel probe"),
-    "probe_loss": Entry(("probe",), LOSS, "L(θ_t) evaluated in float64"),
-    "probe_grad_sq_norm": Entry(("probe",), "L² / parameter²", "‖∇L(θ_t)‖² evaluated in float64"),
-    "ntk_min_eig": Entry(("probe",), KERNEL, "λ_min of the full (n c, n c) kernel"),
-    "ntk_min_eig_lower": Entry(("probe",), KERNEL, "proved lower bound on λ_min"),
-    "ntk_min_eig_upper": Entry(("probe",), KERNEL, "proved upper bound on λ_min"),
-    "ntk_max_eig": Entry(("probe",), KERNEL, "λ_max of the full kernel"),
-    "ntk_min_eig_subset": Entry(("probe",), KERNEL, "λ_min on the subset, an upper bound of that on all"),
-    "ntk_rayleigh": Entry(("probe",), KERNEL, "rᵀΘr / ‖r‖² at the residual r of the probe"),
-    "ntk_effective_rank": Entry(("probe",), "1", "(tr Θ)² / ‖Θ‖_F², between 1 and the number of rows"),
-    "ntk_shift": Entry(("probe",), KERNEL, "‖Θ_t - Θ_0‖₂"),
-    "sharpness": Entry(("probe",), "L / parameter²", "largest eigenvalue of the Hessian of L; NaN where not measured"),
-    "curvature_min": Entry(
-        ("probe",), "L / parameter²", "least eigenvalue of the Hessian of L; NaN where not measured"
-    ),
-    "lqcr_inner": Entry(("probe",), LOSS, "⟨∇L(θ_t), θ_t - θ_T⟩, T the last probe"),
-    "ntk_assembly_error": Entry(
-        ("probe",), KERNEL, "bound on the assembly error of Θ in spectral norm; finite where the interval includes it"
-    ),
-    "probe_untrusted": Entry(
-        ("probe",),
-        "1",
-        "1: the kernel's values of this probe are NaN as the arithmetic lost them, 2: the Hessian's, 3: both",
-    ),
-    "spectrum": Entry(("probe", "eigenvalue"), KERNEL, "eigenvalues of Θ_t, ascending; NaN where not measured"),
-    "residual_energy": Entry(
-        ("probe", "eigenvalue"), "1", "share of ‖r‖² along each eigenvector of Θ_t; NaN where not measured"
-    ),
-    "ntk_pair_shift": Entry(("probe", "other_probe"), KERNEL, "‖Θ_s - Θ_t‖₂ for every pair of probes, from below"),
-    "param_pair_distance": Entry(("probe", "other_probe"), "parameter", "‖θ_s - θ_t‖₂ for every pair of probes"),
-    "ntk_lipschitz_lower": Entry((), LIPSCHITZ, "largest ‖Θ_s - Θ_t‖₂/‖θ_s - θ_t‖ over pairs of probes, less errors"),
-    "ntk_lipschitz_random": Entry((), LIPSCHITZ, "lower estimate of L_Θ on the ball of the run, random directions"),
-    "ntk_lipschitz_gradient": Entry((), LIPSCHITZ, "the same, along the gradient at θ_0"),
-    "ntk_lipschitz_power": Entry((), LIPSCHITZ, "the same, by power iteration on the derivative of the kernel"),
-    "ntk_lipschitz_upper": Entry((), LIPSCHITZ, "proved upper bound of L_Θ on the ball of the run; NaN where none"),
-    "smoothness_upper": Entry((), "L / parameter²", "proved upper bound of β on the ball of the run; NaN where none"),
-    "radius_certified": Entry((), "parameter", "R*: proved that L_Θ(R) R < λ_0 for R < R*; NaN where none"),
-    "parameter_spacing": Entry((), "parameter", "2-norm of the float32 spacings of θ_0"),
-    "affine_in_parameters": Entry((), "1", "1 where the program is affine in its parameters, read off its jaxpr"),
-    "kernel_samples": Entry((), "samples", "samples of every probe's kernel, loss and gradient; absent: all n"),
-    "kernel_trace": Entry((), "1", "1 where the probes hold the output-averaged kernel, (1/c) Σ_o Θ_oo"),
-    "subset_ids": Entry(("subset",), "sample numbers", "training samples of the subset"),
-    "loss_scale": Entry((), "1", "the number s in L = ‖r‖² / (2 s)"),
-    "learning_rate": Entry((), "parameter² / L", "step size η"),
-    "n": Entry((), "samples", "training samples"),
-    "c": Entry((), "outputs", "outputs per sample"),
-    "p": Entry((), "parameters", "parameters"),
-}
-"""Every array a record may hold. What was not measured is absent."""
-
-REQUIRED = ("epoch", "loss", "grad_sq_norm", "drift", "loss_scale", "learning_rate", "n", "c", "p")
 _TEXT = ("experiment", "config", "provenance", "checksum")
 _INDICES = ("epoch", "probe_epoch", "subset_ids")
 
@@ -252,62 +180,6 @@ def _check_values(arrays: Mapping[str, np.ndarray]) -> None:
         if name in arrays and arrays[name].size and not 0 <= int(arrays[name].min()) <= int(arrays[name].max()) < end:
             span = f"{arrays[name].min()} to {arrays[name].max()}"
             raise RecordError(f"{name} must lie in the run's {what} 0 to {end - 1}, got {span}")
-
-
-class atomic_write:  # noqa: N801 - reads as a function at every call
-    """Context with a temporary path beside `path`, moved there and flushed to disk when the body succeeds."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> Path:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{self._path.stem}{HALF}"
-        handle, name = tempfile.mkstemp(prefix=prefix, suffix=self._path.suffix, dir=self._path.parent)
-        os.close(handle)
-        self._temporary = Path(name)
-        return self._temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                _sync(self._temporary)
-                # mkstemp makes files that only their owner can read; a record is an ordinary file.
-                umask = os.umask(0)
-                os.umask(umask)
-                self._temporary.chmod(0o666 & ~umask)
-                self._temporary.replace(self._path)
-                sync_directory(self._path.parent)
-        finally:
-            self._temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or the entries of a directory are on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_directory(folder: Path) -> None:
-    """Wait until the names in a directory are on disk; some file systems know no such thing, which is no error."""
-    try:
-        _sync(folder)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
-            raise
-
-
-def sync_tree(folder: Path) -> None:
-    """Wait until every file of a tree is on disk, and the names of them all."""
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            sync_directory(path)
-        else:
-            _sync(path)
-    sync_directory(folder)
 
 
 def load(path: str | os.PathLike[str]) -> Record:

@@ -1,5 +1,8 @@
 """The latent variables of local PL theory, at one point or along a run."""
 
+from lplr_jax.curves.pl import loss_floor, pl_bracket, pl_identity_tolerance
+from lplr_jax.curves.rate import Decay, RateReport, contraction_factor, middle_half, rate_report, stable_regime
+from lplr_jax.curves.stability import EXPECTED, Observation, PowerLaw, observe, place_of, power_law, rounding_allowance
 from lplr_jax.diagnostics.hessian import Extremes, hessian_extremes, ntk_extremes
 from lplr_jax.diagnostics.kernel import (
     certified_min_eig,
@@ -9,17 +12,7 @@ from lplr_jax.diagnostics.kernel import (
     stratified_ids,
     subset_ids,
 )
-from lplr_jax.diagnostics.pl import PointDiagnostics, evaluate_point, loss_floor, pl_bracket, pl_identity_tolerance
-from lplr_jax.diagnostics.rate import Decay, RateReport, contraction_factor, middle_half, rate_report, stable_regime
-from lplr_jax.diagnostics.stability import (
-    EXPECTED,
-    Observation,
-    PowerLaw,
-    observe,
-    place_of,
-    power_law,
-    rounding_allowance,
-)
+from lplr_jax.diagnostics.pl import PointDiagnostics, evaluate_point
 
 __all__ = [
     "EXPECTED",

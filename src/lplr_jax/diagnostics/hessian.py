@@ -12,9 +12,9 @@ import numpy as np
 
 from lplr_jax import checks
 from lplr_jax.lanczos import Matvec, Ritz, extreme_ritz
-from lplr_jax.models import ApplyFn, Params
 from lplr_jax.ntk import checks as probes
 from lplr_jax.ntk.empirical import Precision, cast_floating, precision_scope
+from lplr_jax.types import ApplyFn, Params
 
 Reduction = Literal["sum", "mean"]
 

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lplr_jax import checks, linalg
-from lplr_jax.models import ApplyFn, Params
-from lplr_jax.ntk.assembly import assembly_bound
 from lplr_jax.ntk.empirical import empirical_ntk
+from lplr_jax.proofs.assembly import assembly_bound
+from lplr_jax.types import ApplyFn, Params
 
 
 def empirical_ntk_min_eig(

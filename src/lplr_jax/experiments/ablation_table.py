@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lplr_jax.diagnostics.stability import observe
-from lplr_jax.experiments.ablation import Arm, judged
-from lplr_jax.experiments.tables import Cell, Quantity, Table, last_finite, mean_of
+from lplr_jax.curves.stability import observe
+from lplr_jax.curves.summary import summarise
+from lplr_jax.experiments.step_size import Arm, judged
 from lplr_jax.records import Record
-from lplr_jax.summary import summarise
+from lplr_jax.reports.tables import Cell, Quantity, Table, last_finite, mean_of
 
 PAPER_DRIFT = {"common": 1.870, "smaller": 0.158}
 """Final drift of the paper's two arms of width 1024 (Table 1); its η, epochs and scalings are not known to us."""

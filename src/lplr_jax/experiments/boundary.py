@@ -16,16 +16,18 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from lplr_jax import checks, records
+from lplr_jax import checks
 from lplr_jax.checks import integers
-from lplr_jax.diagnostics.stability import PowerLaw, power_law, rounding_allowance
+from lplr_jax.curves.stability import PowerLaw, power_law, rounding_allowance
 from lplr_jax.experiments import mnist
-from lplr_jax.experiments.ablation import initial_sharpness
-from lplr_jax.experiments.place import CHECKPOINTS
-from lplr_jax.experiments.run import describe_environment
-from lplr_jax.experiments.tables import Measured, Quantity, Table
-from lplr_jax.models import Params
-from lplr_jax.training import LossScale, Objective, TrainState, init_state, train_step
+from lplr_jax.experiments.step_size import initial_sharpness
+from lplr_jax.files import atomic_write
+from lplr_jax.losses import LossScale, Objective
+from lplr_jax.reports.tables import Measured, Quantity, Table
+from lplr_jax.runs.environment import describe_environment
+from lplr_jax.runs.folder import CHECKPOINTS
+from lplr_jax.training import TrainState, init_state, train_step
+from lplr_jax.types import Params
 
 _GRADIENT_DESCENT = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
 """Gradient descent whose η is part of its state, so that one compiled program serves every η."""
@@ -346,7 +348,7 @@ def save(points: Sequence[Point], config: BoundaryConfig, target: Path) -> Path:
         "points": [{**asdict(point), "ratio": point.ratio} for point in points],
         "provenance": describe_environment(),
     }
-    with records.atomic_write(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return target
 

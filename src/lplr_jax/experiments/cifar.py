@@ -17,28 +17,28 @@ from jaxtyping import Array
 
 from lplr_jax import checks, data, diagnostics, theory
 from lplr_jax.checks import integers
-from lplr_jax.experiments.ablation import Follow, Say, unfollowed
-from lplr_jax.experiments.checkpoint import Checkpoints
 from lplr_jax.experiments.minibatch import MiniBatches, Schedule, momentum_sgd
-from lplr_jax.experiments.place import kept
-from lplr_jax.experiments.probe import KernelProbe
-from lplr_jax.experiments.run import (
+from lplr_jax.losses import LossScale, Objective
+from lplr_jax.measurement.probe import KernelProbe
+from lplr_jax.models import ResNet
+from lplr_jax.ntk.empirical import check_kernel_name
+from lplr_jax.records import Record
+from lplr_jax.runs.checkpoint import Checkpoints
+from lplr_jax.runs.environment import describe_environment, peak_memory_bytes
+from lplr_jax.runs.folder import kept
+from lplr_jax.runs.loop import (
     MOST,
     Advance,
-    Observer,
     check_learning_rate,
     check_memory,
-    describe_environment,
-    peak_memory_bytes,
     probe_epochs,
     replay,
     run_training,
     spread,
 )
-from lplr_jax.models import Params, ResNet, count_parameters
-from lplr_jax.ntk.empirical import check_kernel_name
-from lplr_jax.records import Record
-from lplr_jax.training import LossScale, Objective, batches_of, init_shuffled
+from lplr_jax.runs.session import Follow, Observer, Say, unfollowed
+from lplr_jax.training import batches_of, init_shuffled
+from lplr_jax.types import Params, count_parameters
 
 
 @dataclass(frozen=True)

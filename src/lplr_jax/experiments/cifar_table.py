@@ -5,10 +5,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lplr_jax.experiments.tables import Cell, Measured, Quantity, Table, last_finite, mean_of
+from lplr_jax.curves.summary import gradient_law, summarise
 from lplr_jax.plotting.cifar import scope_note
 from lplr_jax.records import Record
-from lplr_jax.summary import gradient_law, summarise
+from lplr_jax.reports.tables import Cell, Measured, Quantity, Table, last_finite, mean_of
 
 PAPER_SLOPE = 0.29
 """Smoothed log-log slope of ‖∇L‖² against the gap in the paper's earlier version (v2, CIFAR)."""

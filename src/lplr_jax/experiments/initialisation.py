@@ -6,21 +6,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lplr_jax import checks, records
+from lplr_jax.curves.summary import gradient_law, summarise
 from lplr_jax.experiments import ablation_table, mnist
-from lplr_jax.experiments.ablation import (
-    Arm,
-    Follow,
-    Say,
-    run_arm,
-    sharpness_of_all,
-    three_digits,
-    unfollowed,
-    write_predictions,
-)
-from lplr_jax.experiments.tables import Cell, Measured, Quantity, Table
+from lplr_jax.experiments.ablation import run_arm
+from lplr_jax.experiments.step_size import Arm, sharpness_of_all, three_digits, write_predictions
+from lplr_jax.losses import LossScale
 from lplr_jax.records import Record
-from lplr_jax.summary import gradient_law, summarise
-from lplr_jax.training import LossScale
+from lplr_jax.reports.tables import Cell, Measured, Quantity, Table
+from lplr_jax.runs.session import Follow, Say, unfollowed
 
 Init = Literal["he", "scaled-output", "antisymmetric"]
 

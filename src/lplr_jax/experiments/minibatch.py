@@ -11,8 +11,9 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from lplr_jax.models import Params
-from lplr_jax.training import ExactMetrics, Objective, ShuffledState, evaluate_exactly, shuffled_epoch
+from lplr_jax.losses import Objective
+from lplr_jax.training import ExactMetrics, ShuffledState, evaluate_exactly, shuffled_epoch
+from lplr_jax.types import Params
 
 Schedule = Literal["cosine", "constant"]
 

@@ -14,24 +14,18 @@ import optax
 from jaxtyping import Array
 
 from lplr_jax import checks, data, diagnostics, theory
-from lplr_jax.diagnostics.rate import check_regime
-from lplr_jax.experiments.checkpoint import Checkpoints
-from lplr_jax.experiments.probe import KernelProbe
-from lplr_jax.experiments.run import (
-    MOST,
-    Observer,
-    check_learning_rate,
-    check_memory,
-    describe_environment,
-    peak_memory_bytes,
-    probe_epochs,
-    run_training,
-    spread,
-)
-from lplr_jax.models import ACTIVATIONS, INITS, MLP, Params, count_parameters
+from lplr_jax.curves.rate import check_regime
+from lplr_jax.losses import LossScale, Objective
+from lplr_jax.measurement.probe import KernelProbe
+from lplr_jax.models import ACTIVATIONS, INITS, MLP
 from lplr_jax.ntk.empirical import Precision, check_kernel_name
 from lplr_jax.records import Record
-from lplr_jax.training import EpochMetrics, LossScale, Objective, TrainState, evaluate, init_state, train_epochs
+from lplr_jax.runs.checkpoint import Checkpoints
+from lplr_jax.runs.environment import describe_environment, peak_memory_bytes
+from lplr_jax.runs.loop import MOST, check_learning_rate, check_memory, probe_epochs, run_training, spread
+from lplr_jax.runs.session import Observer
+from lplr_jax.training import EpochMetrics, TrainState, evaluate, init_state, train_epochs
+from lplr_jax.types import Params, count_parameters
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lplr_jax import checks, data, linalg
 from lplr_jax.linalg import MinEig
 from lplr_jax.models import MLP
 from lplr_jax.ntk import empirical_ntk
-from lplr_jax.ntk.assembly import assembly_bound, kernel_factors
+from lplr_jax.proofs.assembly import assembly_bound, kernel_factors
 
 DISTANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 """Euclidean distances between the images of a pair; two different digits are about 10 apart."""

@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from lplr_jax.checks import function, instance, one_of, whole
-from lplr_jax.models import ApplyFn, Params
 from lplr_jax.ntk import checks, engine, neural_tangents
 from lplr_jax.ntk.explain import Explanation
+from lplr_jax.types import ApplyFn, Params
 
 Outputs = Literal["full", "trace", "diagonal"]
 Precision = Literal["float32", "float64"]

@@ -12,10 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from lplr_jax import checks
-from lplr_jax.diagnostics.stability import observe, power_law
+from lplr_jax.curves.stability import observe, power_law
+from lplr_jax.curves.summary import Summary, check_records, gradient_law, summarise
 from lplr_jax.plotting.style import STYLE, plain
 from lplr_jax.records import Record
-from lplr_jax.summary import Summary, check_records, gradient_law, summarise
 
 MARKERS = "osD^vPX"
 """One marker a width, so that the figure reads without colour."""

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from lplr_jax import checks
-from lplr_jax.diagnostics.stability import power_law
+from lplr_jax.curves.stability import power_law
 from lplr_jax.plotting.style import STYLE
 
 

@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lplr_jax import theory
-from lplr_jax.diagnostics.rate import proxy_decides_from
+from lplr_jax.curves.rate import proxy_decides_from
+from lplr_jax.curves.summary import Summary, check_records, summarise
 from lplr_jax.plotting.panels import BELOW, HATCH, SHADE
 from lplr_jax.plotting.style import STYLE, plain, source_of
 from lplr_jax.records import Record
-from lplr_jax.summary import Summary, check_records, summarise
 
 LINES = ("-", "--", "-.", ":")
 SEEDS = ("C0", "C1", "C2", "C3", "C4", "C5")

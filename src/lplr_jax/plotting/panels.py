@@ -12,10 +12,10 @@ from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea
 from matplotlib.patches import Patch
 
 from lplr_jax import theory
-from lplr_jax.diagnostics import Decay, middle_half
+from lplr_jax.curves.rate import Decay, middle_half
+from lplr_jax.curves.summary import Summary, summarise
 from lplr_jax.plotting.style import STYLE, plain, source_of
 from lplr_jax.records import Record
-from lplr_jax.summary import Summary, summarise
 
 BLUE, VERMILION, GREEN, PURPLE, BLACK = "C0", "C1", "C2", "C3", "C6"
 MARKS: dict[theory.Outcome, tuple[str, str]] = {

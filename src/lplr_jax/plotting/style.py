@@ -9,7 +9,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from lplr_jax import checks
-from lplr_jax.records import Record, atomic_write
+from lplr_jax.files import atomic_write
+from lplr_jax.records import Record
 
 STYLE = Path(__file__).with_name("lplr.mplstyle")
 NO_SOURCE = "source not recorded"

@@ -1,13 +1,14 @@
-"""The hypotheses and conclusions of local PL theory, held against a run or a point.
+"""The hypotheses and conclusions of local PL theory, held against a record.
 
-`verify` needs the record alone. What needs the model is measured in the run and stored: `measure` has the closing
-measurements, `bounds` the proved upper bounds, `search` the lower estimates, `structure` the analysis of the jaxpr.
+`verify` needs the record alone, and no JAX. What needs the model is measured in the run: see `lplr_jax.measurement`.
 """
 
-from lplr_jax.theory.evidence import HESSIAN_LOST, KERNEL_LOST
-from lplr_jax.theory.measure import closing_arrays, kernel_values, min_eig_with_assembly, spectrum_and_energy
+from typing import Any
+
+from lplr_jax import rooms
+from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
 from lplr_jax.theory.verdict import CLAIMS, Claim, Outcome, Verdict, any_inconsistent, as_json, flatten
-from lplr_jax.theory.verify import reading, verify, verify_point
+from lplr_jax.theory.verify import reading, verify
 
 __all__ = [
     "CLAIMS",
@@ -27,3 +28,8 @@ __all__ = [
     "verify",
     "verify_point",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Open a door upward: these names need the model, and JAX with it."""
+    return rooms.through_door(__name__, name)

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float
 
-from lplr_jax.diagnostics import pl_identity_tolerance
-from lplr_jax.theory.evidence import HESSIAN_ERROR, KERNEL_UNITS, LIPSCHITZ_UNITS, UNIT_32, UNIT_64, Evidence
+from lplr_jax.curves.pairs import UNIT_32, UNIT_64
+from lplr_jax.curves.pl import pl_identity_tolerance
+from lplr_jax.theory.evidence import HESSIAN_ERROR, KERNEL_UNITS, LIPSCHITZ_UNITS, Evidence
 from lplr_jax.theory.verdict import Outcome, Verdict, factor, weakest
 
 REFERENCE = "identity ½‖∇L‖²/L = rᵀΘr/(s‖r‖²), section 3"

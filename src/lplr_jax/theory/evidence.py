@@ -8,17 +8,14 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float, Int
 
-from lplr_jax.records import SCHEMA, Record, RecordError
-from lplr_jax.summary import Summary, summarise
-
-UNIT_64 = 2.0**-53
-UNIT_32 = 2.0**-24
+from lplr_jax.curves.pairs import UNIT_32, UNIT_64, Ratio, kernel_error, pair_ratio, proof_radius
+from lplr_jax.curves.summary import Summary, summarise
+from lplr_jax.records import Record, RecordError
+from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST, SCHEMA
 
 HESSIAN_ERROR = 1e-3
 """Relative error allowed to measured Hessian eigenvalues; ten times the residual that float32 products leave."""
 
-KERNEL_LOST, HESSIAN_LOST = 1, 2
-"""Flags of `probe_untrusted`."""
 
 KERNEL_UNITS = SCHEMA["ntk_min_eig"].units
 LIPSCHITZ_UNITS = SCHEMA["ntk_lipschitz_lower"].units
@@ -32,15 +29,6 @@ class Interval:
     lower: float
     upper: float
     certified: bool
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A lower estimate of L_Θ from the pair of epochs (s, t)."""
-
-    value: float
-    s: int | None
-    t: int | None
 
 
 @dataclass(frozen=True)
@@ -244,33 +232,3 @@ class Evidence:
         steepest = float(np.nanmax(self.probe("ntk_max_eig"), initial=0.0))
         off = 4 * self.rounding() * math.sqrt(max(steepest, 0.0)) * largest / self.s
         return 2 * np.sqrt(self.series("grad_sq_norm")) * off + off**2
-
-
-def kernel_error(
-    bound: Float[np.ndarray, " k"], max_eig: Float[np.ndarray, " k"], size: int
-) -> Float[np.ndarray, " k"]:
-    """Return the bound on the error of each kernel; size · u · λ_max where there is none, 0 where that is unknown."""
-    return np.where(np.isfinite(bound), bound, np.nan_to_num(size * UNIT_64 * max_eig, nan=0.0))
-
-
-def proof_radius(drift: Float[np.ndarray, " t"], p: int) -> float:
-    """Return the radius of a ball that holds a run, given drifts that were summed over p squares in float32."""
-    return float(np.nanmax(drift)) * (1 + (p + 4) * UNIT_32)
-
-
-def pair_ratio(
-    shift: Float[np.ndarray, "k k"],
-    distance: Float[np.ndarray, "k k"],
-    error: Float[np.ndarray, " k"],
-    epochs: Int[np.ndarray, " k"],
-) -> Ratio:
-    """Return the largest lower estimate of L_Θ over pairs of probes; shifts within the kernels' error are dropped."""
-    clear = shift - error[:, None] - error[None, :]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = np.where((clear > 0) & (distance > 0), clear / distance, np.nan)
-    if not np.isfinite(ratios).any():
-        known = np.isfinite(shift).any()
-        return Ratio(0.0 if known else math.nan, None, None)
-    i, j = np.unravel_index(int(np.nanargmax(ratios)), ratios.shape)
-    s, t = sorted((int(epochs[i]), int(epochs[j])))
-    return Ratio(float(ratios[i, j]), s, t)

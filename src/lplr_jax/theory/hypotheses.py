@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from lplr_jax.theory.evidence import KERNEL_UNITS, LIPSCHITZ_UNITS, UNIT_64, Evidence
+from lplr_jax.curves.pairs import UNIT_64
+from lplr_jax.theory.evidence import KERNEL_UNITS, LIPSCHITZ_UNITS, Evidence
 from lplr_jax.theory.verdict import NAN, Outcome, Verdict, factor, weakest
 
 AFFINE = "the jaxpr shows that the Jacobian does not depend on θ"

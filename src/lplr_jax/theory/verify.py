@@ -3,19 +3,16 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
-from lplr_jax.models import ApplyFn, Params
+from lplr_jax.curves.summary import check_record
 from lplr_jax.records import Record
-from lplr_jax.summary import check_record
+from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
 from lplr_jax.theory.conclusions import linear_rate, local_pl
 from lplr_jax.theory.consistency import consistency
-from lplr_jax.theory.evidence import HESSIAN_LOST, KERNEL_LOST, Evidence
+from lplr_jax.theory.evidence import Evidence
 from lplr_jax.theory.hypotheses import compatibility, ntk_lipschitz, ntk_positive, weyl
 from lplr_jax.theory.landscape import lqcr, regime
-from lplr_jax.theory.measure import point_arrays
 from lplr_jax.theory.verdict import CLAIMS, Verdict
-from lplr_jax.training import LossScale
 
 _CHECKS: tuple[Callable[[Evidence], Verdict], ...] = (
     consistency,
@@ -88,46 +85,6 @@ def _doubted(verdict: Verdict, evidence: Evidence) -> Verdict:
         return verdict
     note = f"could not be trusted ({'; '.join(lost or [kernel])}); of the rest: {verdict.note}"
     return replace(verdict, outcome="undecided", note=note)
-
-
-def verify_point(
-    apply_fn: ApplyFn,
-    params: Params,
-    x: Any,
-    y: Any,
-    *,
-    loss_scale: LossScale,
-    kernel: str = "auto",
-    memory_budget: int | None = None,
-) -> tuple[Verdict, ...]:
-    """Hold against one point what can be held there: identity, λ_min > 0 with its proof, pointwise PL, linearity.
-
-    Args:
-        apply_fn: pure function from parameters and inputs (n, ...) to outputs (n, c).
-        params: pytree of floating arrays, θ.
-        x: inputs (n, ...).
-        y: targets (n, c).
-        loss_scale: "sum" for s = 1 or "mean" for s = n.
-        kernel: one of `lplr_jax.ntk.KERNELS`.
-        memory_budget: bytes for the kernel's assembly beside the kernel itself.
-
-    Returns:
-        One verdict for each of `CLAIMS`; those that need a run are undecided or not applicable, and so are those whose
-        number the arithmetic lost, with the reason.
-
-    Raises:
-        ValueError: for inputs or a function that `empirical_ntk` or `evaluate_point` refuse.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> x, y = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.ones((2, 1))
-        >>> first, positive, *_ = verify_point(lambda w, x: x @ w, jnp.zeros((2, 1)), x, y, loss_scale="sum")
-        >>> first.outcome, positive.outcome
-        ('proved', 'proved')
-    """
-    settings = {"loss_scale": loss_scale, "kernel": kernel, "memory_budget": memory_budget}
-    arrays, lost = point_arrays(apply_fn, params, x, y, **settings)
-    return verify(Record("point", arrays, {}, {"untrusted": {"0": lost}} if lost else {}))
 
 
 def reading(verdicts: Sequence[Verdict]) -> str:

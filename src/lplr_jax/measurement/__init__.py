@@ -1,0 +1,1 @@
+"""What a probe measures, and what is measured once the run is over."""

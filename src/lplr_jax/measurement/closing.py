@@ -1,0 +1,201 @@
+"""What the claims need from the model: measured in the run, after its last epoch, and stored in the record."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import scipy.spatial.distance
+from jaxtyping import Float
+
+from lplr_jax import certificates, linalg
+from lplr_jax.curves.pairs import kernel_error, pair_ratio, proof_radius
+from lplr_jax.losses import Objective
+from lplr_jax.measurement.kernel import max_eig_upper
+from lplr_jax.measurement.search import pair_shifts, search_ball
+from lplr_jax.ntk import precision_scope
+from lplr_jax.ntk.empirical import cast_floating
+from lplr_jax.proofs.affine import is_affine
+from lplr_jax.proofs.ball import anchor, certified_radius
+from lplr_jax.types import Params, count_parameters
+
+_COLUMNS = 4096
+"""Parameters of all points that are held in float64 at a time, so that they stay in a core's cache."""
+
+
+def gradient_at(objective: Objective, params: Params, x: Any, y: Any) -> Float[np.ndarray, " p"]:
+    """Return ∇L(θ), flat, in float64 on the host."""
+    with precision_scope("float64"):
+        wide = cast_floating((params, x, y), "float64")
+        return flat_parameters(jax.device_get(_gradient(*wide, objective=objective)))
+
+
+@partial(jax.jit, static_argnames=("objective",))
+def _gradient(params: Params, x: Any, y: Any, *, objective: Objective) -> Params:
+    return objective.value_and_gradient(params, x, y)[1]
+
+
+def flat_parameters(params: Params) -> Float[np.ndarray, " p"]:
+    """Return the leaves of a pytree as one vector in float64, in the order of `jax.tree.leaves`."""
+    return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in jax.tree.leaves(params)])
+
+
+def float32_spacing(params: Params) -> float:
+    """Return the 2-norm of the distances between each parameter and the next float32."""
+    return float(np.linalg.norm(np.spacing(np.abs(flat_parameters(params)).astype(np.float32)).astype(np.float64)))
+
+
+def closing_arrays(
+    objective: Objective,
+    x: Any,
+    y: Any,
+    *,
+    points: Mapping[int, Params],
+    kernels: Mapping[int, Float[np.ndarray, "nc nc"]],
+    arrays: Mapping[str, np.ndarray],
+    search_steps: int,
+    kernel: str = "auto",
+    seed: int = 0,
+    lose: Callable[[str], None] = lambda reason: None,
+) -> dict[str, np.ndarray]:
+    """Measure what needs the whole run: pairs of probes, the way to θ_T, L_Θ from below and above, R*.
+
+    Args:
+        objective: what was minimised.
+        x: inputs (n, ...).
+        y: targets (n, c).
+        points: parameters of the probes by epoch, on the host; probes without are NaN in the pairs.
+        kernels: full kernels of the same epochs.
+        arrays: what the run measured so far, by record name.
+        search_steps: steps of the power iteration for L_Θ; 0 for no search.
+        kernel: one of `lplr_jax.ntk.KERNELS`.
+        seed: of the search's random directions.
+        lose: told why something is left out whose number the arithmetic lost.
+
+    Returns:
+        Arrays by record name.
+    """
+    epochs = [int(epoch) for epoch in arrays["probe_epoch"]]
+    known = [epoch for epoch in epochs if epoch in points]
+    if not known:
+        return {}
+    initial = points[known[0]]
+    result: dict[str, np.ndarray] = {
+        "affine_in_parameters": np.asarray(int(is_affine(objective.apply_fn, initial, x))),
+        "parameter_spacing": np.asarray(float32_spacing(initial)),
+    }
+    places = [epochs.index(epoch) for epoch in known]
+    result["param_pair_distance"], result["lqcr_inner"] = _distances(
+        objective, x, y, points, known, places, len(epochs)
+    )
+    bounds = arrays.get("ntk_assembly_error", np.full(len(epochs), np.nan))
+    error = kernel_error(bounds, arrays["ntk_max_eig"], kernels[known[0]].shape[0])
+    with _losing("pairs of probes", lose):
+        shift = np.full((len(epochs), len(epochs)), np.nan)
+        shift[np.ix_(places, places)] = pair_shifts([kernels[epoch] for epoch in known])
+        result["ntk_pair_shift"] = shift
+        ratio = pair_ratio(shift, result["param_pair_distance"], error, arrays["probe_epoch"])
+        result["ntk_lipschitz_lower"] = np.asarray(ratio.value)
+    if epochs[0] not in points:
+        return result
+    drift = arrays["drift"][np.isfinite(arrays["drift"])]
+    radius = float(drift.max(initial=0.0))
+    if search_steps and radius > 0 and not result["affine_in_parameters"]:
+        with _losing("search for L_Θ", lose):
+            found = search_ball(
+                objective.apply_fn,
+                initial,
+                x,
+                radius=radius,
+                gradient=gradient_at(objective, initial, x, y),
+                error=float(error[0]),
+                steps=search_steps,
+                kernel=kernel,
+                seed=seed,
+            )
+            result |= {f"ntk_lipschitz_{name}": np.asarray(value) for name, value in vars(found).items()}
+    with _losing("upper bound of L_Θ", lose):
+        affine = bool(result["affine_in_parameters"])
+        result |= _bounds(objective, initial, x, kernels[epochs[0]], arrays, drift, affine)
+    return result
+
+
+@contextmanager
+def _losing(what: str, lose: Callable[[str], None]) -> Iterator[None]:
+    """Leave out what the body measures where the arithmetic loses its number, and tell why."""
+    try:
+        yield
+    except linalg.FAILURES as error:
+        lose(f"{what}: {error}")
+
+
+def _distances(
+    objective: Objective,
+    x: Any,
+    y: Any,
+    points: Mapping[int, Params],
+    known: Sequence[int],
+    places: Sequence[int],
+    k: int,
+) -> tuple[Float[np.ndarray, "k k"], Float[np.ndarray, " k"]]:
+    """Return ‖θ_s - θ_t‖ for every pair, and ⟨∇L(θ_t), θ_t - θ_T⟩."""
+    distance, inner = np.full((k, k), np.nan), np.full(k, np.nan)
+    distance[np.ix_(places, places)] = pair_distances([points[epoch] for epoch in known])
+    last = flat_parameters(points[known[-1]])
+    for i, epoch in zip(places, known, strict=True):
+        theta = flat_parameters(points[epoch])
+        inner[i] = float(gradient_at(objective, points[epoch], x, y) @ (theta - last))
+    return distance, inner
+
+
+def pair_distances(points: Sequence[Params]) -> Float[np.ndarray, "k k"]:
+    """Return ‖θ_s - θ_t‖ for every pair of points, from differences in float64, a few thousand parameters at a time."""
+    squares = np.zeros(len(points) * (len(points) - 1) // 2)
+    for leaves in zip(*map(jax.tree.leaves, points), strict=True):
+        rows = [np.asarray(leaf).reshape(-1) for leaf in leaves]
+        for start in range(0, rows[0].size, _COLUMNS):
+            block = np.stack([row[start : start + _COLUMNS] for row in rows]).astype(np.float64)
+            squares += scipy.spatial.distance.pdist(block, "sqeuclidean")
+    return scipy.spatial.distance.squareform(np.sqrt(squares))
+
+
+def _bounds(
+    objective: Objective,
+    initial: Params,
+    x: Any,
+    theta: Float[np.ndarray, "nc nc"],
+    arrays: Mapping[str, np.ndarray],
+    drift: Float[np.ndarray, " t"],
+    affine: bool,
+) -> dict[str, np.ndarray]:
+    """Return the proved bounds on the ball of the run, and R*."""
+    error = float(arrays["ntk_assembly_error"][0]) if "ntk_assembly_error" in arrays else math.nan
+    largest = max_eig_upper(theta, error) if math.isfinite(error) else math.nan
+    budget = float(arrays["ntk_min_eig_lower"][0]) if math.isfinite(error) else math.nan
+    n = int(jax.tree.leaves(x)[0].shape[0])
+    scale = objective.scale(n)
+    if affine:
+        return {
+            "ntk_lipschitz_upper": np.asarray(0.0),
+            "smoothness_upper": np.asarray(certificates.up(largest / scale)),
+            "radius_certified": np.asarray(math.inf if budget > 0 else math.nan),
+        }
+    if not math.isfinite(largest):
+        return {}
+    residual = math.sqrt(2 * scale * float(arrays["probe_loss"][0]))
+    base = anchor(
+        objective.apply_fn, initial, x, max_eig_upper=largest, residual_norm=residual, loss_scale=float(scale)
+    )
+    if base is None:
+        return {}
+    ball = base.on_ball(proof_radius(drift, count_parameters(initial)))
+    result = {
+        "ntk_lipschitz_upper": np.asarray(ball.lipschitz),
+        "smoothness_upper": np.asarray(ball.smoothness),
+    }
+    if budget > 0:
+        result["radius_certified"] = np.asarray(certified_radius(base, budget))
+    return result

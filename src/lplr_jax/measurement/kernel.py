@@ -1,0 +1,80 @@
+"""What a probe measures of a full kernel, and of loss and gradient beside it."""
+
+import math
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from lplr_jax import certificates, diagnostics, linalg
+from lplr_jax.diagnostics.kernel import certified_min_eig
+from lplr_jax.types import ApplyFn, Params
+
+
+def min_eig_with_assembly(
+    apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np.ndarray, "nc nc"]
+) -> tuple[linalg.MinEig, float]:
+    """Return λ_min of a computed kernel with an interval that includes its assembly error, and that error.
+
+    Returns:
+        The eigenvalue; and a bound on ‖Θ_computed - Θ‖₂, NaN where none is known: then the interval is relative to the
+        computed kernel.
+    """
+    least = certified_min_eig(apply_fn, params, x, theta)
+    if not least.proved:
+        return least, math.nan
+    # ‖K̂ K̂ᵀ - K Kᵀ‖ <= e (2 ‖K̂‖ + e), and ‖K̂‖² <= ‖Θ_computed‖ + assembly error, by row sums.
+    size = math.sqrt(certificates.row_sum_bound(theta) + least.assembly_error)
+    return least, (least.assembly_error + least.factor_error * (2 * size + least.factor_error)) * (1 + 1e-9)
+
+
+def max_eig_upper(theta: Float[np.ndarray, "nc nc"], error: float) -> float:
+    """Return a proved upper bound of λ_max of every symmetric matrix within `error` of the given one; NaN for NaN."""
+    bound = certificates.row_sum_bound(theta)
+    # A tighter one where a Cholesky factorisation of shift - Θ succeeds; a tenth of a per cent of room is for rounding.
+    shift = linalg.max_eig(theta) * (1 + 1e-3)
+    if 2.0**-300 < shift < bound and certificates.cholesky_test(-theta, -shift, np.empty(theta.shape, order="F")):
+        bound = shift
+    return certificates.up(bound + error)
+
+
+def spectrum_and_energy(
+    theta: Float[np.ndarray, "nc nc"], residual: Float[np.ndarray, "n c"]
+) -> tuple[Float[np.ndarray, " nc"], Float[np.ndarray, " nc"]]:
+    """Return the eigenvalues of a kernel, ascending, and the share of ‖r‖² along each eigenvector."""
+    values, vectors = np.linalg.eigh(theta)
+    if not (np.isfinite(values).all() and np.isfinite(vectors).all()):
+        raise linalg.UntrustedError("LAPACK's eigensolver returned numbers that are not finite")
+    flat = residual.reshape(-1)
+    energy = np.square(flat @ vectors)
+    total = energy.sum()
+    return values, energy / total if total > 0 else np.full_like(energy, np.nan)
+
+
+def kernel_values(
+    apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np.ndarray, "nc nc"], point: diagnostics.PointDiagnostics
+) -> dict[str, float]:
+    """Return what a probe measures of a full kernel and of loss and gradient at the same point, by record name.
+
+    Raises:
+        linalg.UntrustedError: if a number is lost: it is not finite, or no solver gives one.
+    """
+    least, error = min_eig_with_assembly(apply_fn, params, x, theta)
+    values = {
+        "ntk_min_eig": least.value,
+        "ntk_max_eig": linalg.max_eig(theta),
+        "probe_loss": point.loss,
+        "probe_grad_sq_norm": point.grad_sq_norm,
+    }
+    if point.loss != 0:  # the residual of an exact fit has no direction
+        values["ntk_rayleigh"] = point.rayleigh(theta)
+    lost = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+    if lost:
+        raise linalg.UntrustedError(f"not finite: {', '.join(lost)}")
+    return {
+        "ntk_rayleigh": math.nan,
+        **values,
+        "ntk_min_eig_lower": least.lower,
+        "ntk_min_eig_upper": least.upper,
+        "ntk_assembly_error": error,
+    }

@@ -1,0 +1,219 @@
+"""What is measured at a probe: the kernel, the point in float64, and the Hessian's extremes.
+
+Kernel, loss and gradient are those of the samples that a probe is given, be they all data or a subset of them.
+"""
+
+import logging
+import math
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lplr_jax import diagnostics, linalg
+from lplr_jax.files import atomic_write
+from lplr_jax.losses import Objective
+from lplr_jax.measurement.closing import closing_arrays
+from lplr_jax.measurement.kernel import kernel_values, spectrum_and_energy
+from lplr_jax.ntk.empirical import Precision, empirical_ntk
+from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
+from lplr_jax.types import Params
+
+_LOG = logging.getLogger(__name__)
+
+HESSIAN_TOLERANCE: dict[Precision, float] = {"float64": 1e-6, "float32": 1e-4}
+"""Residual of the Hessian's eigenpairs over the larger eigenvalue; rounding of float32 products leaves some 2e-5."""
+
+
+KERNEL_VALUES = (
+    "ntk_min_eig",
+    "ntk_min_eig_lower",
+    "ntk_min_eig_upper",
+    "ntk_assembly_error",
+    "ntk_max_eig",
+    "ntk_effective_rank",
+    "ntk_rayleigh",
+    "ntk_shift",
+    "probe_loss",
+    "probe_grad_sq_norm",
+)
+"""Names in the record of what is measured of the kernel, and of loss and gradient beside it."""
+
+
+class KernelProbe:
+    """Measures one point of a run; remembers Θ_0 for the shift and the last Hessian eigenvectors for the next start.
+
+    A number that the arithmetic loses (NaN from a device, a solver that fails) does not end the run: what hangs on it
+    is NaN, flagged in `probe_untrusted`, its reason is announced and kept in `untrusted`.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        x: Any,
+        y: np.ndarray,
+        *,
+        subset: np.ndarray | None,
+        kernel: str,
+        hessian_epochs: Collection[int] = (),
+        hessian_precision: Precision = "float64",
+        spectrum_epochs: Collection[int] = (),
+        save_to: Path | None = None,
+    ) -> None:
+        self._objective, self._x, self._y = objective, x, y
+        self._subset, self._kernel, self._hessian_epochs, self._save_to = subset, kernel, hessian_epochs, save_to
+        self._hessian_precision: Precision = hessian_precision
+        self._spectrum_epochs = spectrum_epochs
+        self._points: dict[int, Params] = {}
+        self._kernels: dict[int, np.ndarray] = {}
+        self._spectra: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._initial: np.ndarray | None = None
+        self._extremes: diagnostics.Extremes | None = None
+        self.untrusted: dict[str, str] = {}
+
+    def __call__(self, params: Params, epoch: int) -> Mapping[str, float]:
+        """Return the values of one probe by their names in the record."""
+        if self._save_to is not None:
+            save_params(params, self._save_to / f"epoch_{epoch:06d}.npz")
+        values: dict[str, float] = dict.fromkeys(KERNEL_VALUES, math.nan)
+        if self._subset is not None:
+            values["ntk_min_eig_subset"] = math.nan
+        with self._losing("kernel", KERNEL_LOST, epoch, values):
+            values |= self._measure_kernel(params, epoch)
+        if epoch in self._hessian_epochs:
+            values |= dict.fromkeys(("sharpness", "curvature_min"), math.nan)
+            with self._losing("Hessian", HESSIAN_LOST, epoch, values):
+                self._extremes = self._measure_hessian(params)
+                values |= {"sharpness": self._extremes.largest, "curvature_min": self._extremes.least}
+        return values
+
+    @contextmanager
+    def _losing(self, what: str, flag: int, epoch: int, values: dict[str, float]) -> Iterator[None]:
+        """Go on without what the body measures where the arithmetic loses its number, and say so."""
+        try:
+            yield
+        except linalg.FAILURES as error:
+            values["probe_untrusted"] = values.get("probe_untrusted", 0) + flag
+            self._lose(str(epoch), f"{what}: {error}")
+
+    def _lose(self, where: str, reason: str) -> None:
+        self.untrusted[where] = "; ".join(filter(None, (self.untrusted.get(where, ""), reason)))
+        at = f"epoch {where}" if where.isdecimal() else where
+        _LOG.warning("%s: cannot be trusted and is left out: %s", at, reason)
+
+    def _measure_kernel(self, params: Params, epoch: int) -> dict[str, float]:
+        apply_fn, scale = self._objective.apply_fn, self._objective.loss_scale
+        theta = linalg.as_symmetric(np.asarray(empirical_ntk(apply_fn, params, self._x, kernel=self._kernel)))
+        point = diagnostics.evaluate_point(apply_fn, params, self._x, self._y, loss_scale=scale)
+        values = kernel_values(apply_fn, params, self._x, theta, point)
+        values["ntk_effective_rank"] = diagnostics.effective_rank(theta)
+        if self._subset is not None:
+            block = diagnostics.principal_block(theta, self._subset, self._y.shape[1])
+            values["ntk_min_eig_subset"] = linalg.min_eig(block).value
+        initial = theta if epoch == 0 else self._initial
+        values["ntk_shift"] = math.nan
+        if initial is not None:
+            values["ntk_shift"] = 0.0 if initial is theta else linalg.spectral_norm(theta - initial)
+        if epoch in self._spectrum_epochs:
+            self._spectra[epoch] = spectrum_and_energy(theta, point.residual)
+        # Last, so that a probe is remembered whole or not at all.
+        self._initial = initial
+        self._points[epoch], self._kernels[epoch] = jax.device_get(params), theta
+        return values
+
+    def _measure_hessian(self, params: Params) -> diagnostics.Extremes:
+        found = diagnostics.hessian_extremes(
+            self._objective.value,
+            params,
+            self._x,
+            self._y,
+            reduction=self._objective.loss_scale,
+            dtype=self._hessian_precision,
+            tolerance=HESSIAN_TOLERANCE[self._hessian_precision],
+            start=self._extremes,
+        )
+        if not math.isfinite(found.least + found.largest):
+            raise linalg.UntrustedError("a product with the Hessian is not finite")
+        return found
+
+    def remembered(self, epoch: int) -> Mapping[str, np.ndarray]:
+        """Return what the probe of an epoch keeps for later ones and for `close`, as arrays by name."""
+        kept: dict[str, np.ndarray] = {}
+        if epoch in self._kernels:
+            kept = {f"point-{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(self._points[epoch]))}
+            kept["kernel"] = self._kernels[epoch]
+        if str(epoch) in self.untrusted:
+            kept["untrusted"] = np.array(self.untrusted[str(epoch)])
+        if epoch in self._spectra:
+            kept["spectrum"], kept["residual_energy"] = self._spectra[epoch]
+        if self._extremes is not None and epoch in self._hessian_epochs:
+            kept["hessian_least"], kept["hessian_largest"] = self._extremes.least_vector, self._extremes.largest_vector
+            numbers = ("least", "largest", "least_residual", "largest_residual")
+            kept["hessian"] = np.array([getattr(self._extremes, name) for name in numbers])
+        return kept
+
+    def recall(self, epoch: int, arrays: Mapping[str, np.ndarray], like: Params) -> None:
+        """Take back what the probe of an epoch kept."""
+        if "kernel" in arrays:
+            self._kernels[epoch] = arrays["kernel"]
+            if epoch == 0:
+                self._initial = arrays["kernel"]
+            structure = jax.tree.structure(like)
+            leaves = [arrays[f"point-{i}"] for i in range(structure.num_leaves)]
+            self._points[epoch] = jax.tree.unflatten(structure, leaves)
+        if "untrusted" in arrays:
+            self.untrusted[str(epoch)] = str(arrays["untrusted"])
+        if "spectrum" in arrays:
+            self._spectra[epoch] = (arrays["spectrum"], arrays["residual_energy"])
+        if "hessian" in arrays:
+            numbers = ("least", "largest", "least_residual", "largest_residual")
+            self._extremes = diagnostics.Extremes(
+                **dict(zip(numbers, map(float, arrays["hessian"]), strict=True)),
+                converged=False,
+                num_matvecs=0,
+                least_vector=arrays["hessian_least"],
+                largest_vector=arrays["hessian_largest"],
+            )
+
+    def close(self, arrays: Mapping[str, np.ndarray], *, search_steps: int, seed: int) -> dict[str, np.ndarray]:
+        """Return what only the whole run can tell, by names in the record: spectra, pairs of probes, bounds of L_Θ, R*.
+
+        Args:
+            arrays: what the run measured, by record name.
+            search_steps: steps of the search for L_Θ; 0 for none.
+            seed: of the search's random directions.
+        """
+        if search_steps:
+            _LOG.info("after the last epoch: pairs of probes, and L_Θ from below and above")
+        closing = closing_arrays(
+            self._objective,
+            self._x,
+            self._y,
+            points=self._points,
+            kernels=self._kernels,
+            arrays=arrays,
+            search_steps=search_steps,
+            kernel=self._kernel,
+            seed=seed,
+            lose=partial(self._lose, "closing"),
+        )
+        if self._spectra:
+            shape = (arrays["probe_epoch"].size, self._y.size)
+            spectrum, energy = np.full(shape, np.nan), np.full(shape, np.nan)
+            for k, epoch in enumerate(arrays["probe_epoch"]):
+                if int(epoch) in self._spectra:
+                    spectrum[k], energy[k] = self._spectra[int(epoch)]
+            closing |= {"spectrum": spectrum, "residual_energy": energy}
+        return closing
+
+
+def save_params(params: Params, path: Path) -> None:
+    """Write the leaves of a pytree as one npz file, named by their paths in the tree."""
+    name_of = partial(jax.tree_util.keystr, simple=True, separator=".")
+    leaves = {name_of(key): np.asarray(leaf) for key, leaf in jax.tree.leaves_with_path(params)}
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **leaves)

@@ -1,0 +1,36 @@
+"""Exit codes of the command line, and what is said of an error."""
+
+import errno
+
+from lplr_jax.runs import folder as place
+
+OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, IN_USE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
+
+
+def _sentence(error: BaseException) -> str:
+    """Return what an error says as one line that a terminal can show; a KeyError's text is its argument."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    line = " ".join(text.split()) or type(error).__name__
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+
+
+def outcome(error: BaseException) -> tuple[int, str]:
+    """Return the exit code of an error and what is said of it."""
+    said = _sentence(error)
+    match error:
+        case KeyboardInterrupt():
+            return INTERRUPTED, f"{said}; the same command goes on from there"
+        case place.DirectoryInUseError():
+            return IN_USE, said
+        case ValueError() | TypeError() | KeyError() | ImportError():
+            return BAD_INPUT, said
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return (
+                IO_FAILED,
+                f"{said}; make room: what was saved before is intact, and the same command goes on from there",
+            )
+        case OSError():
+            return IO_FAILED, said
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return BAD_INPUT, f"out of memory ({said}); lower --width, --n-train or --epochs"
+    return INCONSISTENT, f"a fault of lplr-jax, {type(error).__name__}: {said}; try --debug"

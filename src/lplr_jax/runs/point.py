@@ -1,0 +1,50 @@
+"""All claims at one point."""
+
+from typing import Any
+
+from lplr_jax.losses import LossScale
+from lplr_jax.measurement.point import point_arrays
+from lplr_jax.records import Record
+from lplr_jax.theory.verdict import Verdict
+from lplr_jax.theory.verify import verify
+from lplr_jax.types import ApplyFn, Params
+
+
+def verify_point(
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    y: Any,
+    *,
+    loss_scale: LossScale,
+    kernel: str = "auto",
+    memory_budget: int | None = None,
+) -> tuple[Verdict, ...]:
+    """Hold against one point what can be held there: identity, λ_min > 0 with its proof, pointwise PL, linearity.
+
+    Args:
+        apply_fn: pure function from parameters and inputs (n, ...) to outputs (n, c).
+        params: pytree of floating arrays, θ.
+        x: inputs (n, ...).
+        y: targets (n, c).
+        loss_scale: "sum" for s = 1 or "mean" for s = n.
+        kernel: one of `lplr_jax.ntk.KERNELS`.
+        memory_budget: bytes for the kernel's assembly beside the kernel itself.
+
+    Returns:
+        One verdict for each of `CLAIMS`; those that need a run are undecided or not applicable, and so are those whose
+        number the arithmetic lost, with the reason.
+
+    Raises:
+        ValueError: for inputs or a function that `empirical_ntk` or `evaluate_point` refuse.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, y = jnp.array([[1.0, 0.0], [0.0, 2.0]]), jnp.ones((2, 1))
+        >>> first, positive, *_ = verify_point(lambda w, x: x @ w, jnp.zeros((2, 1)), x, y, loss_scale="sum")
+        >>> first.outcome, positive.outcome
+        ('proved', 'proved')
+    """
+    settings = {"loss_scale": loss_scale, "kernel": kernel, "memory_budget": memory_budget}
+    arrays, lost = point_arrays(apply_fn, params, x, y, **settings)
+    return verify(Record("point", arrays, {}, {"untrusted": {"0": lost}} if lost else {}))

@@ -1,0 +1,28 @@
+"""What every room calls a parameter tree and a network."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lplr_jax import checks
+
+Params = Any
+"""A pytree of parameter arrays."""
+
+
+ApplyFn = Callable[[Params, Any], Any]
+"""A pure function from parameters and inputs (n, ...) to outputs (n, c)."""
+
+
+def count_parameters(params: Params) -> int:
+    """Return p, the number of scalars in a pytree of parameters.
+
+    Raises:
+        TypeError: if a leaf is no array.
+    """
+    leaves = jax.tree.leaves(params)
+    for leaf in leaves:
+        if not hasattr(leaf, "size"):
+            raise TypeError(f"params must be a pytree of arrays, got a leaf {checks.shown(leaf)}")
+    return sum(leaf.size for leaf in leaves)
