@@ -2,6 +2,7 @@
 
 import operator
 import os
+import re
 import reprlib
 from collections.abc import Collection
 from pathlib import Path
@@ -18,6 +19,20 @@ def shown(value: Any) -> str:
     if hasattr(value, "dtype") and isinstance(getattr(value, "shape", None), tuple) and value.shape:
         return f"{type(value).__name__} of dtype {value.dtype} and shape {tuple(value.shape)}"
     return " ".join(_REPR.repr(value).split())
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def name(what: str, value: Any) -> str:
+    """Return a name that can be part of that of a file.
+
+    Raises:
+        ValueError: for anything but 1 to 64 letters, digits, - and _, the first one a letter or a digit.
+    """
+    if not (isinstance(value, str) and _NAME.fullmatch(value)):
+        raise ValueError(f"{what} must be a name of letters, digits, - and _, got {shown(value)}")
+    return value
 
 
 def whole(name: str, value: Any, *, least: int | None = None, most: int | None = None, of: str = "") -> int:

@@ -46,6 +46,7 @@ class Record:
     arrays: Mapping[str, np.ndarray]
     config: Mapping[str, Any]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    loss: str = "squared"
 
     def __post_init__(self) -> None:
         # The name becomes part of file names.

@@ -14,7 +14,7 @@ from lplr_jax import cli, records, theory
 from lplr_jax.experiments import ablation, mnist
 from lplr_jax.losses import Objective
 from lplr_jax.runs.loop import run_training
-from lplr_jax.training import EpochMetrics, evaluate, init_state, train_epochs
+from lplr_jax.training import Metrics, evaluate, init_state, train_epochs
 
 TINY = ["mnist", "--width", "8", "--epochs", "12", "--probe-every", "3", "--n-train", "40", "--search-steps", "0"]
 
@@ -56,7 +56,7 @@ def test_parameters_alone_are_enough():
 
     def advance(state, epochs):
         ones = np.ones(epochs)
-        return state._replace(params={**state.params, "b": state.params["b"] * jnp.nan}), EpochMetrics(ones, ones, ones)
+        return state._replace(params={**state.params, "b": state.params["b"] * jnp.nan}), Metrics(*[ones] * 6)
 
     params = {"w": jnp.ones((1, 1)), "b": jnp.ones(1)}
     arrays = train(lambda p, x: x @ p["w"], params, 0.1, advance=advance).arrays
@@ -66,7 +66,7 @@ def test_parameters_alone_are_enough():
 
 def huge(config, set_up=mnist.set_up):
     problem = set_up(config)
-    return problem._replace(params=jax.tree.map(lambda leaf: leaf * 1e12, problem.params))
+    return dataclasses.replace(problem, params=jax.tree.map(lambda leaf: leaf * 1e12, problem.params))
 
 
 def test_a_run_that_is_not_finite_at_its_start(tmp_path, capsys, monkeypatch):

@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lplr_jax import diagnostics
-from lplr_jax.experiments.minibatch import MiniBatches, momentum_sgd
 from lplr_jax.layouts import plain_convolutions
 from lplr_jax.losses import Objective
 from lplr_jax.models import MLP, ResNet
 from lplr_jax.runs.loop import replay
-from lplr_jax.training import batches_of, evaluate_exactly, init_shuffled, shuffled_epoch
+from lplr_jax.training import MiniBatches, batches_of, evaluate_exactly, init_shuffled, momentum_sgd, shuffled_epoch
 
 
 def linear(params, x):
@@ -62,7 +61,7 @@ def test_epochs_follow_numpy(n, size, scale):
             step += 1
         # A dozen steps of sums over at most 16 terms of order ten, in float32.
         np.testing.assert_allclose(state.params["w"], theta, rtol=0, atol=2e-5)
-    assert int(state.epoch) == epochs
+    assert int(state.step) == epochs
 
 
 def test_batches_estimate_the_loss_without_bias():

@@ -75,6 +75,11 @@ class Dataset:
         """Number of outputs per sample."""
         return self.y.shape[1]
 
+    def provenance(self, location: Path | None = None) -> dict[str, str | None]:
+        """Return what a record says of its data, with the file or folder that was asked for."""
+        place = str(location) if location else None
+        return {"name": self.name, "source": self.source, "checksum": self.checksum, "location": place}
+
 
 class AbsentError(DataError):
     """A source that is not there."""

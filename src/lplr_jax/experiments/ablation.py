@@ -25,7 +25,8 @@ from lplr_jax.losses import LossScale
 from lplr_jax.records import Record
 from lplr_jax.runs.checkpoint import Checkpoints
 from lplr_jax.runs.folder import kept
-from lplr_jax.runs.loop import Advance, check_learning_rate, probe_epochs, replay
+from lplr_jax.runs.loop import Advance, replay
+from lplr_jax.runs.problem import check_learning_rate, probe_epochs
 from lplr_jax.runs.session import Follow, Say, unfollowed
 from lplr_jax.training import EpochMetrics, TrainState, init_state, train_epochs
 

@@ -112,7 +112,7 @@ def descends(
     """
     state = init_state(params, _GRADIENT_DESCENT)
     hyperparams = {**state.opt_state.hyperparams, "learning_rate": learning_rate}  # pyright: ignore[reportAttributeAccessIssue]
-    state = TrainState(state.params, state.opt_state._replace(hyperparams=hyperparams))  # pyright: ignore[reportAttributeAccessIssue]
+    state = state._replace(opt_state=state.opt_state._replace(hyperparams=hyperparams))  # pyright: ignore[reportAttributeAccessIssue]
     initial = objective.value(params, *batch)
     roundoff = float(jnp.finfo(initial.dtype).eps) / 2
     # Beside a minimiser L_0 says nothing about the size of the outputs; the labels do.

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -11,34 +10,30 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array
 
-from lplr_jax import checks, data, diagnostics, theory
+from lplr_jax import checks, data, diagnostics
 from lplr_jax.checks import integers
-from lplr_jax.experiments.minibatch import MiniBatches, Schedule, momentum_sgd
-from lplr_jax.losses import LossScale, Objective
-from lplr_jax.measurement.probe import KernelProbe
+from lplr_jax.losses import LossScale, Objective, Squared
 from lplr_jax.models import ResNet
 from lplr_jax.ntk.empirical import check_kernel_name
 from lplr_jax.records import Record
 from lplr_jax.runs.checkpoint import Checkpoints
-from lplr_jax.runs.environment import describe_environment, peak_memory_bytes
 from lplr_jax.runs.folder import kept
-from lplr_jax.runs.loop import (
+from lplr_jax.runs.loop import Advance, replay, run_and_record
+from lplr_jax.runs.problem import (
     MOST,
-    Advance,
+    Probes,
+    Problem,
     check_learning_rate,
     check_memory,
+    kernel_probe,
     probe_epochs,
-    replay,
-    run_training,
-    spread,
 )
 from lplr_jax.runs.session import Follow, Observer, Say, unfollowed
-from lplr_jax.training import batches_of, init_shuffled
-from lplr_jax.types import Params, count_parameters
+from lplr_jax.training import MiniBatches, Schedule, batches_of, init_state, momentum_sgd
+from lplr_jax.types import Params
 
 
 @dataclass(frozen=True)
@@ -174,7 +169,7 @@ def _model(config: CifarConfig, outputs: int) -> ResNet:
     return _network(config.width, config.stages, config.blocks, config.groups, outputs, config.activation)
 
 
-class Problem(NamedTuple):
+class Setting(NamedTuple):
     """What all seeds share: images and network."""
 
     dataset: data.Dataset
@@ -183,7 +178,7 @@ class Problem(NamedTuple):
     model: ResNet
 
 
-def set_up(config: CifarConfig) -> Problem:
+def set_up(config: CifarConfig) -> Setting:
     """Load the images of a config, on the device.
 
     Raises:
@@ -197,7 +192,7 @@ def set_up(config: CifarConfig) -> Problem:
         raise data.DataError(f"{error} Where this says data_dir, {way}.") from error
     x, model = jnp.asarray(dataset.x), _model(config, dataset.c)
     check_memory(jax.eval_shape(model.init, jax.random.key(0), x[:1]), config.width)
-    return Problem(dataset, x, jnp.asarray(dataset.y), model)
+    return Setting(dataset, x, jnp.asarray(dataset.y), model)
 
 
 def identity(config: CifarConfig, dataset: data.Dataset) -> dict[str, Any]:
@@ -213,16 +208,16 @@ def identity_of_seed(config: CifarConfig, seed: int, dataset: data.Dataset) -> d
     return {**identity(config, dataset), "seed": seed}
 
 
-def _initial(problem: Problem, seed: int) -> Params:
+def _initial(problem: Setting, seed: int) -> Params:
     return problem.model.init(jax.random.key(seed), problem.x[:1])
 
 
-def _optimizer(config: CifarConfig, problem: Problem) -> optax.GradientTransformation:
+def _optimizer(config: CifarConfig, problem: Setting) -> optax.GradientTransformation:
     steps = config.epochs * batches_of(problem.dataset.n, config.batch_size)
     return momentum_sgd(config.learning_rate, config.momentum, schedule=config.schedule, steps=steps)
 
 
-def _trainer(config: CifarConfig, problem: Problem, initial: Params, *, together: bool = False) -> MiniBatches:
+def _trainer(config: CifarConfig, problem: Setting, initial: Params, *, together: bool = False) -> MiniBatches:
     assert config.micro_batch is not None
     return MiniBatches(
         (problem.x, problem.y),
@@ -239,7 +234,7 @@ def _trainer(config: CifarConfig, problem: Problem, initial: Params, *, together
 def run(
     config: CifarConfig,
     seed: int,
-    problem: Problem,
+    problem: Setting,
     *,
     observer: Observer | None = None,
     probe_dir: Path | None = None,
@@ -260,76 +255,48 @@ def run(
     Returns:
         The record; one whose loss stops being finite is NaN from that epoch on.
     """
-    config, began = resolve(config), time.perf_counter()
+    config = resolve(config)
     assert config.probe_every is not None
-    dataset, x, _, model = problem
-    subset = diagnostics.stratified_ids(dataset.y, config.subset_size)
+    dataset, model = problem.dataset, problem.model
     initial = _initial(problem, seed)
+    whole = Problem(model.apply, initial, problem.x, problem.y, loss=Squared(config.loss_scale), name="cifar")
     trainer = _trainer(config, problem, initial)
     probes_at = probe_epochs(config.epochs, config.probe_every)
-    objective = Objective(model.apply, config.loss_scale)
-    probe = KernelProbe(
-        objective,
-        x[subset],
-        dataset.y[subset],
-        subset=None,
+    measured = Probes(
+        every=config.probe_every,
+        subset=diagnostics.stratified_ids(dataset.y, config.subset_size),
         kernel=config.kernel,
-        spectrum_epochs=spread(probes_at, config.spectrum_probes),
-        save_to=probe_dir,
+        hessian=0,
+        spectrum=config.spectrum_probes,
+        search=config.search_steps,
+        seed=seed,
     )
-    scalars = {
-        "subset_ids": subset,
-        "kernel_samples": np.int64(subset.size),
-        "loss_scale": np.float64(objective.scale(dataset.n)),
-        "learning_rate": np.float64(config.learning_rate),
-        "n": np.int64(dataset.n),
-        "c": np.int64(dataset.c),
-        "p": np.int64(count_parameters(initial)),
-    }
-    numbers = {name: np.asarray(value) for name, value in scalars.items()}
-    recorded = identity_of_seed(config, seed, dataset)
+    probe, samples = kernel_probe(whole, measured, steps=probes_at, save_to=probe_dir)
 
-    def judge(so_far: Mapping[str, np.ndarray]) -> tuple[theory.Verdict, ...]:
-        return theory.verify(Record("cifar", {**so_far, **numbers}, recorded, {"untrusted": probe.untrusted}))
+    def provenance() -> Mapping[str, Any]:
+        passes = trainer.passes()._asdict().items()
+        spent = {f"{kind}_pass": None if math.isnan(value) else value for kind, value in passes}
+        return {"data": dataset.provenance(config.data), "seconds": spent}
 
-    result = run_training(
-        init_shuffled(initial, _optimizer(config, problem), seed=seed),
+    return run_and_record(
+        whole,
+        init_state(initial, _optimizer(config, problem), seed=seed),
+        probe=probe,
         probes_at=probes_at,
         advance=advance or trainer.advance,
         evaluate=trainer.evaluate,
-        probe=probe,
+        numbers={**samples, **whole.numbers(config.learning_rate)},
+        config=identity_of_seed(config, seed, dataset),
+        provenance=provenance,
+        search_steps=config.search_steps,
+        seed=seed,
         observer=observer,
-        measured_every=config.diagnostics_every,
+        measured=lambda steps: steps % config.diagnostics_every == 0,
         checkpoints=checkpoints,
-        judge=judge,
     )
-    closing_began = time.perf_counter()
-    closing = probe.close(result.arrays, search_steps=config.search_steps, seed=seed)
-    closing_seconds = time.perf_counter() - closing_began
-    passes = trainer.passes()._asdict()
-    provenance = {
-        **describe_environment(),
-        "data": {
-            "name": dataset.name,
-            "source": dataset.source,
-            "checksum": dataset.checksum,
-            "location": str(config.data) if config.data else None,
-        },
-        "seconds": {
-            **result.seconds,
-            **{f"{kind}_pass": None if math.isnan(value) else value for kind, value in passes.items()},
-            "closing": closing_seconds,
-            "total": time.perf_counter() - began,
-        },
-        "resumed_at": list(result.resumed_at),
-        "peak_memory_bytes": peak_memory_bytes(),
-        **({"untrusted": probe.untrusted} if probe.untrusted else {}),
-    }
-    record = Record("cifar", {**result.arrays, **closing, **numbers}, recorded, provenance)
-    return replace(record, provenance={**provenance, "verdicts": theory.as_json(theory.verify(record))})
 
 
-def train_together(config: CifarConfig, seeds: Sequence[int], problem: Problem) -> list[Advance]:
+def train_together(config: CifarConfig, seeds: Sequence[int], problem: Setting) -> list[Advance]:
     """Train seeds as one program, by vmap, and return for each what replays its part."""
     config = resolve(config)
     assert config.probe_every is not None
@@ -339,7 +306,7 @@ def train_together(config: CifarConfig, seeds: Sequence[int], problem: Problem) 
 
     initials = [_initial(problem, seed) for seed in seeds]
     optimizer = _optimizer(config, problem)
-    states = stack([init_shuffled(one, optimizer, seed=seed) for one, seed in zip(initials, seeds, strict=True)])
+    states = stack([init_state(one, optimizer, seed=seed) for one, seed in zip(initials, seeds, strict=True)])
     trainer = _trainer(config, problem, stack(initials), together=True)
     ends = probe_epochs(config.epochs, config.probe_every)
     return replay(states, [b - a for a, b in itertools.pairwise(ends)], trainer.advance, count=len(seeds))
@@ -348,7 +315,7 @@ def train_together(config: CifarConfig, seeds: Sequence[int], problem: Problem) 
 def run_all(
     config: CifarConfig,
     folder: Path,
-    problem: Problem,
+    problem: Setting,
     *,
     say: Say = lambda line: None,
     follow: Follow = unfollowed,
@@ -390,7 +357,7 @@ def _run_seed(
     config: CifarConfig,
     seed: int,
     folder: Path,
-    problem: Problem,
+    problem: Setting,
     *,
     say: Say,
     follow: Follow,

@@ -1,31 +1,26 @@
 """Binary MNIST: digits 3 against 8, full-batch gradient descent, every latent variable (paper, section 6.1)."""
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jaxtyping import Array
 
-from lplr_jax import checks, data, diagnostics, theory
+from lplr_jax import checks, data
 from lplr_jax.curves.rate import check_regime
-from lplr_jax.losses import LossScale, Objective
-from lplr_jax.measurement.probe import KernelProbe
+from lplr_jax.losses import LossScale, Squared
 from lplr_jax.models import ACTIVATIONS, INITS, MLP
 from lplr_jax.ntk.empirical import Precision, check_kernel_name
 from lplr_jax.records import Record
 from lplr_jax.runs.checkpoint import Checkpoints
-from lplr_jax.runs.environment import describe_environment, peak_memory_bytes
-from lplr_jax.runs.loop import MOST, check_learning_rate, check_memory, probe_epochs, run_training, spread
+from lplr_jax.runs.loop import run_and_record
+from lplr_jax.runs.problem import MOST, Probes, Problem, check_learning_rate, check_memory, kernel_probe, probe_epochs
 from lplr_jax.runs.session import Observer
 from lplr_jax.training import EpochMetrics, TrainState, evaluate, init_state, train_epochs
-from lplr_jax.types import Params, count_parameters
 
 
 @dataclass(frozen=True)
@@ -139,18 +134,15 @@ def load_data(config: MnistConfig) -> data.Dataset:
     return data.load("mnist", source=config.source, data_dir=config.data, n_train=config.n_train)
 
 
-class Problem(NamedTuple):
-    """What a config sets up: data, objective, optimiser and θ_0."""
+@dataclass(frozen=True, eq=False)
+class Digits(Problem):
+    """What a config sets up: the problem, where its images come from, and what trains it."""
 
-    dataset: data.Dataset
-    x: Array
-    y: Array
-    objective: Objective
-    optimizer: optax.GradientTransformation
-    params: Params
+    dataset: data.Dataset = field(kw_only=True)
+    optimizer: optax.GradientTransformation = field(kw_only=True)
 
 
-def set_up(config: MnistConfig) -> Problem:
+def set_up(config: MnistConfig) -> Digits:
     """Load the data and initialise the network of a config.
 
     Raises:
@@ -162,8 +154,9 @@ def set_up(config: MnistConfig) -> Problem:
     model = _model(config.width, config.depth, config.activation, dataset.c, initialisation=config.init)
     check_memory(jax.eval_shape(model.init, jax.random.key(config.seed), x[:1]), config.width)
     params = model.init(jax.random.key(config.seed), x[:1])
-    objective = Objective(model.apply, config.loss_scale)
-    return Problem(dataset, x, y, objective, _gradient_descent(config.learning_rate), params)
+    optimizer = _gradient_descent(config.learning_rate)
+    loss = Squared(config.loss_scale)
+    return Digits(model.apply, params, x, y, loss=loss, name="mnist", dataset=dataset, optimizer=optimizer)
 
 
 def decisive(config: MnistConfig) -> dict[str, Any]:
@@ -204,64 +197,36 @@ def run(
         ValueError: for a field out of range or data that cannot be had.
     """
     config, probe_every, subset_size = resolve(config)
-    began = time.perf_counter()
-    dataset, x, y, objective, optimizer, params = set_up(config)
-    subset = diagnostics.subset_ids(dataset.n, subset_size, seed=config.seed)
-    settings = {"objective": objective, "optimizer": optimizer}
+    problem = set_up(config)
+    batch, params = problem.data, problem.params
+    settings = {"objective": problem.objective, "optimizer": problem.optimizer}
     probes_at = probe_epochs(config.epochs, probe_every)
-    probe = KernelProbe(
-        objective,
-        x,
-        dataset.y,
-        subset=subset,
+    measured = Probes(
+        every=probe_every,
+        beside=subset_size,
         kernel=config.kernel,
-        hessian_epochs=spread(probes_at, config.hessian_probes),
+        hessian=config.hessian_probes,
         hessian_precision=config.hessian_precision,
-        spectrum_epochs=spread(probes_at, config.spectrum_probes),
-        save_to=probe_dir,
+        spectrum=config.spectrum_probes,
+        search=config.search_steps,
+        seed=config.seed,
     )
-    scalars = {
-        "subset_ids": subset,
-        "loss_scale": np.float64(objective.scale(dataset.n)),
-        "learning_rate": np.float64(config.learning_rate),
-        "n": np.int64(dataset.n),
-        "c": np.int64(dataset.c),
-        "p": np.int64(count_parameters(params)),
-    }
-    numbers = {name: np.asarray(value) for name, value in scalars.items()}
-    recorded = {**decisive(config), "data_checksum": dataset.checksum}
-
-    def judge(so_far: Mapping[str, np.ndarray]) -> tuple[theory.Verdict, ...]:
-        # A regime that was named may lie beyond what is known of the run.
-        unnamed = {**recorded, "regime_start": None, "regime_stop": None}
-        provenance = {"untrusted": probe.untrusted}
-        return theory.verify(Record("mnist", {**so_far, **numbers}, unnamed, provenance))
-
-    result = run_training(
-        init_state(params, optimizer),
-        probes_at=probes_at,
-        advance=advance or (lambda state, k: train_epochs(state, (x, y), params, epochs=k, **settings)),
-        evaluate=partial(evaluate, batch=(x, y), initial=params, objective=objective),
+    probe, samples = kernel_probe(problem, measured, steps=probes_at, save_to=probe_dir)
+    recorded = {**decisive(config), "data_checksum": problem.dataset.checksum}
+    return run_and_record(
+        problem,
+        init_state(params, problem.optimizer),
         probe=probe,
+        probes_at=probes_at,
+        advance=advance or (lambda state, k: train_epochs(state, batch, params, epochs=k, **settings)),
+        evaluate=partial(evaluate, batch=batch, initial=params, objective=problem.objective),
+        numbers={**samples, **problem.numbers(config.learning_rate)},
+        config=recorded,
+        # A regime that was named may lie beyond what is known of the run so far.
+        judged_as={**recorded, "regime_start": None, "regime_stop": None},
+        provenance=lambda: {"data": problem.dataset.provenance(config.data)},
+        search_steps=config.search_steps,
+        seed=config.seed,
         observer=observer,
         checkpoints=checkpoints,
-        judge=judge,
     )
-    closing_began = time.perf_counter()
-    closing = probe.close(result.arrays, search_steps=config.search_steps, seed=config.seed)
-    closing_seconds = time.perf_counter() - closing_began
-    provenance = {
-        **describe_environment(),
-        "data": {
-            "name": dataset.name,
-            "source": dataset.source,
-            "checksum": dataset.checksum,
-            "location": str(config.data) if config.data else None,
-        },
-        "seconds": {**result.seconds, "closing": closing_seconds, "total": time.perf_counter() - began},
-        "resumed_at": list(result.resumed_at),
-        "peak_memory_bytes": peak_memory_bytes(),
-        **({"untrusted": probe.untrusted} if probe.untrusted else {}),
-    }
-    record = Record("mnist", {**result.arrays, **closing, **numbers}, recorded, provenance)
-    return replace(record, provenance={**provenance, "verdicts": theory.as_json(theory.verify(record))})

@@ -1,52 +1,36 @@
-"""The one loop: epochs in compiled chunks, probes and checkpoints between chunks, everything into one record."""
+"""Our own loop: steps in compiled chunks, probes and checkpoints between chunks, everything into one record."""
 
+import hashlib
 import itertools
-import json
-import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+import optax
 
-from lplr_jax import checks
-from lplr_jax.ntk.memory import bytes_of, total_memory
+from lplr_jax import checks, theory
+from lplr_jax.measurement.probe import KernelProbe
+from lplr_jax.records import Record
+from lplr_jax.runs import folder as run_folder
 from lplr_jax.runs import interrupt
 from lplr_jax.runs.checkpoint import Checkpoints
-from lplr_jax.runs.environment import describe_environment
-from lplr_jax.runs.session import Judging, Observer, Silent
+from lplr_jax.runs.environment import describe_environment, peak_memory_bytes
+from lplr_jax.runs.problem import MOST, Probes, Problem, kernel_probe
+from lplr_jax.runs.recorder import Probe, Recorder
+from lplr_jax.runs.session import Observer, Say
 from lplr_jax.theory import Verdict
-from lplr_jax.training import EpochMetrics, ExactMetrics, ShuffledState, TrainState
-from lplr_jax.types import Params, count_parameters
+from lplr_jax.training import BatchSteps, Metrics, State, batches_of, evaluate, init_state, train_epochs
+from lplr_jax.types import Params
 
-_LOG = logging.getLogger(__name__)
-
-MOST_PROBES = 10_000
-"""Most kernel probes of a run; every pair of them is compared, so this is 800 MB. Calibrated."""
-
-Probe = Callable[[Params, int], Mapping[str, float]]
-"""Measures at one epoch: parameters and epoch to values by record name."""
-
-
-State = TrainState | ShuffledState
-Metrics = EpochMetrics | ExactMetrics
 Advance = Callable[[Any, int], tuple[Any, Any]]
 """From a state and a number of epochs to the state after them and the metrics before each."""
-
-
-@runtime_checkable
-class Remembering(Protocol):
-    """A probe whose earlier measurements decide later ones, so that a resumed run has to give them back."""
-
-    def remembered(self, epoch: int) -> Mapping[str, np.ndarray]:
-        """Return what the probe of `epoch` keeps, as arrays by name."""
-        ...
-
-    def recall(self, epoch: int, arrays: Mapping[str, np.ndarray], like: Params) -> None:
-        """Take back what `remembered` returned, for every earlier epoch in order; `like` has the parameters' shapes."""
 
 
 @runtime_checkable
@@ -78,50 +62,6 @@ class Replay:
         return jax.tree.map(lambda leaf: leaf[self._index], self._chunks[self._epoch])
 
 
-MOST = {"width": 10**6, "depth": 1_000, "epochs": 10**7, "seed": 2**32 - 1}
-"""Largest values of some fields: beyond them nothing fits a machine, or two seeds would give the same keys."""
-
-
-def check_learning_rate(name: str, value: float) -> None:
-    """Raise ValueError for a step size that is not positive and finite in the precision of training."""
-    tiny, largest = (float(getattr(np.finfo(np.float32), end)) for end in ("tiny", "max"))
-    if not tiny <= checks.number(name, value, above=0) <= largest:
-        raise ValueError(f"{name} must be a finite number > 0 in float32, {tiny:.2g} to {largest:.2g}, got {value}")
-
-
-def check_memory(params: Params, width: int) -> None:
-    """Raise ValueError where four copies of the parameters, as training needs, exceed the machine; shapes will do."""
-    needed, there = 4 * bytes_of(params), total_memory()
-    if needed > there:
-        raise ValueError(
-            f"width = {width} makes {count_parameters(params):,} parameters; training needs {needed / 2**30:,.0f} GiB, "
-            f"this machine has {there / 2**30:,.0f}: lower --width"
-        )
-
-
-def probe_epochs(epochs: int, every: int) -> tuple[int, ...]:
-    """Return the epochs at which the kernel is probed: every `every` epochs and both ends.
-
-    Raises:
-        ValueError: if there is no epoch to run, or the interval is not positive.
-    """
-    checks.whole("epochs", epochs, least=1)
-    checks.whole("probe_every", every, least=1)
-    if epochs // every > MOST_PROBES:
-        raise ValueError(
-            f"probe_every must be at least {-(-epochs // MOST_PROBES)} for epochs = {epochs}, "
-            f"or there are more than {MOST_PROBES:,} probes; got {every}"
-        )
-    return tuple(sorted({*range(0, epochs + 1, every), epochs}))
-
-
-def spread(epochs: Sequence[int], count: int) -> frozenset[int]:
-    """Return `count` of the epochs, evenly spread with both ends; all of them where there are fewer."""
-    checks.whole("count", count, least=0)
-    places = np.linspace(0, len(epochs) - 1, min(count, len(epochs))).round().astype(int)
-    return frozenset(epochs[place] for place in places)
-
-
 @dataclass(frozen=True)
 class RunResult:
     """What the loop measured.
@@ -130,7 +70,7 @@ class RunResult:
         arrays: series and probes by record name; NaN from the epoch at which the run diverged.
         params: the last parameters.
         seconds: wall-clock time spent in training, in probes and in checkpoints, earlier processes included.
-        resumed_at: epochs from which later processes went on.
+        resumed_at: steps from which later processes went on.
     """
 
     arrays: dict[str, np.ndarray]
@@ -139,162 +79,295 @@ class RunResult:
     resumed_at: tuple[int, ...] = ()
 
 
-class _Progress:
-    """How far a run is: its state, and what was measured up to there."""
-
-    def __init__(self, state: State, probes_at: Sequence[int], measured_every: int) -> None:
-        self.state, self._probes_at = state, probes_at
-        self.series: dict[str, np.ndarray] = {}
-        self._unmeasured = np.arange(probes_at[-1] + 1) % measured_every > 0
-        self._unmeasured[list(probes_at)] = False
-        self.probes: dict[str, np.ndarray] = {}
-        self.seconds = {"training": 0.0, "probes": 0.0, "checkpoints": 0.0}
-        self.resumed_at: tuple[int, ...] = ()
-
-    @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Add the time of the body to the seconds spent."""
-        began = time.perf_counter()
-        yield
-        self.seconds[what] += time.perf_counter() - began
-
-    def store(self, start: int, metrics: Metrics) -> None:
-        """Put metrics in their places, from epoch `start` on."""
-        for name, values in metrics._asdict().items():
-            values = np.atleast_1d(np.asarray(values, np.float64))
-            place = self.series.setdefault(name, np.full(self._probes_at[-1] + 1, np.nan))
-            place[start : start + values.size] = values
-
-    def store_probe(self, index: int, values: Mapping[str, float]) -> None:
-        """Put what the probe of one place measured into the arrays of all."""
-        for name, value in values.items():
-            self.probes.setdefault(name, np.full(len(self._probes_at), np.nan))[index] = value
-
-    def arrays(self, index: int) -> dict[str, np.ndarray]:
-        """Return what was measured up to the probe of one place, by record name."""
-        at = np.asarray(self._probes_at[: index + 1], np.int64)
-        series = {name: values[: at[-1] + 1] for name, values in self.series.items()}
-        probes = {name: values[: index + 1] for name, values in self.probes.items()}
-        return {"epoch": np.arange(at[-1] + 1), "probe_epoch": at, **series, **probes}
-
-    def cut_at_divergence(self, epoch: int) -> bool:
-        """Return whether a metric up to `epoch` or a parameter is not finite; everything from there on becomes NaN."""
-        finite = np.logical_and.reduce([np.isfinite(values[: epoch + 1]) for values in self.series.values()])
-        finite |= self._unmeasured[: epoch + 1]
-        finite[epoch] &= all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(self.state.params)))
-        if finite.all():
-            return False
-        for values in self.series.values():
-            values[int(finite.argmin()) :] = np.nan
-        return True
-
-    def save(self, checkpoints: Checkpoints, epoch: int, probe: Probe) -> None:
-        """Write a checkpoint."""
-        arrays = {f"{kind}-{name}": a for kind in ("series", "probes") for name, a in getattr(self, kind).items()}
-        remembered = probe.remembered(epoch) if isinstance(probe, Remembering) else {}
-        facts = {"seconds": self.seconds, "resumed_at": self.resumed_at, "environment": describe_environment()}
-        checkpoints.save(epoch, self.state, arrays, remembered=remembered, facts=facts)
-
-    def resume(self, checkpoints: Checkpoints, probe: Probe) -> int:
-        """Take up the last saved state.
-
-        Returns:
-            The place among the probes with which to go on: 0 where nothing is saved.
-
-        Raises:
-            ValueError: if it was saved by a run with other probes.
-        """
-        saved = checkpoints.latest(self.state)
-        if saved is None:
-            return 0
-        if saved.epoch not in self._probes_at:
-            raise ValueError(f"the checkpoint is of epoch {saved.epoch}, at which this run has no probe")
-        self.state = saved.state
-        for name, array in saved.arrays.items():
-            kind, _, key = name.partition("-")
-            getattr(self, kind)[key] = array.copy()
-        if isinstance(probe, Remembering):
-            for epoch, arrays in saved.memory.items():
-                probe.recall(epoch, arrays, self.state.params)
-        self.seconds |= saved.facts["seconds"]
-        self.resumed_at = (*saved.facts["resumed_at"], saved.epoch)
-        _warn_of_changes(saved.facts["environment"])
-        return self._probes_at.index(saved.epoch) + 1
-
-
-def _warn_of_changes(before: Mapping[str, Any]) -> None:
-    """Say what is no longer as it was when the checkpoint was written: then bits may differ."""
-    now = json.loads(json.dumps(describe_environment()))
-    names = [name for name in now if name in before and before[name] != now[name]]
-    if names:
-        changed = "; ".join(f"{name} {before[name]} then, {now[name]} now" for name in names)
-        _LOG.warning("not as it was when the run was interrupted, so last digits may differ: %s", changed)
-
-
 def run_training(
-    state: State,
+    state: Any,
     *,
     probes_at: Sequence[int],
     advance: Advance,
     evaluate: Callable[[Params], Metrics],
     probe: Probe,
     observer: Observer | None = None,
-    measured_every: int = 1,
+    measured: Callable[[np.ndarray], np.ndarray] | None = None,
+    dense: bool = True,
     checkpoints: Checkpoints | None = None,
     judge: Callable[[Mapping[str, np.ndarray]], Sequence[Verdict]] | None = None,
 ) -> RunResult:
-    """Train from probe to probe, and measure every epoch and every probe.
+    """Train from probe to probe, and measure every step and every probe.
 
     Args:
-        state: the state at epoch 0; donated to `advance`.
-        probes_at: epochs to probe, ascending, from 0 to the last epoch.
-        advance: runs a number of epochs and returns the metrics before each; everything that changes from step to step
+        state: the state at step 0; donated to `advance`.
+        probes_at: steps to probe, ascending, from 0 to the last one.
+        advance: runs a number of steps and returns the metrics before each; everything that changes from step to step
             (keys, the place in a schedule) is in the state, or it is `Replaying`.
-        evaluate: the metrics at given parameters, for the epoch after the last step.
+        evaluate: the metrics at given parameters, for the parameters after the last step.
         probe: what to measure at a probe; one that remembers is `Remembering`.
         observer: told of every chunk and probe, once they are saved.
-        measured_every: epochs between those at which `advance` measures; its metrics are NaN at the others.
+        measured: from steps to whether `advance` measures there, beside the first of every chunk; its metrics are NaN
+            at the others. None for all.
+        dense: whether steps that are not measured have an entry all the same.
         checkpoints: where the state is saved after every probe, and from where it goes on; None saves nothing.
         judge: from what was measured so far, by record name, to verdicts, for an observer that is `Judging`.
 
     Returns:
-        The measurements. A metric or parameter that is not finite ends the run at its epoch; series and probes from
+        The measurements. A metric or parameter that is not finite ends the run at its step; series and probes from
         there on are NaN.
 
     Raises:
         Interrupted: on SIGTERM or SIGINT, once the chunk at hand is saved; on a second one, at once.
         OSError: if a checkpoint cannot be written or read.
     """
-    observer = observer or Silent()
     last = probes_at[-1]
-    so_far = _Progress(state, probes_at, measured_every)
-    start = so_far.resume(checkpoints, probe) if checkpoints else 0
-    if start:
-        observer.resume(probes_at[start - 1])
+    recorder = Recorder(probe, observer=observer, checkpoints=checkpoints, judge=judge)
+    saved = recorder.resume(state, lambda one: one.params)
+    start = 0
+    if saved is not None:
+        if saved.epoch not in probes_at:
+            raise ValueError(f"the checkpoint is of epoch {saved.epoch}, at which this run has no probe")
+        state, start = saved.state, probes_at.index(saved.epoch) + 1
         if isinstance(advance, Replaying):
-            advance.resume(probes_at[start - 1])
-    for index, epoch in enumerate(probes_at[start:], start):
-        waits = interrupt.deferred(f"epoch {epoch} of {last} is saved") if checkpoints else nullcontext()
-        with waits:
+            advance.resume(saved.epoch)
+    for index, step in enumerate(probes_at[start:], start):
+        with interrupt.deferred(f"epoch {step} of {last} is saved") if checkpoints else nullcontext():
             if index:
                 before = probes_at[index - 1]
-                with so_far.timed("training"):
-                    so_far.state, metrics = advance(so_far.state, epoch - before)
-                    so_far.store(before, jax.device_get(metrics))
-            so_far.store(epoch, jax.device_get(evaluate(so_far.state.params)))
-            if so_far.cut_at_divergence(epoch):
+                with recorder.timed("training"):
+                    state, metrics = advance(state, step - before)
+                    steps, metrics = np.arange(before, step), jax.device_get(metrics)
+                    seen = np.ones(steps.size, bool) if measured is None else measured(steps) | (steps == before)
+                    kept = slice(None) if dense else np.flatnonzero(seen)
+                    recorder.extend(
+                        steps[kept], Metrics(*(None if field is None else field[kept] for field in metrics)), seen[kept]
+                    )
+            recorder.extend([step], jax.device_get(evaluate(state.params)))
+            if recorder.diverged(step, state.params):
                 break
-            observer.chunk(epoch, float(so_far.series["loss"][epoch]))
-            with so_far.timed("probes"):
-                values = probe(so_far.state.params, epoch)
-            so_far.store_probe(index, values)
-            if checkpoints:
-                with so_far.timed("checkpoints"):
-                    so_far.save(checkpoints, epoch, probe)
-            if judge and isinstance(observer, Judging):
-                observer.standing(epoch, judge(so_far.arrays(index)))
-            observer.probe(epoch, values)
-    return RunResult(so_far.arrays(len(probes_at) - 1), so_far.state.params, so_far.seconds, so_far.resumed_at)
+            recorder.reach(step, state.params, state)
+    arrays = recorder.arrays(range(last + 1) if dense else None, probes_at)
+    return RunResult(arrays, state.params, recorder.seconds, recorder.resumed_at)
+
+
+def run_and_record(
+    problem: Problem,
+    state: State,
+    *,
+    probe: KernelProbe,
+    probes_at: Sequence[int],
+    advance: Advance,
+    evaluate: Callable[[Params], Metrics],
+    numbers: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    judged_as: Mapping[str, Any] | None = None,
+    provenance: Callable[[], Mapping[str, Any]] = dict,
+    search_steps: int = 0,
+    seed: int = 0,
+    observer: Observer | None = None,
+    measured: Callable[[np.ndarray], np.ndarray] | None = None,
+    dense: bool = True,
+    checkpoints: Checkpoints | None = None,
+) -> Record:
+    """Train, measure, close and judge one run: what every experiment and `train` have in common.
+
+    Args:
+        problem: what is trained.
+        state: the state at step 0; donated.
+        probe: what is measured at a probe, and after the last one.
+        probes_at: steps to probe, ascending, from 0 to the last one.
+        advance: see `run_training`.
+        evaluate: see `run_training`.
+        numbers: what the record holds beside the measurements, by record name.
+        config: everything that decides the numbers.
+        judged_as: the config that the judge sees while the run goes on, where it differs.
+        provenance: asked at the end for what the record says beside versions, device, seconds and memory; `seconds`
+            in it is joined to ours.
+        search_steps: power iterations of the search for L_Θ; 0 for none.
+        seed: of that search.
+        observer: told of every chunk and probe.
+        measured: see `run_training`.
+        dense: see `run_training`.
+        checkpoints: see `run_training`.
+
+    Returns:
+        The record; one whose loss stops being finite is NaN from that step on.
+    """
+    began = time.perf_counter()
+
+    def judge(so_far: Mapping[str, np.ndarray]) -> Sequence[Verdict]:
+        arrays = {**so_far, **numbers}
+        shown = config if judged_as is None else judged_as
+        return theory.verify(_record(problem, arrays, shown, {"untrusted": probe.untrusted}))
+
+    result = run_training(
+        state,
+        probes_at=probes_at,
+        advance=advance,
+        evaluate=evaluate,
+        probe=probe,
+        observer=observer,
+        measured=measured,
+        dense=dense,
+        checkpoints=checkpoints,
+        judge=judge,
+    )
+    closing_began = time.perf_counter()
+    closing = probe.close(result.arrays, search_steps=search_steps, seed=seed)
+    closing_seconds = time.perf_counter() - closing_began
+    asked = dict(provenance())
+    spent = {**result.seconds, **asked.pop("seconds", {}), "closing": closing_seconds}
+    arrays = {**result.arrays, **closing, **numbers}
+    return judged(
+        _record(
+            problem,
+            arrays,
+            config,
+            {
+                **describe_environment(),
+                **asked,
+                "seconds": {**spent, "total": time.perf_counter() - began},
+                "resumed_at": list(result.resumed_at),
+                "peak_memory_bytes": peak_memory_bytes(),
+                **({"untrusted": probe.untrusted} if probe.untrusted else {}),
+            },
+        )
+    )
+
+
+def _record(
+    problem: Problem, arrays: Mapping[str, np.ndarray], config: Mapping[str, Any], provenance: Mapping[str, Any]
+) -> Record:
+    return Record(problem.name, arrays, config, provenance, loss=problem.loss.name)
+
+
+def judged(record: Record) -> Record:
+    """Return a record with the verdicts on it in its provenance."""
+    return replace(record, provenance={**record.provenance, "verdicts": theory.as_json(theory.verify(record))})
+
+
+def train(
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    *,
+    steps: int,
+    batch_size: int | None = None,
+    seed: int = 0,
+    probes: Probes = Probes(),  # noqa: B008  # a frozen value
+    out: str | Path | None = None,
+    observer: Observer | None = None,
+    learning_rate: float = math.nan,
+    say: Say = lambda line: None,
+) -> Record:
+    """Train a problem with any optax transformation, and record it.
+
+    Args:
+        problem: what is trained, and from where.
+        optimizer: an optax transformation; `optax.sgd(η)` is gradient descent.
+        steps: how many.
+        batch_size: samples of a shuffled mini-batch; None, or n, for all data in every step. With mini-batches loss
+            and gradient of all data are measured at the first step of every pass, and at the one after it.
+        seed: of the order of mini-batches.
+        probes: what is measured at probes, and when.
+        out: folder in which the run survives, and is resumed bit for bit by the same call.
+        observer: told of every chunk and probe.
+        learning_rate: η as the record is to say it; NaN leaves it to what is measured.
+        say: told one line at a time what becomes of the folder.
+
+    Returns:
+        The record; the one that is in the folder, where this run has finished there.
+
+    Raises:
+        ValueError: for settings out of range, or a folder that holds another run.
+        TypeError: for what is no problem or no optax transformation.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> problem = Problem(lambda w, x: x @ w, jnp.zeros((3, 1)), jnp.eye(3), jnp.ones((3, 1)))
+        >>> record = train(problem, optax.sgd(0.5), steps=4, probes=Probes(search=0))
+        >>> record["epoch"].tolist(), round(float(record["step_size"][0]), 6)
+        ([0, 1, 2, 3, 4], 0.5)
+    """
+    checks.instance("problem", problem, Problem, "as lplr_jax.Problem makes one")
+    checks.instance("probes", probes, Probes, "as lplr_jax.Probes makes one")
+    checks.whole("steps", steps, least=1, most=MOST["epochs"])
+    size = problem.n if batch_size is None else checks.whole("batch_size", batch_size, least=1, most=problem.n, of="n")
+    whole = batches_of(problem.n, size) == 1
+    settings = {"steps": steps, "seed": seed, "batch_size": None if whole else size}
+    config = {
+        **settings,
+        "loss": problem.loss.name,
+        "probes": probes.plain(),
+        "optimizer_checksum": optimizer_digest(optimizer, problem.params),
+        **problem.digest(),
+    }
+    at = probes.steps(steps)
+    objective, initial, batch = problem.objective, problem.params, problem.data
+    state = init_state(initial, optimizer, seed=seed)
+
+    def make(checkpoints: Checkpoints | None) -> Record:
+        probe, samples = kernel_probe(problem, probes, steps=at)
+        common = {"objective": objective, "optimizer": optimizer}
+        if whole:
+            pieces = _lengths(at)
+            advance = lambda state, count: _in_pieces(  # noqa: E731
+                state, pieces(count), lambda one, k: train_epochs(one, batch, initial, epochs=k, **common)
+            )
+            at_point = partial(evaluate, batch=batch, initial=initial, objective=objective)
+            where = {}
+        else:
+            stepper = BatchSteps(batch, initial, batch_size=size, **common)
+            advance, at_point = stepper.advance, stepper.evaluate
+            where = {"measured": stepper.measured, "dense": False}
+        return run_and_record(
+            problem,
+            state,
+            probe=probe,
+            probes_at=at,
+            advance=advance,
+            evaluate=at_point,
+            numbers={**samples, **problem.numbers(learning_rate)},
+            config=config,
+            search_steps=probes.search,
+            seed=probes.seed,
+            observer=observer,
+            checkpoints=checkpoints,
+            **where,
+        )
+
+    if out is None:
+        return make(None)
+    path = checks.folder("out", Path(out))
+    with run_folder.claimed(path, problem.name, config, say=say) as lock:
+        return run_folder.kept(path, problem.name, config, make, check=lock.check, say=say)
+
+
+def optimizer_digest(optimizer: optax.GradientTransformation, params: Params) -> str:
+    """Return the SHA-256 of what an optimiser does, its jaxpr, and of the state it begins with."""
+    checks.instance("optimizer", optimizer, optax.GradientTransformation, "such as optax.sgd(0.1)")
+    state = optimizer.init(params)
+    closed = jax.make_jaxpr(optimizer.update)(params, state, params)
+    text = hashlib.sha256(f"{closed.jaxpr}".encode())
+    for leaf in [*jax.tree.leaves(state), *closed.consts]:
+        text.update(np.asarray(leaf).tobytes())
+    return f"sha256:{text.hexdigest()}"
+
+
+MOST_PROGRAMS = 3
+"""Lengths of chunks for which a program each is compiled; where there are more, powers of two are put together."""
+
+
+def _lengths(at: Sequence[int]) -> Callable[[int], Sequence[int]]:
+    """Return the rule by which a chunk is cut, so that few programs are compiled; it moves no bit of the run."""
+    if len({b - a for a, b in itertools.pairwise(at)}) <= MOST_PROGRAMS:
+        return lambda count: (count,)
+    return lambda count: [1 << bit for bit in range(count.bit_length() - 1, -1, -1) if count >> bit & 1]
+
+
+def _in_pieces(
+    state: State, pieces: Sequence[int], advance: Callable[[State, int], tuple[State, Metrics]]
+) -> tuple[State, Metrics]:
+    parts = []
+    for count in pieces:
+        state, metrics = advance(state, count)
+        parts.append(jax.device_get(metrics))
+    return state, jax.tree.map(lambda *fields: np.concatenate(fields), *parts)
 
 
 def replay(states: Any, chunks: Sequence[int], advance: Advance, *, count: int) -> list[Advance]:
