@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from lplr_jax import checks
 
 Params = Any
@@ -12,7 +10,7 @@ Params = Any
 
 
 ApplyFn = Callable[[Params, Any], Any]
-"""A pure function from parameters and inputs (n, ...) to outputs (n, c)."""
+"""A pure function from parameters and inputs (n, ...) to outputs (n, c), or (n,) for (n, 1)."""
 
 
 def count_parameters(params: Params) -> int:
@@ -21,6 +19,8 @@ def count_parameters(params: Params) -> int:
     Raises:
         TypeError: if a leaf is no array.
     """
+    import jax  # not before there are parameters: who reads a record needs no JAX
+
     leaves = jax.tree.leaves(params)
     for leaf in leaves:
         if not hasattr(leaf, "size"):
