@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -203,8 +203,8 @@ class Probes:
         at: steps to probe instead.
         subset: samples of a subset whose kernel is measured instead of that of all: how many, or which.
         kernel: one of `lplr_jax.ntk.KERNELS`.
-        hessian: probes, evenly spread, at which the Hessian's extremes are measured, 0 for none. Where the length of the
-            run is not known: at the first, whenever the number of probes has doubled, and at the last one.
+        hessian: probes, evenly spread, at which the Hessian's extremes are measured, 0 for none. Where the length of
+            the run is not known: at the first, whenever the number of probes has doubled, and at the last one.
         spectrum: probes, evenly spread, at which the whole spectrum is kept, or "all".
         search: power iterations of the search for a lower estimate of L_Θ after the last step; 0 for none.
         beside: samples of a random subset whose λ_min stands beside that of all, as the paper measures it: how many, or
@@ -300,29 +300,13 @@ def _log_spaced() -> Iterator[int]:
     return (round(2 ** (k / 2)) for k in itertools.count())
 
 
-class Doubling(Collection[int]):
-    """Steps, asked for one after the other at each probe: the first, and each at which their number has doubled."""
-
-    def __init__(self, taken: Collection[int]) -> None:
-        self._taken = taken
-
-    def __contains__(self, step: object) -> bool:
-        number = len(self._taken) + (step not in self._taken)
-        return number & (number - 1) == 0
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
-
-
 def kernel_probe(
     problem: Problem,
     probes: Probes,
     *,
     steps: Sequence[int] | None,
     taken: Collection[int] = (),
+    ending: Callable[[], bool] = lambda: False,
     save_to: Path | None = None,
 ) -> tuple[KernelProbe, dict[str, np.ndarray]]:
     """Return what measures a problem at its probes, and the record's arrays that say of which samples.
@@ -332,6 +316,7 @@ def kernel_probe(
         probes: what to measure.
         steps: the steps that will be probed; None where they are not known.
         taken: steps probed so far, kept by the caller, where they are not known.
+        ending: whether the probe at hand is the last one, where they are not known.
         save_to: where to keep the parameters of every probe.
     """
     subset, beside = probes.ids(problem, "subset"), probes.ids(problem, "beside")
@@ -344,14 +329,16 @@ def kernel_probe(
         said = {"subset_ids": subset, "kernel_samples": np.asarray(np.int64(subset.size))}
     if beside is not None:
         said = {"subset_ids": beside}
-    doubling = Doubling(taken)
 
-    def when(count: int | str) -> Collection[int]:
+    def doubled(step: int) -> bool:
+        number = len(taken) + (step not in taken)
+        return number & (number - 1) == 0 or ending()
+
+    def when(count: int | str) -> Collection[int] | Callable[[int], bool]:
         if steps is None:
-            return doubling if count == "all" or count else ()
+            return (lambda step: True) if count == "all" else doubled if count else ()
         return frozenset(steps) if count == "all" else spread(steps, int(count))
 
-    every: Any = _Every() if steps is None and probes.spectrum == "all" else when(probes.spectrum)
     probe = KernelProbe(
         problem.objective,
         x,
@@ -360,20 +347,7 @@ def kernel_probe(
         kernel=probes.kernel,
         hessian_epochs=when(probes.hessian),
         hessian_precision=probes.hessian_precision,
-        spectrum_epochs=every,
+        spectrum_epochs=when(probes.spectrum),
         save_to=save_to,
     )
     return probe, said
-
-
-class _Every(Collection[int]):
-    """All steps."""
-
-    def __contains__(self, step: object) -> bool:
-        return True
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0

@@ -1,10 +1,11 @@
 """Any loop becomes a record: it hands over its parameters step by step, and what is due is measured."""
 
+import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -104,6 +105,7 @@ class Watch:
         observer: Observer | None = None,
         config: Mapping[str, Any] | None = None,
         learning_rate: float = math.nan,
+        last: int | None = None,
     ) -> None:
         checks.instance("problem", problem, Problem, "as lplr_jax.Problem makes one")
         checks.instance("probes", probes, Probes, "as lplr_jax.Probes makes one")
@@ -117,7 +119,7 @@ class Watch:
             **problem.digest(),
             **(config or {}),
         }
-        self._length: int | None = None
+        self._length = last
         self._recorder: Recorder | None = None
         self._observer = observer
         self._taken: set[int] = set()
@@ -125,6 +127,7 @@ class Watch:
         self._kept: _Kept | None = None
         self._latest: tuple[int, Params] | None = None
         self._last = -1
+        self._ending = False
         self._diverged: int | None = None
         self._told: list[str] = []
         self._record: Record | None = None
@@ -214,9 +217,10 @@ class Watch:
             self._probe(step, params)
 
     def chunks(self, steps: int) -> Iterator[tuple[int, int]]:
-        """Yield (start, length) of the chunks of a loop of a known number of steps that scans: they end at probes.
+        """Yield (start, length) of the chunks of a loop that scans a known number of steps: they end at probes.
 
-        Call the watch with the parameters of `start` before each, `extend` after it, and the watch once more at the end.
+        Call the watch with the parameters of `start` before each, `extend` after it, and the watch once more at the
+        end.
 
         Args:
             steps: steps of the loop; the last parameters are those of step `steps`.
@@ -226,7 +230,7 @@ class Watch:
             raise RuntimeError("chunks decides where the probes are, so it must come before the first step")
         self._length = steps
         at = self._probes.steps(steps)
-        for start, end in zip(at[:-1], at[1:], strict=True):
+        for start, end in itertools.pairwise(at):
             yield start, end - start
 
     def extend(self, start: int, series: Metrics) -> None:
@@ -276,12 +280,11 @@ class Watch:
     def _is_probe(self, step: int) -> bool:
         return step in self._known if self._length is not None else self._probes.due(step)
 
-    @property
+    @cached_property
     def _known(self) -> frozenset[int]:
+        """The steps that are probed, where the length of the run is known."""
         assert self._length is not None
-        if not hasattr(self, "_at"):
-            self._at = frozenset(self._probes.steps(self._length))
-        return self._at
+        return frozenset(self._probes.steps(self._length))
 
     def _follows(self, step: int) -> bool:
         """Return whether the step before was kept, so that this one tells where it led."""
@@ -292,7 +295,7 @@ class Watch:
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             raise TypeError(
                 "the watch was called inside a transformation of JAX (jit, scan, grad, vmap), where there are no "
-                "numbers to measure: call it from Python between steps, or use lplr_jax.series inside and extend outside"
+                "numbers to measure: call it from Python between steps, or lplr_jax.series inside and extend outside"
             )
         if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
             raise ValueError(
@@ -309,7 +312,9 @@ class Watch:
     def _begin(self, step: int, params: Params) -> None:
         """Make the recorder; go on from what was saved, or see to it that step 0 has an entry."""
         steps = None if self._length is None else self._probes.steps(self._length)
-        probe, self._samples = kernel_probe(self._problem, self._probes, steps=steps, taken=self._taken)
+        probe, self._samples = kernel_probe(
+            self._problem, self._probes, steps=steps, taken=self._taken, ending=lambda: self._ending
+        )
         self._kernel_probe = probe
         self._recorder = Recorder(probe, observer=self._observer, checkpoints=self._checkpoints)
         kept = jax.tree.map(jnp.asarray, params)
@@ -396,9 +401,10 @@ class Watch:
             if last is not None and not _differ(a, _flat(last)):
                 words += f": it is that of step {step - 1}"
             elif np.linalg.norm(b) > 0 and not _differ(a, (factor := float(a @ b / (b @ b))) * b):
-                words += f": it is {factor:.6g} times as large, so the problem's loss has another scale, {self._problem.loss!r}"
+                words += f": it is {factor:.6g} times as large; the problem's loss is {self._problem.loss!r}"
             else:
-                words += f": {np.linalg.norm(a):.6g} against {np.linalg.norm(b):.6g}, differing by {np.linalg.norm(a - b):.3g}"
+                norms = f"{np.linalg.norm(a):.6g} against {np.linalg.norm(b):.6g}"
+                words += f": {norms}, differing by {np.linalg.norm(a - b):.3g}"
             self._tell(words)
 
     def _flush(self) -> None:
@@ -437,14 +443,13 @@ class Watch:
                 step, params, _ = self._kept
                 self._tell(f"the last parameters were deleted by the step that took them; the run ends at step {step}")
             if alive or self._kept is not None:
-                if not self._buffer or self._buffer[-1].step != step:
-                    if self._recorder.series.last < step:
-                        self._observe(step, params, None, None, True)
+                if not (self._buffer and self._buffer[-1].step == step) and self._recorder.series.last < step:
+                    self._observe(step, params, None, None, True)
                 self._flush()
                 if self._recorder.diverged(step, params):
                     self._diverge()
                 elif step not in self._taken:
-                    self._kernel_probe.last = True  # the Hessian is measured at both ends
+                    self._ending = True
                     self._probe(step, params)
         self._flush()
         if self._diverged is None and self._recorder.diverged(*(self._recorder.series.last, ())):
