@@ -1,4 +1,4 @@
-"""The rooms of the package, bottom first, and the few doors that lead upward: the one place where they are listed."""
+"""The rooms of the package, bottom first, its public face, and the few lazy names that lead upward."""
 
 import importlib
 from typing import Any, NamedTuple
@@ -48,7 +48,44 @@ ROOMS = (
 )
 """Each imports only from those before it, and from itself; a test reads the imports."""
 
+FACE = {
+    "curves": "lplr_jax.curves",
+    "data": "lplr_jax.data",
+    "diagnostics": "lplr_jax.diagnostics",
+    "experiments": "lplr_jax.experiments",
+    "linalg": "lplr_jax.linalg",
+    "losses": "lplr_jax.losses",
+    "models": "lplr_jax.models",
+    "ntk": "lplr_jax.ntk",
+    "plotting": "lplr_jax.plotting",
+    "records": "lplr_jax.records",
+    "schema": "lplr_jax.schema",
+    "theory": "lplr_jax.theory",
+    "training": "lplr_jax.training",
+    "Record": "lplr_jax.records",
+    "RecordError": "lplr_jax.records",
+    "Verdict": "lplr_jax.theory",
+    "load": "lplr_jax.records",
+    "verify": "lplr_jax.theory",
+    "verify_point": "lplr_jax.runs.point",
+}
+"""What `import lplr_jax` gives lazily: a room itself, or a name and the module that holds it."""
+
+PLANNED = {
+    "Probes": "lplr_jax.runs.watch",
+    "Problem": "lplr_jax.runs.problem",
+    "Watch": "lplr_jax.runs.watch",
+    "measure": "lplr_jax.runs.snapshots",
+    "plot": "lplr_jax.plotting",
+    "report": "lplr_jax.reports",
+    "series": "lplr_jax.runs.watch",
+    "train": "lplr_jax.runs.loop",
+    "watch": "lplr_jax.runs.watch",
+}
+"""Names kept free for what comes next, and where it will lie; each moves to `FACE` when it exists."""
+
 DOORS = {
+    "lplr_jax": FACE,
     "lplr_jax.theory": {
         "closing_arrays": "lplr_jax.measurement.closing",
         "kernel_values": "lplr_jax.measurement.kernel",
@@ -59,15 +96,27 @@ DOORS = {
     "lplr_jax.models": {"ApplyFn": "lplr_jax.types", "Params": "lplr_jax.types", "count_parameters": "lplr_jax.types"},
     "lplr_jax.training": {"LossScale": "lplr_jax.losses", "Objective": "lplr_jax.losses"},
 }
-"""Names that a module gives out lazily from another one: upward, or where they lived before."""
+"""Names that a module gives out lazily from another one: the face, names from above it, names that lay in it before.
+
+A lazy name is never that of another module in the same package, which importing that module would put in its place.
+"""
 
 
 def through_door(module: str, name: str) -> Any:
-    """Return a name that a module gives out lazily.
+    """Return what a module gives out lazily under a name; the body of its `__getattr__`.
 
     Raises:
-        AttributeError: for a name that is no door of the module.
+        AttributeError: for a name that the module does not give out.
     """
-    if name not in DOORS.get(module, {}):
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(DOORS[module][name]), name)
+    target = DOORS.get(module, {}).get(name)
+    if target is None:
+        later = f" yet; it is kept for {PLANNED[name]}" if module == "lplr_jax" and name in PLANNED else ""
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{later}")
+    found = importlib.import_module(target)
+    return found if target == f"{module}.{name}" else getattr(found, name)
+
+
+def table() -> str:
+    """Return the rooms as a Markdown table, bottom first; docs/architecture.md shows it."""
+    rows = [f"| `{room.name}` | {room.wing} | {room.holds} |" for room in ROOMS]
+    return "\n".join(["| room | wing | what it holds |", "|---|---|---|", *rows])

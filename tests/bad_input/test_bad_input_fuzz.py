@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from bad_input_calls import X, Y, arrays, linear
-from bad_input_files import npy, pack, put, saved
+from bad_calls import X, Y, arrays, linear
+from bad_files import npy, pack, put, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

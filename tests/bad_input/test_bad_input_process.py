@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bad_input_files import MIB, big, bomb, gz_bomb, idx_pair, members_of, npy, pack, put, sparse
+from bad_files import MIB, big, bomb, gz_bomb, idx_pair, members_of, npy, pack, put, sparse
 
 from lplr_jax import cli
 

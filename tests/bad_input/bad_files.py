@@ -4,12 +4,13 @@ import gzip
 import json
 import os
 import struct
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
-from bad_input_calls import arrays, record
+from bad_calls import arrays, record
 
 from bad_input import Case
 from lplr_jax import archives, data, records
@@ -36,7 +37,8 @@ def npy(array, *, shape=None, descr=None, version=(1, 0), body=None):
 def pack(path, members, *, method=zipfile.ZIP_DEFLATED):
     """An npz of ready-made members; a list may hold a name twice."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w", method) as archive:
+    with zipfile.ZipFile(path, "w", method) as archive, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Duplicate name")
         for name, content in members.items() if isinstance(members, dict) else members:
             archive.writestr(zipfile.ZipInfo(name), content, method)
     return path

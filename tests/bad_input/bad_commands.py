@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from bad_input_calls import arrays, record
-from bad_input_files import cut, members_of, npy, pack, prepared, put, saved, special
+from bad_calls import arrays, record
+from bad_files import cut, members_of, npy, pack, prepared, put, saved, special
 
 from bad_input import Command
 from lplr_jax.experiments import ablation, boundary, cifar, initialisation, mnist
