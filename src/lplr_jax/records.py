@@ -47,7 +47,7 @@ class Record:
         arrays: the measurements, by the names of `SCHEMA`.
         config: everything that decides the numbers; two runs of one config agree in every array.
         provenance: versions, device, data source and checksum, places and wall-clock times.
-        loss: name of the loss ℓ_i; the number s is the array `loss_scale`.
+        loss: name of the loss of each sample; the number s is the array `loss_scale`.
 
     Raises:
         RecordError: if a name, type, length or number is none that a record may hold; it says which, and why.
@@ -203,9 +203,14 @@ def facts(record: Record) -> tuple[tuple[str, str], ...]:
         found.append(("loss", f"{first} to {last}"))
     at = np.flatnonzero(probes == 0)
     if at.size and "ntk_min_eig" in arrays and np.isfinite(arrays["ntk_min_eig"][at[0]]):
-        text = f"{arrays['ntk_min_eig'][at[0]]:.5g}"
-        ends = [arrays[name][at[0]] for name in ("ntk_min_eig_lower", "ntk_min_eig_upper") if name in arrays]
-        text += f", in [{ends[0]:.10g}, {ends[1]:.10g}]" if len(ends) == 2 and np.isfinite(ends).all() else ""
+        value = float(arrays["ntk_min_eig"][at[0]])
+        ends = [float(arrays[name][at[0]]) for name in ("ntk_min_eig_lower", "ntk_min_eig_upper") if name in arrays]
+        text = f"{value:.5g}"
+        if len(ends) == 2 and np.isfinite(ends).all():
+            # As many digits as tell the ends of the interval apart.
+            share = abs(ends[1] - ends[0]) / max(abs(value), np.finfo(float).tiny)
+            digits = 2 + int(np.clip(np.ceil(-np.log10(max(share, 1e-14))), 1, 14))
+            text = f"{value:.{digits}g}, in [{ends[0]:.{digits}g}, {ends[1]:.{digits}g}]"
         found.append(("λ_0", text))
     return tuple(found)
 

@@ -184,7 +184,7 @@ SCHEMA: dict[str, Entry] = {
     "loss_scale": Entry(
         (),
         "1",
-        "the number s in L = (1/s) Σ_i ℓ_i, which is ‖r‖² / (2 s) for the squared loss",
+        "the number s by which the sum of the losses of all samples is divided: L = ‖r‖² / (2 s) for squared",
         Values(least=0.0, above=True, finite=True, nan=False),
     ),
     "learning_rate": Entry(
