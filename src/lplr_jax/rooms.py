@@ -86,6 +86,7 @@ PLANNED = {
 
 DOORS = {
     "lplr_jax": FACE,
+    "lplr_jax.records": {"record_html": "lplr_jax.reports.html"},
     "lplr_jax.theory": {
         "closing_arrays": "lplr_jax.measurement.closing",
         "kernel_values": "lplr_jax.measurement.kernel",

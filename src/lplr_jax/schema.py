@@ -1,14 +1,59 @@
 """Every name, unit and meaning of a record's arrays."""
 
+import math
 from typing import NamedTuple
+
+LARGEST_INTEGER = 2**53
+"""Integers of a record lie below it, so that float64 holds them and their differences exactly."""
+
+
+class Values(NamedTuple):
+    """What the numbers of one array may be.
+
+    Attributes:
+        least: smallest value.
+        above: whether `least` itself is refused.
+        most: largest value.
+        finite: whether infinities are refused.
+        nan: whether NaN stands for "not measured".
+        among: the only numbers allowed, where it is not empty.
+        whole: whether they must be integers, below `LARGEST_INTEGER`.
+    """
+
+    least: float = -math.inf
+    above: bool = False
+    most: float = math.inf
+    finite: bool = False
+    nan: bool = True
+    among: tuple[int, ...] = ()
+    whole: bool = False
+
+    @property
+    def words(self) -> str:
+        """What they must be, for a message."""
+        if self.among:
+            return f"one of {', '.join(map(str, self.among))}"
+        kind = "an integer" if self.whole else "a finite number" if self.finite else "a number"
+        bounds = [f"{'>' if self.above else '>='} {self.least:g}"] * math.isfinite(self.least)
+        return " ".join([kind, *bounds, *([f"and at most {self.most:g}"] * math.isfinite(self.most))])
+
+
+ANY = Values()
+NON_NEGATIVE = Values(least=0.0)
+POSITIVE = Values(least=0.0, above=True)
+SHARE = Values(least=0.0, most=1.0)
+FLAG = Values(among=(0, 1), nan=False)
+COUNT = Values(least=1.0, whole=True, nan=False)
+PLACE = Values(least=0.0, whole=True, nan=False)
 
 
 class Entry(NamedTuple):
-    """What one array of a record is."""
+    """What one array of a record is: its axes, its units, its meaning, and what its numbers may be."""
 
     dims: tuple[str, ...]
     units: str
     meaning: str
+    values: Values = ANY
 
 
 LOSS = "units of L"
@@ -21,64 +66,146 @@ LIPSCHITZ = "output² / parameter³"
 
 
 SCHEMA: dict[str, Entry] = {
-    "epoch": Entry(("epoch",), "epochs", "epoch t; 0 is the initialisation"),
+    "epoch": Entry(
+        ("epoch",),
+        "steps",
+        "step number t of each entry, ascending from 0, the initialisation; steps that are missing were not seen; "
+        "an experiment that counts epochs calls an epoch a step",
+        PLACE,
+    ),
     "loss": Entry(("epoch",), LOSS, "L(θ_t) on all training data, in training precision"),
-    "grad_sq_norm": Entry(("epoch",), "L² / parameter²", "‖∇L(θ_t)‖², in training precision"),
-    "drift": Entry(("epoch",), "parameter", "‖θ_t - θ_0‖₂"),
-    "step_size": Entry(("epoch",), "parameter² / L", "η_t = ⟨θ_t - θ_{t+1}, ∇L_t⟩/‖∇L_t‖²; NaN where not seen"),
-    "step_deviation": Entry(("epoch",), "1", "‖θ_t - θ_{t+1} - η_t ∇L_t‖/‖θ_t - θ_{t+1}‖; NaN where not seen"),
-    "step_rounding": Entry(("epoch",), "1", "what rounding of the parameters alone may leave of step_deviation"),
-    "seen": Entry(("epoch",), "1", "1 where loss, gradient and drift of this entry were measured, else 0"),
-    "accuracy": Entry(("epoch",), "1", "share of training samples whose largest output is that of their class"),
-    "probe_epoch": Entry(("probe",), "epochs", "epoch of each kernel probe"),
+    "grad_sq_norm": Entry(("epoch",), "L² / parameter²", "‖∇L(θ_t)‖², in training precision", NON_NEGATIVE),
+    "drift": Entry(("epoch",), "parameter", "‖θ_t - θ_0‖₂", NON_NEGATIVE),
+    "accuracy": Entry(("epoch",), "1", "share of training samples whose largest output is that of their class", SHARE),
+    "seen": Entry(
+        ("epoch",),
+        "1",
+        "1 where loss, gradient and drift of the entry were measured; absent: wherever the loss is finite",
+        FLAG,
+    ),
+    "step_size": Entry(
+        ("epoch",),
+        "parameter² / L",
+        "η_t = ⟨θ_t - θ_{t+1}, ∇L_t⟩ / ‖∇L_t‖²; NaN where θ_t, ∇L_t or θ_{t+1} was not seen",
+    ),
+    "step_deviation": Entry(
+        ("epoch",),
+        "1",
+        "‖θ_t - θ_{t+1} - η_t ∇L_t‖ / ‖θ_t - θ_{t+1}‖: 0 along the gradient; NaN like step_size",
+        NON_NEGATIVE,
+    ),
+    "step_rounding": Entry(
+        ("epoch",),
+        "1",
+        "what rounding of the parameters alone may leave of step_deviation; inf where θ did not move; NaN like "
+        "step_size",
+        NON_NEGATIVE,
+    ),
+    "probe_epoch": Entry(("probe",), "steps", "step number of each kernel probe, one of `epoch`", PLACE),
     "probe_loss": Entry(("probe",), LOSS, "L(θ_t) evaluated in float64"),
-    "probe_grad_sq_norm": Entry(("probe",), "L² / parameter²", "‖∇L(θ_t)‖² evaluated in float64"),
+    "probe_grad_sq_norm": Entry(("probe",), "L² / parameter²", "‖∇L(θ_t)‖² evaluated in float64", NON_NEGATIVE),
     "ntk_min_eig": Entry(("probe",), KERNEL, "λ_min of the full (n c, n c) kernel"),
     "ntk_min_eig_lower": Entry(("probe",), KERNEL, "proved lower bound on λ_min"),
     "ntk_min_eig_upper": Entry(("probe",), KERNEL, "proved upper bound on λ_min"),
     "ntk_max_eig": Entry(("probe",), KERNEL, "λ_max of the full kernel"),
     "ntk_min_eig_subset": Entry(("probe",), KERNEL, "λ_min on the subset, an upper bound of that on all"),
     "ntk_rayleigh": Entry(("probe",), KERNEL, "rᵀΘr / ‖r‖² at the residual r of the probe"),
-    "ntk_effective_rank": Entry(("probe",), "1", "(tr Θ)² / ‖Θ‖_F², between 1 and the number of rows"),
-    "ntk_shift": Entry(("probe",), KERNEL, "‖Θ_t - Θ_0‖₂"),
+    "ntk_effective_rank": Entry(("probe",), "1", "(tr Θ)² / ‖Θ‖_F², between 1 and the number of rows", NON_NEGATIVE),
+    "ntk_shift": Entry(("probe",), KERNEL, "‖Θ_t - Θ_0‖₂", NON_NEGATIVE),
     "sharpness": Entry(("probe",), "L / parameter²", "largest eigenvalue of the Hessian of L; NaN where not measured"),
     "curvature_min": Entry(
         ("probe",), "L / parameter²", "least eigenvalue of the Hessian of L; NaN where not measured"
     ),
     "lqcr_inner": Entry(("probe",), LOSS, "⟨∇L(θ_t), θ_t - θ_T⟩, T the last probe"),
     "ntk_assembly_error": Entry(
-        ("probe",), KERNEL, "bound on the assembly error of Θ in spectral norm; finite where the interval includes it"
+        ("probe",),
+        KERNEL,
+        "bound on the assembly error of Θ in spectral norm; finite where the interval includes it",
+        NON_NEGATIVE,
     ),
     "probe_untrusted": Entry(
         ("probe",),
         "1",
         "1: the kernel's values of this probe are NaN as the arithmetic lost them, 2: the Hessian's, 3: both",
+        Values(among=(0, 1, 2, 3)),
     ),
     "spectrum": Entry(("probe", "eigenvalue"), KERNEL, "eigenvalues of Θ_t, ascending; NaN where not measured"),
     "residual_energy": Entry(
-        ("probe", "eigenvalue"), "1", "share of ‖r‖² along each eigenvector of Θ_t; NaN where not measured"
+        ("probe", "eigenvalue"),
+        "1",
+        "share of ‖r‖² along each eigenvector of Θ_t; NaN where not measured",
+        NON_NEGATIVE,
     ),
-    "ntk_pair_shift": Entry(("probe", "other_probe"), KERNEL, "‖Θ_s - Θ_t‖₂ for every pair of probes, from below"),
-    "param_pair_distance": Entry(("probe", "other_probe"), "parameter", "‖θ_s - θ_t‖₂ for every pair of probes"),
-    "ntk_lipschitz_lower": Entry((), LIPSCHITZ, "largest ‖Θ_s - Θ_t‖₂/‖θ_s - θ_t‖ over pairs of probes, less errors"),
-    "ntk_lipschitz_random": Entry((), LIPSCHITZ, "lower estimate of L_Θ on the ball of the run, random directions"),
-    "ntk_lipschitz_gradient": Entry((), LIPSCHITZ, "the same, along the gradient at θ_0"),
-    "ntk_lipschitz_power": Entry((), LIPSCHITZ, "the same, by power iteration on the derivative of the kernel"),
-    "ntk_lipschitz_upper": Entry((), LIPSCHITZ, "proved upper bound of L_Θ on the ball of the run; NaN where none"),
-    "smoothness_upper": Entry((), "L / parameter²", "proved upper bound of β on the ball of the run; NaN where none"),
-    "radius_certified": Entry((), "parameter", "R*: proved that L_Θ(R) R < λ_0 for R < R*; NaN where none"),
-    "parameter_spacing": Entry((), "parameter", "2-norm of the float32 spacings of θ_0"),
-    "affine_in_parameters": Entry((), "1", "1 where the program is affine in its parameters, read off its jaxpr"),
-    "kernel_samples": Entry((), "samples", "samples of every probe's kernel, loss and gradient; absent: all n"),
-    "kernel_trace": Entry((), "1", "1 where the probes hold the output-averaged kernel, (1/c) Σ_o Θ_oo"),
-    "subset_ids": Entry(("subset",), "sample numbers", "training samples of the subset"),
-    "loss_scale": Entry((), "1", "the number s in L = ‖r‖² / (2 s)"),
-    "learning_rate": Entry((), "parameter² / L", "step size η"),
-    "n": Entry((), "samples", "training samples"),
-    "c": Entry((), "outputs", "outputs per sample"),
-    "p": Entry((), "parameters", "parameters"),
+    "ntk_pair_shift": Entry(
+        ("probe", "other_probe"), KERNEL, "‖Θ_s - Θ_t‖₂ for every pair of probes, from below", NON_NEGATIVE
+    ),
+    "param_pair_distance": Entry(
+        ("probe", "other_probe"), "parameter", "‖θ_s - θ_t‖₂ for every pair of probes", NON_NEGATIVE
+    ),
+    "ntk_lipschitz_lower": Entry(
+        (), LIPSCHITZ, "largest ‖Θ_s - Θ_t‖₂/‖θ_s - θ_t‖ over pairs of probes, less errors", NON_NEGATIVE
+    ),
+    "ntk_lipschitz_random": Entry(
+        (), LIPSCHITZ, "lower estimate of L_Θ on the ball of the run, random directions", NON_NEGATIVE
+    ),
+    "ntk_lipschitz_gradient": Entry((), LIPSCHITZ, "the same, along the gradient at θ_0", NON_NEGATIVE),
+    "ntk_lipschitz_power": Entry(
+        (), LIPSCHITZ, "the same, by power iteration on the derivative of the kernel", NON_NEGATIVE
+    ),
+    "ntk_lipschitz_upper": Entry(
+        (),
+        LIPSCHITZ,
+        "proved upper bound of L_Θ on the ball of the run; NaN where none, inf where it overflowed",
+        NON_NEGATIVE,
+    ),
+    "smoothness_upper": Entry(
+        (),
+        "L / parameter²",
+        "proved upper bound of β on the ball of the run; NaN where none, inf where it overflowed",
+        POSITIVE,
+    ),
+    "radius_certified": Entry(
+        (),
+        "parameter",
+        "R*: proved that L_Θ(R) R < λ_0 for R < R*; NaN where none, inf only where L_Θ = 0",
+        NON_NEGATIVE,
+    ),
+    "parameter_spacing": Entry((), "parameter", "2-norm of the float32 spacings of θ_0", NON_NEGATIVE),
+    "parameter_eps": Entry(
+        (),
+        "1",
+        "coarsest spacing of 1 among the dtypes of θ, 2^-23 for float32; absent: float32",
+        Values(least=0.0, above=True, most=1.0, nan=False),
+    ),
+    "affine_in_parameters": Entry((), "1", "1 where the program is affine in its parameters, read off its jaxpr", FLAG),
+    "kernel_samples": Entry((), "samples", "samples of every probe's kernel, loss and gradient; absent: all n", COUNT),
+    "kernel_trace": Entry((), "1", "1 where the probes hold the output-averaged kernel, (1/c) Σ_o Θ_oo", FLAG),
+    "subset_ids": Entry(("subset",), "sample numbers", "training samples of the subset, distinct", PLACE),
+    "loss_scale": Entry(
+        (),
+        "1",
+        "the number s by which the sum of the losses of all samples is divided: L = ‖r‖² / (2 s) for squared",
+        Values(least=0.0, above=True, finite=True, nan=False),
+    ),
+    "learning_rate": Entry(
+        (),
+        "parameter² / L",
+        "step size η, of the first step where it moves; NaN where unknown",
+        Values(least=0.0, above=True, finite=True),
+    ),
+    "n": Entry((), "samples", "training samples", COUNT),
+    "c": Entry((), "outputs", "outputs per sample", COUNT),
+    "p": Entry((), "parameters", "parameters", COUNT),
 }
 """Every array a record may hold. What was not measured is absent."""
+
+
+SINCE_2 = frozenset({"seen", "step_size", "step_deviation", "step_rounding", "parameter_eps"})
+"""Arrays that files of schema 1 do not hold."""
+
+
+INTEGERS = ("epoch", "probe_epoch", "subset_ids", "seen")
+"""Arrays whose dtype is one of integers: they count, or index."""
 
 
 REQUIRED = ("epoch", "loss", "grad_sq_norm", "drift", "loss_scale", "learning_rate", "n", "c", "p")

@@ -236,7 +236,7 @@ def reader_cases():
             (
                 "a newer schema",
                 lambda p: pack(p / "record.npz", members_of(schema_version=np.array(7))),
-                "schema 7, this version reads up to 1; upgrade",
+                "schema 7, this version reads up to 2; upgrade",
             ),
             (
                 "a pickled loss",

@@ -136,11 +136,11 @@ def record_files():
     deep = "[" * 100_000
     found = []
     for name, changes, message in (
-        ("newer schema", {"schema_version": np.array(99)}, "schema 99, this version reads up to 1; upgrade"),
+        ("newer schema", {"schema_version": np.array(99)}, "schema 99, this version reads up to 2; upgrade"),
         (
             "newer schema with unknown arrays",
-            {"schema_version": np.array(2), "colour": np.zeros(3)},
-            "schema 2, this version reads up to 1; upgrade",
+            {"schema_version": np.array(3), "colour": np.zeros(3)},
+            "schema 3, this version reads up to 2; upgrade",
         ),
         ("schema 0", {"schema_version": np.array(0)}, "schema 0.*run again"),
         ("schema -1", {"schema_version": np.array(-1)}, "schema -1.*run again"),
@@ -220,17 +220,17 @@ def record_files():
         (
             "probe beyond the run",
             {"probe_epoch": np.array([0, 3, 99])},
-            "probe_epoch must lie in the run's epochs 0 to 6, got 0 to 99",
+            "probe_epoch must be among the 7 steps in epoch, 0 to 6; got 99",
         ),
         (
             "probe before the run",
             {"probe_epoch": np.array([-1, 3, 6])},
-            "probe_epoch must lie in the run's epochs 0 to 6, got -1 to 6",
+            "probe_epoch must be an integer >= 0, got -1 at entry 0",
         ),
         (
             "probe far beyond int64",
             {"probe_epoch": np.array([0, 3, 2**63 + 5], np.uint64)},
-            "probe_epoch must lie in the run's epochs",
+            "probe_epoch must be below 2.53, got 9223372036854775813 at entry 2",
         ),
         ("subset beyond n", {"subset_ids": np.array([0, 4])}, "subset_ids must lie in the run's samples 0 to 3"),
         (

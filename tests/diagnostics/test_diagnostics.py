@@ -1,4 +1,4 @@
-"""Brackets, regimes and rates against closed forms; the PL identity end to end."""
+"""The PL identity end to end; λ_min of the kernel and of its blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -9,39 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lplr_jax import diagnostics
-from lplr_jax.curves.rate import _suffix_medians
 from lplr_jax.losses import Objective
 from lplr_jax.models import MLP
 from lplr_jax.ntk import empirical_ntk
-
-positive = st.floats(1e-6, 1e6)
-
-
-@given(loss=st.lists(positive, min_size=1, max_size=8), share=st.floats(0, 0.999), grad=positive)
-def test_bracket_holds_the_ratio_of_every_admissible_minimum(loss, share, grad):
-    loss = np.array(loss)
-    floor = float(loss.min())
-    low, high = diagnostics.pl_bracket(loss, np.full_like(loss, grad), floor)
-    truth = 0.5 * grad / (loss - share * floor)
-    # Three roundings separate the ends from the truth.
-    assert np.all(low <= truth * (1 + 4e-16))
-    assert np.all(truth <= high * (1 + 4e-16))
-    assert np.all(np.isinf(high[loss <= floor]))
-
-
-def test_bracket_at_its_edges():
-    low, high = diagnostics.pl_bracket(np.array([0.0, np.nan, 2.0, 0.5]), np.array([0.0, 1.0, 4.0, 1.0]), 0.5)
-    np.testing.assert_array_equal(low, [np.inf, np.nan, 1.0, 1.0])
-    np.testing.assert_array_equal(high, [np.inf, np.nan, 2 / 1.5, np.inf])
-    for floor in (-1.0, np.nan, np.inf):
-        with pytest.raises(ValueError, match="floor must be a finite number >= 0"):
-            diagnostics.pl_bracket(1.0, 1.0, floor)
-
-
-def test_floor_is_the_least_recorded_loss():
-    assert diagnostics.loss_floor(np.array([3.0, 0.5, 1.0, np.nan])) == 0.5
-    with pytest.raises(ValueError, match="no finite value"):
-        diagnostics.loss_floor(np.array([np.nan, np.inf]))
 
 
 @given(
@@ -144,125 +114,3 @@ def test_subset_interlaces():
     assert np.linalg.eigvalsh(block)[0] >= np.linalg.eigvalsh(theta)[0] - 1e-12 * np.abs(theta).max()
     with pytest.raises(ValueError, match="subset_size must be >= 1, got 0"):
         diagnostics.subset_ids(10, 0, seed=1)
-
-
-T = np.arange(2001.0)
-
-
-@given(rate=st.floats(1e-4, 0.02), scale=st.floats(1e-3, 1e3))
-def test_exponential_decay_is_recovered(rate, scale):
-    decay = diagnostics.contraction_factor(scale * np.exp(-rate * T), slice(100, 1500))
-    assert decay.rate == pytest.approx(rate, rel=1e-9)
-    assert float(decay) == decay.factor == pytest.approx(np.exp(-rate), rel=1e-12)
-    assert decay.law == ("exponential" if 1 - decay.power_r2 >= 0.005 else "undecided")
-    np.testing.assert_allclose(decay.local_factors, np.exp(-rate), rtol=1e-9)
-    assert decay.epochs == 1400
-
-
-@given(exponent=st.floats(0.1, 3.0))
-def test_power_law_is_recovered(exponent):
-    loss = np.concatenate([[1.0], T[1:] ** -exponent])
-    decay = diagnostics.contraction_factor(loss, slice(100, 1500))
-    assert decay.exponent == pytest.approx(exponent, rel=1e-9)
-    assert decay.law == "power law"
-    # Local rates run from a/100 down to a/1500.
-    low, high = decay.local_factors
-    assert np.exp(-exponent / 100) <= low < high <= np.exp(-exponent / 1500)
-
-
-def test_a_linear_rate_made_by_the_proxy_is_called_so():
-    """A power law has no rate, yet its gap to the last loss fits a line whose slope falls like 1/T."""
-    loss = (1 + T) ** -0.5
-    report = diagnostics.rate_report(loss, window=diagnostics.middle_half)
-    assert report.zero.law == "power law"
-    assert report.set_by_proxy is True
-    cut = dict(report.refits)
-    assert cut[1000].rate == pytest.approx(2 * report.proxy.rate, rel=0.05)
-    assert cut[1500].rate == pytest.approx(4 / 3 * report.proxy.rate, rel=0.05)
-
-
-def test_a_true_linear_rate_is_not_blamed_on_the_proxy():
-    report = diagnostics.rate_report(np.exp(-0.02 * T))
-    assert report.set_by_proxy is False
-    assert report.zero.rate == pytest.approx(0.02, rel=1e-9)
-    # The proxy bends only the last log 2 / rate epochs of the regime, 35 of 1966.
-    assert report.proxy.rate == pytest.approx(0.02, rel=0.01)
-
-
-def test_regime_of_an_exponential_ends_where_the_proxy_doubles_the_ratio():
-    rate = 0.004
-    loss = np.exp(-rate * T)
-    regime = diagnostics.stable_regime(loss)
-    # L - L_T >= L / 2 while t <= T - log 2 / rate; a pure exponential has no transient.
-    assert regime == slice(0, int(2000 - np.log(2) / rate) + 1)
-    low, high = diagnostics.pl_bracket(loss, loss, float(loss.min()))
-    assert np.all(high[regime] <= 2 * low[regime] * (1 + 1e-12))
-    assert high[regime.stop] > 2 * low[regime.stop]
-
-
-def test_regime_drops_the_transient():
-    loss = np.exp(-0.004 * T) + 5 * np.exp(-0.5 * T)
-    regime = diagnostics.stable_regime(loss)
-    # The fast mode's part of the local rate falls below the slow one's where 2.5 e^(-t/2) = 0.004 e^(-0.004 t),
-    # t = 13; the rate is averaged over 20 epochs, so the start may come up to 20 epochs early.
-    assert 0 < regime.start <= 13
-
-
-def test_regime_of_a_catapult_starts_after_the_loss_is_back():
-    loss = np.where(T < 50, np.exp(0.05 * T), np.exp(2.5 - 0.2 * (T - 50)))
-    loss = np.where(T > 75, np.exp(-2.5 - 0.003 * (T - 75)), loss)
-    regime = diagnostics.stable_regime(loss)
-    assert regime.start >= 62
-    assert np.all(loss[regime] <= loss[0])
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [np.ones(50), np.array([1.0, 0.5]), np.linspace(1, 0.9, 100), np.full(20, np.nan), np.exp(0.1 * np.arange(40.0))],
-    ids=["constant", "two epochs", "never clear of the proxy", "all NaN", "rising"],
-)
-def test_no_regime_is_an_empty_slice(loss):
-    assert diagnostics.stable_regime(loss, floor=float(np.nanmin(loss)) if np.isfinite(loss).any() else 0.0) == slice(
-        0, 0
-    )
-
-
-def test_regime_of_a_run_that_diverged_is_that_of_its_finite_part():
-    loss = np.exp(-0.02 * np.arange(300.0))
-    broken = np.concatenate([loss, np.full(100, np.nan)])
-    assert diagnostics.stable_regime(broken) == diagnostics.stable_regime(loss)
-    report = diagnostics.rate_report(broken)
-    assert [cut for cut, _ in report.refits] == [149, 224]
-
-
-def test_regime_can_be_overridden():
-    loss = np.exp(-0.01 * np.arange(500.0))
-    assert diagnostics.stable_regime(loss, start=20, stop=90) == slice(20, 90)
-    for start, stop, message in (
-        (600, None, "regime start 600"),
-        (None, 900, "stop 900"),
-        (5, 6, "at least 3 epochs, got start 5 and stop 6"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            diagnostics.stable_regime(loss, start=start, stop=stop)
-
-
-@given(st.lists(st.floats(-5, 5) | st.sampled_from([np.inf, 0.0, np.nan]), min_size=1, max_size=30))
-def test_medians_of_all_ends_of_a_series(values):
-    found = _suffix_medians(np.array(values))
-    with np.errstate(invalid="ignore"):
-        expected = [np.median(values[k:]) for k in range(len(values))]
-    np.testing.assert_allclose(found, expected, rtol=1e-15, atol=0)
-
-
-def test_a_long_run_that_only_rises_is_read_in_good_time():
-    # Median by median this is 10^10 operations.
-    assert diagnostics.stable_regime(np.linspace(1, 2, 100_001), stop=100_000) == slice(0, 0)
-
-
-def test_fit_without_enough_epochs_is_undecided():
-    decay = diagnostics.contraction_factor(np.array([1.0, 0.5, -1.0, 0.0, np.nan]), slice(0, 5))
-    assert decay.epochs == 0
-    assert decay.law == "undecided"
-    assert np.isnan(decay.factor)
-    assert diagnostics.rate_report(np.array([1.0, 0.9])).set_by_proxy is None

@@ -300,6 +300,9 @@ def test_digits_and_what_the_summary_says(digits):
 def test_subset_and_averaged_kernels_prove_nothing(digits, regression):
     for record in (digits, regression[0]):
         # The measurements of all samples, declared to be those of a part: every number agrees, the reach does not.
+        # A spectrum of all rows would tell.
+        kept = {name: a for name, a in record.arrays.items() if name not in ("spectrum", "residual_energy")}
+        record = dataclasses.replace(record, arrays=kept)
         for name, value in (("kernel_samples", int(record["n"]) - 1), ("kernel_trace", 1)):
             part = dataclasses.replace(record, arrays={**record.arrays, name: np.asarray(value)})
             found = by_claim(part)

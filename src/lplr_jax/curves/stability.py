@@ -4,32 +4,34 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from lplr_jax import checks
+from lplr_jax.curves.rate import step_numbers
 
-Place = Literal["below 1/β", "between 1/β and 2/β", "above 2/β"]
+Fraction = Literal["below 1/β", "between 1/β and 2/β", "above 2/β"]
+"""Which fraction of 2/β a step size η is: up to one half, up to all of it, or more."""
 Outcome = Literal["monotone descent", "oscillation", "catapult", "divergence"]
 
-EXPECTED: dict[Place, tuple[Outcome, ...]] = {
+EXPECTED: dict[Fraction, tuple[Outcome, ...]] = {
     "below 1/β": ("monotone descent",),
     "between 1/β and 2/β": ("oscillation",),
     "above 2/β": ("catapult", "divergence"),
 }
-"""Outcomes that each place of η promises. On a quadratic the iterate nears the minimum along the sharpest direction
-from one side, from alternating sides, or not at all; a network may flatten on its way and come back, the catapult of
-Lewkowycz et al. 2020."""
+"""Outcomes that each fraction of 2/β promises. On a quadratic the iterate nears the minimum along the sharpest
+direction from one side, from alternating sides, or not at all; a network may flatten on its way and come back, the
+catapult of Lewkowycz et al. 2020."""
 
 EARLY = 20
-"""Epochs over which drift is watched for overshooting. Calibrated."""
+"""Steps over which drift is watched for overshooting. Calibrated."""
 ROUNDINGS = 64
 """Unit roundoffs that two losses may differ by without meaning it. Calibrated: 20 times what a width-128 run shows."""
 DRIFT_ROUNDING = 1e-5
 """Relative fall of a float32 drift that means nothing: its rounding with a margin of ten. Calibrated."""
 
 
-def place_of(eta_beta: float) -> Place:
-    """Say where η lies, from the product η β.
+def place_of(eta_beta: float) -> Fraction:
+    """Return which fraction of 2/β the step size η is, from the product η β.
 
     Raises:
         ValueError: if the product is not a finite number > 0.
@@ -65,10 +67,10 @@ class Observation:
             and ends below; "oscillation" if it rises in some step by more than rounding, or the drift falls in some of
             the first 20 steps (the iterate overshoots the minimum along the sharpest direction); "monotone descent"
             otherwise.
-        rises: steps in which the loss rises by more than rounding.
-        first_rise: epoch of the first of them, None without any.
+        rises: entries whose loss is above that of the entry before by more than rounding.
+        first_rise: step number of the first of them, None without any.
         peak: largest L_t over L_0; inf where the loss stops being finite.
-        overshoots: steps among the first 20 in which the drift falls.
+        overshoots: entries among the first 20 steps whose drift is below that of the entry before.
     """
 
     outcome: Outcome
@@ -79,14 +81,20 @@ class Observation:
 
 
 def observe(
-    loss: Float[np.ndarray, " t"], drift: Float[np.ndarray, " t"], *, unit_roundoff: float = 2.0**-24
+    loss: Float[np.ndarray, " t"],
+    drift: Float[np.ndarray, " t"],
+    *,
+    unit_roundoff: float = 2.0**-24,
+    steps: Int[np.ndarray, " t"] | None = None,
 ) -> Observation:
-    """Classify a run by its loss and drift at every epoch.
+    """Classify a run by its loss and drift at every recorded step.
 
     Args:
-        loss: L(θ_t) from epoch 0, shape (T + 1,); NaN from the epoch at which the run diverged.
+        loss: L(θ_t) from step 0, shape (t,); NaN from the step at which the run diverged. NaN between finite values
+            is a gap: that step was not measured.
         drift: ‖θ_t - θ_0‖, same shape.
         unit_roundoff: u of the precision in which both were computed.
+        steps: step number of each entry, shape (t,), ascending; None for 0, 1, ...
 
     Raises:
         ValueError: if the first loss is not finite.
@@ -94,24 +102,25 @@ def observe(
     loss, drift = (checks.real_array(name, a, axes="t") for name, a in (("loss", loss), ("drift", drift)))
     checks.number("unit_roundoff", unit_roundoff, above=0)
     if loss.shape != drift.shape:
-        raise ValueError(f"loss and drift must have one entry an epoch, got shapes {loss.shape} and {drift.shape}")
+        raise ValueError(f"loss and drift must have one entry a step, got shapes {loss.shape} and {drift.shape}")
     if not np.isfinite(loss[0]):
-        raise ValueError("the loss at epoch 0 is not finite, so there is nothing to compare the run with")
-    finite = np.isfinite(loss).all()
-    recorded = loss.size if finite else int(np.isfinite(loss).argmin())
-    seen = loss[:recorded]
+        raise ValueError("the loss at step 0 is not finite, so there is nothing to compare the run with")
+    numbers, measured = step_numbers(steps, loss.size), np.isfinite(loss)
+    diverged = not measured[-1]
+    seen, numbers, drift = loss[measured], numbers[measured], drift[measured]
     rising = np.flatnonzero(seen[1:] > seen[:-1] + rounding_allowance(seen[:-1], seen[0], unit_roundoff))
-    early = drift[: min(recorded, EARLY + 1)]
+    early = drift[numbers <= EARLY]
     overshoots = int(np.sum(early[1:] < early[:-1] * (1 - DRIFT_ROUNDING)))
     above = seen.max() > seen[0] + rounding_allowance(seen[0], seen[0], unit_roundoff)
-    if not finite or (seen.size > 1 and seen[-1] >= seen[0]):
+    if diverged or (seen.size > 1 and seen[-1] >= seen[0]):
         outcome: Outcome = "divergence"
     elif above:
         outcome = "catapult"
     else:
         outcome = "oscillation" if rising.size or overshoots else "monotone descent"
-    peak = float(seen.max() / seen[0]) if finite else float("inf")
-    return Observation(outcome, int(rising.size), int(rising[0]) + 1 if rising.size else None, peak, overshoots)
+    peak = float("inf") if diverged else float(seen.max() / seen[0])
+    first_rise = int(numbers[rising[0] + 1]) if rising.size else None
+    return Observation(outcome, int(rising.size), first_rise, peak, overshoots)
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ class PowerLaw:
 
     Attributes:
         slope: exponent; float(law) is this.
-        stderr: its standard error for independent residuals; NaN for two points. Epochs of one run are not independent,
+        stderr: its standard error for independent residuals; NaN for two points. Steps of one run are not independent,
             so there it is too small.
         intercept: log y at x = 1.
         range: least and largest x of the fit.
