@@ -5,6 +5,9 @@ members of one name; here the zip directory and all headers are read and held ag
 """
 
 import errno
+import hashlib
+import json
+import math
 import os
 import re
 import stat
@@ -17,13 +20,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 _DIRECTORY_BYTES = 2**20
 """Largest zip directory that is read; a record has some fifty members of about a hundred bytes each."""
 _CHUNK = 2**20
+_TEXTS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_OUTSIDE = re.compile(r"[\[\]{}]")
 _DAMAGE = (struct.error, zlib.error, zipfile.BadZipFile)
 
 
@@ -112,12 +117,91 @@ def read_text(path: Path, *, most_bytes: int) -> str:
         raise _refused(path, "UTF-8 text", str(error)) from error
 
 
+def read_json(path: Path, *, most_bytes: int, most_depth: int = 32) -> Any:
+    """Read an ordinary file of JSON.
+
+    Args:
+        path: the file.
+        most_bytes: its largest size.
+        most_depth: how many lists and objects may lie within each other.
+
+    Raises:
+        ArchiveError: if it is no ordinary file, too long or too deep, no JSON, has a key twice in one object, or holds
+            a number that is not finite in float64.
+    """
+    text = read_text(path, most_bytes=most_bytes)
+    try:
+        return parse_json(text, most_depth=most_depth)
+    except ValueError as error:
+        raise _refused(path, "JSON", str(error)) from error
+
+
+def parse_json(text: str, *, most_depth: int = 32) -> Any:
+    """Return what a text of JSON holds, under the same bounds as `read_json`.
+
+    Raises:
+        ValueError: saying what was found instead.
+
+    Example:
+        >>> parse_json('{"epoch": 3}')
+        {'epoch': 3}
+    """
+    depth = deepest = 0
+    for bracket in _OUTSIDE.finditer(_TEXTS.sub("", text)):
+        depth += 1 if bracket[0] in "[{" else -1
+        deepest = max(deepest, depth)
+    if deepest > most_depth:
+        raise ValueError(f"{deepest:,} lists and objects within each other, at most {most_depth} are read")
+    return json.loads(text, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_distinct)
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word}, which is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]}, too large for float64")
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key[:80]!r} twice in one object")
+        found[key] = value
+    return found
+
+
+def sha256(path: Path, *, size: int | None = None) -> str:
+    """Return the SHA-256 of an ordinary file, in hexadecimal digits.
+
+    Args:
+        path: the file.
+        size: bytes that it must have; another size is refused before anything is read.
+
+    Raises:
+        ArchiveError: if it is no ordinary file that can be read, or of another size.
+    """
+    with open_regular(path) as file:
+        there = os.fstat(file.fileno()).st_size
+        if size is not None and there != size:
+            raise _refused(path, f"{size:,} bytes", f"{there:,}")
+        try:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ArchiveError(f"{path} cannot be read ({error.strerror}); use an intact copy") from error
+
+
 def read_npz(
     path: Path,
     *,
     most_bytes: int,
     admit: Callable[[Mapping[str, Header]], object],
     only: tuple[str, ...] | None = None,
+    directory_bytes: int = _DIRECTORY_BYTES,
 ) -> dict[str, np.ndarray]:
     """Read the arrays of an npz file.
 
@@ -131,13 +215,14 @@ def read_npz(
         most_bytes: bytes that all members may unpack to.
         admit: sees the headers by name and raises for what it does not want.
         only: names to read; None reads all.
+        directory_bytes: largest zip directory that is read; a member takes some hundred bytes of it.
 
     Raises:
         ArchiveError: for a file that is none of this.
     """
     with open_regular(path) as file, ExitStack() as stack:
         with _decoding(path):
-            _check_directory(path, file)
+            _check_directory(path, file, directory_bytes)
             archive = stack.enter_context(zipfile.ZipFile(file))
             infos = _members(path, archive, most_bytes)
             headers = {name: _header(path, archive, info) for name, info in infos.items()}
@@ -166,7 +251,7 @@ def _refused(path: Path, expected: str, found: str) -> ArchiveError:
     return ArchiveError(f"{path}: expected {expected}, found {found}. Use an intact copy.")
 
 
-def _check_directory(path: Path, file: BinaryIO) -> None:
+def _check_directory(path: Path, file: BinaryIO, most_bytes: int) -> None:
     """Hold the size of the zip directory against a bound before it is read; 46 bytes of it cost 600 in memory."""
     size = file.seek(0, os.SEEK_END)
     tail_at = max(0, size - 22 - 65_535)
@@ -182,8 +267,8 @@ def _check_directory(path: Path, file: BinaryIO) -> None:
         record = file.read(56)
         if record.startswith(b"PK\x06\x06"):
             (directory,) = struct.unpack("<Q", record[40:48])
-    if directory > _DIRECTORY_BYTES:
-        raise _refused(path, f"a zip directory of at most {_DIRECTORY_BYTES:,} bytes", f"{directory:,}")
+    if directory > most_bytes:
+        raise _refused(path, f"a zip directory of at most {most_bytes:,} bytes", f"{directory:,}")
     file.seek(0)
 
 

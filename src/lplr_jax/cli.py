@@ -37,7 +37,7 @@ from lplr_jax.reports.exit_codes import (
     outcome,
 )
 from lplr_jax.reports.screen import CONSOLE, flush, say, write_nowhere
-from lplr_jax.runs import folder as place
+from lplr_jax.runs import folder as run_folder
 from lplr_jax.runs import interrupt
 from lplr_jax.runs.checkpoint import Checkpoints
 
@@ -56,8 +56,8 @@ def _mnist(preset: Preset, config: mnist_experiment.MnistConfig, following: foll
             settings = {"probe_dir": folder / "probes", "checkpoints": checkpoints}
             return mnist_experiment.run(config, observer=observer, **settings)
 
-    with place.claimed(folder, "mnist", identity, force=config.force, say=say) as lock:
-        record = place.kept(folder, "mnist", identity, make, check=lock.check, say=say)
+    with run_folder.claimed(folder, "mnist", identity, force=config.force, say=say) as lock:
+        record = run_folder.read_or_make(folder, "mnist", identity, make, check=lock.check, say=say)
     CONSOLE.print(report.summary_table(record))
     say(f"record   {folder / 'record.npz'}")
     if record.diverged_at == 0:
@@ -99,7 +99,7 @@ def _ablation(preset: Preset, config: ablation_experiment.AblationConfig, follow
     identity = ablation_experiment.identity(config)
     if not config.force:
         step_size.known_sharpness(folder)  # a damaged file is refused before anything is written
-    with place.claimed(folder, "ablation", identity, force=config.force, say=say) as lock:
+    with run_folder.claimed(folder, "ablation", identity, force=config.force, say=say) as lock:
         done = ablation_experiment.run(config, folder, say=say, follow=following, check=lock.check)
         _tabulate(ablation_table.table(done), folder / "ablation")
     _save(plotting.ablation([record for _, record in done]), figures / "ablation.png")
@@ -113,7 +113,7 @@ def _ablation(preset: Preset, config: ablation_experiment.AblationConfig, follow
 def _boundary(preset: Preset, config: boundary_experiment.BoundaryConfig) -> int:
     folder, figures = _places("boundary", preset, config.out)
     identity = boundary_experiment.identity(config)
-    with place.claimed(folder, "boundary", identity, force=config.force, say=say) as lock:
+    with run_folder.claimed(folder, "boundary", identity, force=config.force, say=say) as lock:
         points = boundary_experiment.run_in(config, folder, say=say, check=lock.check)
         say(f"points   {folder / 'boundary.json'}")
         _tabulate(boundary_experiment.table(points, config), folder / "boundary")
@@ -138,7 +138,7 @@ def _initialisation(
     identity = initialisation_experiment.identity(config)
     if not config.force:
         step_size.known_sharpness(folder)
-    with place.claimed(folder, "initialisation", identity, force=config.force, say=say) as lock:
+    with run_folder.claimed(folder, "initialisation", identity, force=config.force, say=say) as lock:
         done = initialisation_experiment.run(config, folder, say=say, follow=following, check=lock.check)
         _tabulate(initialisation_experiment.table(done), folder / "initialisation")
     for arm, record in done:
@@ -155,7 +155,7 @@ def _cifar(preset: CifarPreset, config: cifar_experiment.CifarConfig, following:
     folder, figures = _places("cifar", "default" if preset == cifar_experiment.default_preset() else preset, config.out)
     problem = cifar_experiment.set_up(config)
     identity = cifar_experiment.identity(config, problem.dataset)
-    with place.claimed(folder, "cifar", identity, force=config.force, say=say) as lock:
+    with run_folder.claimed(folder, "cifar", identity, force=config.force, say=say) as lock:
         done = cifar_experiment.run_all(config, folder, problem, say=say, follow=following, check=lock.check)
         _tabulate(cifar_table.table(done), folder / "cifar")
     _save(plotting.cifar(list(done.values())), figures / "cifar.png")

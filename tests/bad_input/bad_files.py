@@ -17,7 +17,7 @@ from lplr_jax import archives, data, records
 from lplr_jax.data import DataError
 from lplr_jax.experiments import ablation, initialisation, mnist
 from lplr_jax.records import RecordError
-from lplr_jax.runs import folder as place
+from lplr_jax.runs import folder as run_folder
 from lplr_jax.runs.checkpoint import Checkpoints
 
 MIB = 2**20
@@ -525,7 +525,7 @@ def run_folders():
 
     def claim(folder, write):
         write(folder)
-        with place.claimed(folder, "mnist", {"width": 4}):
+        with run_folder.claimed(folder, "mnist", {"width": 4}):
             pass
 
     def resume(folder, manifest):

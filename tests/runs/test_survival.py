@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import types
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from lplr_jax.experiments import mnist
 from lplr_jax.files import HALF
 from lplr_jax.reports import report, tables
 from lplr_jax.runs import checkpoint, interrupt
-from lplr_jax.runs import folder as place
+from lplr_jax.runs import folder as run_folder
 from lplr_jax.runs.checkpoint import Checkpoints
 from lplr_jax.training import init_state
 from survival import TINY
@@ -148,7 +147,7 @@ def test_an_unfinished_run_of_another_config_is_refused(tmp_path, monkeypatch, c
 
 
 def take_and_release(folder):
-    lock = place.Lock(folder)
+    lock = run_folder.Lock(folder)
     lock.acquire()
     assert json.loads((folder / ".lock").read_text())["pid"] == os.getpid()
     lock.release()
@@ -157,7 +156,7 @@ def take_and_release(folder):
 
 def test_one_writer(tmp_path, capsys, in_one_go):
     folder = tmp_path / "run"
-    lock = place.Lock(folder)
+    lock = run_folder.Lock(folder)
     lock.acquire()
     # flock is between open files, so one process can stand for two.
     assert cli.main(command(folder)) == cli.IN_USE == 6
@@ -174,14 +173,15 @@ def test_one_writer(tmp_path, capsys, in_one_go):
     )
     with subprocess.Popen([sys.executable, "-c", child, str(folder)], stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(place.DirectoryInUseError, match=f"process {holder.pid} on"):
-            place.Lock(folder).acquire()
+        with pytest.raises(run_folder.DirectoryInUseError, match=f"process {holder.pid} on"):
+            run_folder.Lock(folder).acquire()
         holder.kill()
     assert json.loads((folder / ".lock").read_text())["pid"] == holder.pid, "it died and left its lock"
     take_and_release(folder)
     (folder / ".lock").write_text(json.dumps({"pid": 1, "host": "another", "since": "2026-01-01T00:00:00+00:00"}))
-    with pytest.raises(place.DirectoryInUseError, match=r"process 1 on another .* if it is gone for certain, delete"):
-        place.Lock(folder).acquire()
+    refusal = r"process 1 on another .* if it is gone for certain, delete"
+    with pytest.raises(run_folder.DirectoryInUseError, match=refusal):
+        run_folder.Lock(folder).acquire()
     (folder / ".lock").write_text('{"pid": 1, "ho')
     take_and_release(folder)
 
@@ -198,8 +198,8 @@ def test_a_lock_without_flock_goes_by_the_process(tmp_path, monkeypatch):
         if free:
             take_and_release(tmp_path)
         else:
-            with pytest.raises(place.DirectoryInUseError, match=f"process {pid}"):
-                place.Lock(tmp_path).acquire()
+            with pytest.raises(run_folder.DirectoryInUseError, match=f"process {pid}"):
+                run_folder.Lock(tmp_path).acquire()
 
 
 def state_with_everything():
@@ -219,7 +219,14 @@ def test_a_checkpoint_gives_back_every_byte(tmp_path):
         store.save(
             epoch, state, {"odd": odd, "none": np.zeros((0, 2))}, remembered={"kernel": kernel}, facts={"a": [1]}
         )
-    other = jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else 0 * leaf, state)
+    other = jax.tree.map(
+        lambda leaf: (
+            leaf
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else (0 * leaf if isinstance(leaf, jax.Array) else np.zeros_like(leaf))
+        ),
+        state,
+    )
     saved = Checkpoints(tmp_path / "c").latest(other)
     assert (saved.epoch, saved.facts, sorted(saved.memory)) == (5, {"a": [1]}, [0, 5])
     assert saved.arrays["odd"].tobytes() == odd.tobytes()
@@ -283,7 +290,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_after_room_is_made(
 ):
     folder = disk / "run"
     with monkeypatch.context() as patched:
-        if not foreseen:  # somebody else fills the disk while orbax writes
+        if not foreseen:  # somebody else fills the disk while it is written
             patched.setattr(checkpoint, "_check_room", lambda *_: None)
         assert cli.main(command(folder)) == cli.IO_FAILED == 5
     said = said_in_one_line(capsys)
@@ -296,16 +303,6 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_after_room_is_made(
     assert cli.main(command(folder)) == 0
     assert f"goes on from epoch {int(saved.name.removeprefix('epoch_'))} of 12" in capsys.readouterr().out
     assert_same(folder, in_one_go)
-
-
-def test_only_what_orbax_leaves_behind_is_kept_quiet(monkeypatch):
-    heard = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(str(unraisable.exc_value)))
-    with pytest.raises(OSError, match=r"Input/output error .checkpoint: lost"), checkpoint._orbax():
-        raise ValueError("lost")
-    for error in (RuntimeError("Event loop is closed"), RuntimeError("another")):
-        sys.unraisablehook(types.SimpleNamespace(exc_value=error))
-    assert heard == ["another"]
 
 
 def test_a_directory_that_becomes_read_only(disk, in_one_go, capsys, monkeypatch):

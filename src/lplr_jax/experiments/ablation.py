@@ -24,7 +24,7 @@ from lplr_jax.experiments.step_size import (
 from lplr_jax.losses import LossScale
 from lplr_jax.records import Record
 from lplr_jax.runs.checkpoint import Checkpoints
-from lplr_jax.runs.folder import kept
+from lplr_jax.runs.folder import read_or_make
 from lplr_jax.runs.loop import Advance, replay
 from lplr_jax.runs.problem import check_learning_rate, probe_epochs
 from lplr_jax.runs.session import Follow, Say, unfollowed
@@ -241,7 +241,7 @@ def run_arm(
             return mnist.run(arm.config, observer=observer, probe_dir=probes, advance=advance, checkpoints=checkpoints)
 
     config = {**mnist.decisive(arm.config), "data_checksum": checksum}
-    record = kept(place, "mnist", config, make, check=check, say=lambda line: say(f"{arm.name}: {line}"))
+    record = read_or_make(place, "mnist", config, make, check=check, say=lambda line: say(f"{arm.name}: {line}"))
     say(observation(arm, record))
     return record
 

@@ -20,7 +20,7 @@ from lplr_jax.models import ResNet
 from lplr_jax.ntk.empirical import check_kernel_name
 from lplr_jax.records import Record
 from lplr_jax.runs.checkpoint import Checkpoints
-from lplr_jax.runs.folder import kept
+from lplr_jax.runs.folder import read_or_make
 from lplr_jax.runs.loop import Advance, replay, run_and_record
 from lplr_jax.runs.problem import (
     MOST,
@@ -382,7 +382,7 @@ def _run_seed(
         return record
 
     config_of_seed = identity_of_seed(config, seed, problem.dataset)
-    return kept(place, "cifar", config_of_seed, make, check=check, say=lambda line: say(f"seed {seed}: {line}"))
+    return read_or_make(place, "cifar", config_of_seed, make, check=check, say=lambda line: say(f"seed {seed}: {line}"))
 
 
 def cost(record: Record) -> str:

@@ -1,170 +1,42 @@
-"""The directory of a run: one writer at a time, one config for good, the old one kept aside when a new one starts."""
+"""The run folder: one writer at a time, one config for good, the old one kept aside when a new one starts."""
 
-import errno
-import fcntl
+import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lplr_jax import archives, records
-from lplr_jax.files import HALF, atomic_write, sync_directory
+from lplr_jax.files import atomic_write, sync_directory, target_of
 from lplr_jax.records import Record
-from lplr_jax.runs.checkpoint import Checkpoints
+from lplr_jax.runs.checkpoint import Checkpoints, ConfigMismatchError, Identity
+from lplr_jax.runs.lock import LOCK, DirectoryInUseError, Lock
 
-LOCK = ".lock"
-CARD = "config.json"
+__all__ = [
+    "CHECKPOINTS",
+    "CONFIG",
+    "LOCK",
+    "ConfigMismatchError",
+    "DirectoryInUseError",
+    "Lock",
+    "check_config",
+    "claimed",
+    "read_config",
+    "read_or_make",
+    "write_config",
+]
+
+CONFIG = "config.json"
 CHECKPOINTS = "checkpoint"
 _ABSENT = "absent"
-_CARD_BYTES = 2**20
-
-
-class DirectoryInUseError(Exception):
-    """Another process writes to the directory."""
-
-
-class ConfigMismatchError(ValueError):
-    """The directory holds a run of another config."""
-
-
-class Lock:
-    """The right to write to a directory: a file in it, held with flock for the life of the process.
-
-    The kernel lets go of the lock of a dead process on this host. What another host wrote into the file stands: whether
-    its process lives cannot be told from here.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._path, self._handle = folder / LOCK, -1
-
-    def acquire(self) -> None:
-        """Take the lock.
-
-        Raises:
-            DirectoryInUseError: if another process has it.
-            OSError: if the directory cannot be made or written to.
-        """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            # A link would be followed to a file that is then overwritten.
-            handle = archives.open_to_write(self._path, links=False)
-            try:
-                taken = _flock(handle)
-                holder = _read_holder(self._path)
-                if not taken or _elsewhere(holder):
-                    raise DirectoryInUseError(_who(self._path, holder))
-                if _same_file(handle, self._path):
-                    break
-            except BaseException:
-                os.close(handle)
-                raise
-            # The holder let go of the file between our opening and our locking it: there is another file now.
-            os.close(handle)
-        try:
-            text = json.dumps({**_us(), "since": datetime.now(UTC).isoformat(timespec="seconds")}) + "\n"
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, text.encode(), 0)
-            os.fsync(handle)
-        except BaseException:
-            os.close(handle)
-            raise
-        self._handle = handle
-
-    def check(self) -> None:
-        """Raise OSError if the directory is gone or another one has taken its place."""
-        if not _same_file(self._handle, self._path):
-            raise OSError(
-                errno.ENOENT,
-                "the directory was removed or replaced while the run wrote to it; bring it back, or start again",
-                str(self._path.parent),
-            )
-
-    def release(self) -> None:
-        """Give the lock back."""
-        if self._handle < 0:
-            return
-        try:
-            if _same_file(self._handle, self._path):
-                self._path.unlink()
-        except OSError:
-            pass  # read-only by now: it stays, as that of a dead process
-        finally:
-            os.close(self._handle)
-            self._handle = -1
-
-    def move(self, folder: Path) -> None:
-        """Follow the directory to its new name."""
-        self._path = folder / LOCK
-
-
-def _flock(handle: int) -> bool:
-    """Return whether the file is ours; file systems without flock are trusted to have one host, and its pid decides."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
-            raise
-        holder = _parse(os.pread(handle, 4096, 0))
-        return not (holder.get("host") == _us()["host"] and _lives(holder.get("pid")))
-    return True
-
-
-def _lives(pid: Any) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, TypeError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _us() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname()}
-
-
-def _read_holder(path: Path) -> dict[str, Any]:
-    try:
-        return _parse(path.read_bytes()[:4096])
-    except FileNotFoundError:
-        return {}
-
-
-def _parse(content: bytes) -> dict[str, Any]:
-    """Read what a holder wrote; one that died while it wrote left nothing that counts."""
-    try:
-        found = json.loads(content)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _elsewhere(holder: Mapping[str, Any]) -> bool:
-    return holder.get("host") not in (None, _us()["host"])
-
-
-def _who(path: Path, holder: Mapping[str, Any]) -> str:
-    who = f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'this host')}"
-    since = f" since {holder['since']}" if "since" in holder else ""
-    way = f"name another folder with --out, or wait for it; if it is gone for certain, delete {path}"
-    if not _elsewhere(holder):
-        way = "name another folder with --out, or wait for it"
-    return f"{path.parent} is in use: {who} writes to it{since}; {way}"
-
-
-def _same_file(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except OSError:
-        return False
+_CONFIG_BYTES = 2**20
+_CLAIMED: list[Lock] = []
+"""The locks of the folders that this process holds at the moment."""
 
 
 @contextmanager
@@ -176,7 +48,7 @@ def claimed(
     force: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Lock]:
-    """Hold a directory for the run of one config while the body writes to it.
+    """Hold a run folder for the run of one config while the body writes to it.
 
     Args:
         folder: the directory; made where it is missing.
@@ -194,99 +66,137 @@ def claimed(
         OSError: if it cannot be written to.
     """
     if not force and folder.exists():
-        agree(folder, experiment, config)  # before anything is written, a lock file included
-    fresh, lock = not folder.exists(), Lock(folder)
+        check_config(folder, experiment, config)  # before anything is written, a lock file included
+    lock = Lock(folder, say=say)
     lock.acquire()
+    made, wrote = lock.made_folder, False
+    _CLAIMED.append(lock)
     try:
         if force and _holds_a_run(folder):
-            aside = _set_aside(folder, lock)
-            say(f"kept     {aside}, the run that was there")
-        agree(folder, experiment, config)
-        _sweep(folder)
-        write_card(folder, experiment, config)
+            _set_aside(folder, lock, say)
+        check_config(folder, experiment, config)
+        _remove_temporaries(folder, experiment)
+        wrote = write_config(folder, experiment, config)
         yield lock
     finally:
+        _CLAIMED.remove(lock)
+        if wrote:
+            _forget_if_bare(folder, lock)
         lock.release()
-        if fresh:
-            _remove_if_bare(folder)
+        if made:
+            with contextlib.suppress(OSError):  # it holds something, another process came, or it is gone
+                folder.rmdir()
 
 
-def _remove_if_bare(folder: Path) -> None:
-    """Remove a directory that a run which failed at its start has made."""
-    try:
-        if {path.name for path in folder.iterdir()} <= {CARD}:
-            (folder / CARD).unlink(missing_ok=True)
-            folder.rmdir()
-    except OSError:
-        pass  # another process came first, or it is gone
+def _forget_if_bare(folder: Path, lock: Lock) -> None:
+    """Remove the config of a run that failed at its start, where nothing else is in its folder."""
+    with contextlib.suppress(OSError):
+        lock.check()
+        if {path.name for path in folder.iterdir()} <= {CONFIG, LOCK}:
+            (folder / CONFIG).unlink(missing_ok=True)
 
 
 def _holds_a_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (CARD, "record.npz", CHECKPOINTS, "predictions.json"))
+    return any((folder / name).exists() for name in (CONFIG, "record.npz", CHECKPOINTS, "predictions.json"))
 
 
-def _set_aside(folder: Path, lock: Lock) -> Path:
-    """Rename the directory and lock a new one in its place."""
+def _set_aside(folder: Path, lock: Lock, say: Callable[[str], None]) -> None:
+    """Rename the folder, say so, and lock a new one in its place."""
     here = Path.cwd()
     if here.is_relative_to(folder.resolve()):
         raise ValueError(f"--force would rename {folder}, in which this process works; name another folder with --out")
     aside = _free_name(folder, "old")
     folder.rename(aside)
     sync_directory(aside.parent)
+    say(f"kept     {aside}, the run that was there")
     lock.move(aside)
     lock.release()
-    fresh = Lock(folder)
-    fresh.acquire()
-    lock.__dict__.update(fresh.__dict__)
-    return aside
+    lock.move(folder)
+    lock.acquire()
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what writers that were killed left half-written; the lock is ours, so nobody writes it now."""
-    for leftover in folder.rglob(f".*{HALF}*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+def _remove_temporaries(folder: Path, experiment: str) -> None:
+    """Remove what this package's writers left half-written in a run folder when they were killed.
+
+    The lock is ours, so nobody writes them now. Only names that the writers make, and only where they make them: what
+    else lies in the folder, and every folder in it that is not the run's own, is left alone.
+    """
+    results = rf"(config|predictions|boundary)\.json|record\.npz|{re.escape(experiment)}\.(md|csv|tex|png|pdf)"
+    for place, targets in (
+        (folder, results),
+        (folder / "figures", results),
+        (folder / "probes", r"epoch_\d+\.npz"),
+        (folder / CHECKPOINTS, r"epoch_\d{8,}|boundary\.json"),
+        (folder / CHECKPOINTS / "memory", r"epoch_\d{8,}\.npz"),
+    ):
+        if place.is_symlink() or not place.is_dir():
+            continue
+        for path in place.iterdir():
+            target = target_of(path.name)
+            if target is None or path.is_symlink() or not re.fullmatch(targets, target):
+                continue
+            if path.is_file():
+                path.unlink()
+            elif place.name == CHECKPOINTS and path.is_dir():
+                shutil.rmtree(path)
 
 
-def read_card(folder: Path) -> tuple[str, dict[str, Any]] | None:
-    """Return experiment and config of the run in a directory, None where there is none."""
-    path = folder / CARD
+def read_config(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    """Return experiment and config of the run in a folder, None where there is none.
+
+    Raises:
+        ValueError: if they cannot be read.
+    """
+    path = folder / CONFIG
     try:
         if os.path.lexists(path):
-            card = json.loads(archives.read_text(path, most_bytes=_CARD_BYTES))
-            return str(card["experiment"]), dict(card["config"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); start afresh with --force, which keeps the folder aside"
-        ) from error
+            return _checked_config(archives.read_json(path, most_bytes=_CONFIG_BYTES))
+    except ValueError as error:
+        # The process that made it may have removed it since, as its run failed at the start.
+        if os.path.lexists(path):
+            raise ValueError(
+                f"{path} is damaged ({error}); start afresh with --force, which keeps the folder aside"
+            ) from error
     if (folder / "record.npz").exists():
-        record = records.load(folder)
+        try:
+            record = records.load(folder)
+        except records.RecordError:
+            if (folder / "record.npz").exists():
+                raise
+            return None
         return record.experiment, dict(record.config)
     return None
 
 
-def write_card(folder: Path, experiment: str, config: Mapping[str, Any]) -> None:
-    """Say in the directory whose run it holds, unless it says so already."""
-    path = folder / CARD
+def _checked_config(content: Any) -> tuple[str, dict[str, Any]]:
+    match content:
+        case {"experiment": str(experiment), "config": dict(config)}:
+            return experiment, config
+    raise ValueError("it names no experiment, or no config")
+
+
+def write_config(folder: Path, experiment: str, config: Mapping[str, Any]) -> bool:
+    """Say in the folder whose run it holds, and return True, unless it says so already."""
+    path = folder / CONFIG
     if path.exists():
-        return
+        return False
     content = {"experiment": experiment, "config": dict(config)}
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return True
 
 
-def agree(folder: Path, experiment: str, config: Mapping[str, Any]) -> None:
+def check_config(folder: Path, experiment: str, config: Mapping[str, Any]) -> None:
     """Check that a directory holds no run, or one of this config.
 
     Raises:
         ConfigMismatchError: with the fields that differ.
     """
-    card = read_card(folder)
-    if card is None:
+    found = read_config(folder)
+    if found is None:
         return
-    name, there = card
+    name, there = found
     asked = json.loads(json.dumps(dict(config)))
     if name != experiment:
         differing = [f"experiment {name} there, {experiment} asked for"]
@@ -300,7 +210,7 @@ def agree(folder: Path, experiment: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def _whole(path: Path, say: Callable[[str], None]) -> Record | None:
+def _load_or_set_aside(path: Path, say: Callable[[str], None]) -> Record | None:
     """Read a record; one that cannot be read is kept aside, and None says that it must be made again."""
     try:
         return records.load(path)
@@ -318,7 +228,7 @@ def _free_name(path: Path, what: str) -> Path:
     )
 
 
-def kept(
+def read_or_make(
     folder: Path,
     experiment: str,
     config: Mapping[str, Any],
@@ -329,8 +239,10 @@ def kept(
 ) -> Record:
     """Return the record of a run: the one that is there, or a new one, gone on with where it was interrupted.
 
+    A folder that the caller has not claimed, as that of an arm of a sweep, is locked while this goes on.
+
     Args:
-        folder: of the run; its record is FOLDER/record.npz.
+        folder: the run folder; its record is FOLDER/record.npz.
         experiment: what runs in it.
         config: everything that decides the numbers, as the record keeps it.
         make: makes the record, with checkpoints to save to and to go on from.
@@ -338,18 +250,56 @@ def kept(
         say: told that the record is there.
 
     Raises:
-        ConfigMismatchError: if the folder holds a run of another config.
+        DirectoryInUseError: if another process writes to the folder.
+        ConfigMismatchError: if it holds a run of another config.
         OSError: if something cannot be written or read.
     """
-    agree(folder, experiment, config)
-    path, checkpoints = folder / "record.npz", Checkpoints(folder / CHECKPOINTS, check=check)
-    record = _whole(path, say) if path.exists() else None
+    check_config(folder, experiment, config)
+    with _locked(folder, check, say) as checked:
+        return _read_or_make(folder, experiment, config, make, check=checked, say=say)
+
+
+@contextmanager
+def _locked(folder: Path, check: Callable[[], None], say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Hold a folder, unless this process does so already; yield the check to be made before every write."""
+    held = {lock.folder.absolute() for lock in _CLAIMED}
+    if folder.absolute() in held:
+        yield check
+        return
+    lock = Lock(folder, under_ours=folder.absolute().parent in held, say=say)
+    check()
+    lock.acquire()
+
+    def both() -> None:
+        check()
+        lock.check()
+
+    try:
+        yield both
+    finally:
+        lock.release()
+
+
+def _read_or_make(
+    folder: Path,
+    experiment: str,
+    config: Mapping[str, Any],
+    make: Callable[[Checkpoints], Record],
+    *,
+    check: Callable[[], None],
+    say: Callable[[str], None],
+) -> Record:
+    check_config(folder, experiment, config)
+    _remove_temporaries(folder, experiment)
+    path = folder / "record.npz"
+    checkpoints = Checkpoints(folder / CHECKPOINTS, check=check, identity=Identity.of(experiment, config))
+    record = _load_or_set_aside(path, say) if path.exists() else None
     if record is not None:
         say(f"record   {path} is there, made with this config; --force makes it anew")
         checkpoints.clear()
         return record
     check()
-    write_card(folder, experiment, config)
+    write_config(folder, experiment, config)
     record = make(checkpoints)
     check()
     record.save(path)

@@ -335,7 +335,7 @@ def train(
         return make(None)
     path = checks.folder("out", Path(out))
     with run_folder.claimed(path, problem.name, config, say=say) as lock:
-        return run_folder.kept(path, problem.name, config, make, check=lock.check, say=say)
+        return run_folder.read_or_make(path, problem.name, config, make, check=lock.check, say=say)
 
 
 def optimizer_digest(optimizer: optax.GradientTransformation, params: Params) -> str:
