@@ -26,6 +26,16 @@ SCHEMA: dict[str, Entry] = {
     "grad_sq_norm": Entry(("epoch",), "L² / parameter²", "‖∇L(θ_t)‖², in training precision"),
     "drift": Entry(("epoch",), "parameter", "‖θ_t - θ_0‖₂"),
     "accuracy": Entry(("epoch",), "1", "share of training samples whose largest output is that of their class"),
+    "step_size": Entry(
+        ("epoch",), "parameter² / L", "η_t = ⟨θ_t - θ_{t+1}, ∇L_t⟩ / ‖∇L_t‖²; NaN where the step was not seen"
+    ),
+    "step_deviation": Entry(
+        ("epoch",), "1", "‖θ_t - θ_{t+1} - η_t ∇L_t‖ / ‖θ_t - θ_{t+1}‖; 0: along the gradient; NaN where not seen"
+    ),
+    "step_rounding": Entry(
+        ("epoch",), "1", "what rounding of θ_{t+1} alone may leave of step_deviation; inf where θ did not move"
+    ),
+    "seen": Entry(("epoch",), "1", "1 where loss, gradient and drift were measured; absent: where the loss is finite"),
     "probe_epoch": Entry(("probe",), "epochs", "epoch of each kernel probe"),
     "probe_loss": Entry(("probe",), LOSS, "L(θ_t) evaluated in float64"),
     "probe_grad_sq_norm": Entry(("probe",), "L² / parameter²", "‖∇L(θ_t)‖² evaluated in float64"),
@@ -64,11 +74,13 @@ SCHEMA: dict[str, Entry] = {
     "smoothness_upper": Entry((), "L / parameter²", "proved upper bound of β on the ball of the run; NaN where none"),
     "radius_certified": Entry((), "parameter", "R*: proved that L_Θ(R) R < λ_0 for R < R*; NaN where none"),
     "parameter_spacing": Entry((), "parameter", "2-norm of the float32 spacings of θ_0"),
+    "parameter_eps": Entry((), "1", "coarsest spacing of 1 among the parameters' types; absent: that of float32"),
     "affine_in_parameters": Entry((), "1", "1 where the program is affine in its parameters, read off its jaxpr"),
     "kernel_samples": Entry((), "samples", "samples of every probe's kernel, loss and gradient; absent: all n"),
     "kernel_trace": Entry((), "1", "1 where the probes hold the output-averaged kernel, (1/c) Σ_o Θ_oo"),
     "subset_ids": Entry(("subset",), "sample numbers", "training samples of the subset"),
     "loss_scale": Entry((), "1", "the number s in L = ‖r‖² / (2 s)"),
+    "probe_loss_scale": Entry((), "1", "the number s of probe_loss and probe_grad_sq_norm; absent: from loss_scale"),
     "learning_rate": Entry((), "parameter² / L", "step size η"),
     "n": Entry((), "samples", "training samples"),
     "c": Entry((), "outputs", "outputs per sample"),
