@@ -7,7 +7,9 @@ from typing import Any
 
 from lplr_jax import rooms
 from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
-from lplr_jax.theory.verdict import CLAIMS, Claim, Outcome, Verdict, any_inconsistent, as_json, flatten
+from lplr_jax.theory.claims import CLAIMS
+from lplr_jax.theory.claims import ClaimId as Claim
+from lplr_jax.theory.verdict import Outcome, Verdict, any_inconsistent, as_json, flatten
 from lplr_jax.theory.verify import reading, verify
 
 __all__ = [

@@ -1,24 +1,33 @@
-"""What several claims take from a record: probes in order of epoch, intervals, errors, radii."""
+"""What several claims take from a record: what was seen, the method, probes in order, intervals, errors, radii.
 
+Series are indexed by position; `steps` holds the step number of each position, and `at` the positions of the probes.
+"""
+
+import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from lplr_jax.curves.pairs import UNIT_32, UNIT_64, Ratio, kernel_error, pair_ratio, proof_radius
 from lplr_jax.curves.summary import Summary, summarise
 from lplr_jax.records import Record, RecordError
 from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST, SCHEMA
+from lplr_jax.theory.method import Method, measure
+from lplr_jax.theory.verdict import Verdict
 
 HESSIAN_ERROR = 1e-3
 """Relative error allowed to measured Hessian eigenvalues; ten times the residual that float32 products leave."""
+SUMS = 1e-9
+"""Relative error allowed to sums and norms formed twice in float64."""
 
 
 KERNEL_UNITS = SCHEMA["ntk_min_eig"].units
 LIPSCHITZ_UNITS = SCHEMA["ntk_lipschitz_lower"].units
+LOSS_UNITS = SCHEMA["loss"].units
 
 
 @dataclass(frozen=True)
@@ -38,20 +47,43 @@ class Evidence:
     record: Record
 
     @cached_property
+    def _verdicts(self) -> dict[str, Verdict]:
+        return {}
+
+    def verdict(self, claim: str) -> Verdict:
+        """Return the verdict on a claim, by its id; each is judged once.
+
+        Raises:
+            KeyError: for a name that is no claim's.
+        """
+        if claim not in self._verdicts:
+            # The registry stands above the evidence, which no claim but asks for another one's verdict.
+            judge = importlib.import_module("lplr_jax.theory.claims").judge
+            self._verdicts[claim] = judge(claim, self)
+        return self._verdicts[claim]
+
+    @cached_property
+    def loss(self) -> str:
+        """Name of the loss."""
+        return getattr(self.record, "loss", "squared")
+
+    @cached_property
     def arrays(self) -> Mapping[str, np.ndarray]:
         """The record's arrays, probes sorted by epoch, cut at the divergence, less those of no trusted kernel."""
         arrays = dict(self.record.arrays)
-        epochs = arrays.get("probe_epoch")
-        if epochs is None:
-            return arrays
+        of_probes = {name: axes for name in arrays if (axes := _probe_axes(name))}
+        if "probe_epoch" not in arrays:  # nobody can say where they belong
+            return {name: array for name, array in arrays.items() if name not in of_probes}
+        epochs = arrays["probe_epoch"]
         order = np.argsort(epochs, kind="stable")
-        order = order[(epochs[order] < self.end) & ~self._lost(KERNEL_LOST)[order]]
-        for name, array in self.record.arrays.items():
-            for axis, dim in enumerate(SCHEMA[name].dims):
-                if dim in ("probe", "other_probe"):
-                    if array.shape[axis] != epochs.size:
-                        raise RecordError(f"{name} has {array.shape[axis]} entries for {epochs.size} probes")
-                    arrays[name] = np.take(arrays[name], order, axis=axis)
+        last = int(self.steps[-1]) if self.end else -1
+        order = order[(epochs[order] <= last) & ~self._lost(KERNEL_LOST)[order]]
+        for name, axes in of_probes.items():
+            for axis in axes:
+                if arrays[name].shape[axis] != epochs.size:
+                    raise RecordError(f"{name} has {arrays[name].shape[axis]} entries for {epochs.size} probes")
+            for axis in axes:
+                arrays[name] = np.take(arrays[name], order, axis=axis)
         return arrays
 
     def _lost(self, what: int) -> np.ndarray:
@@ -61,27 +93,72 @@ class Evidence:
 
     def doubt(self, what: int) -> str:
         """Return, in words, which probes could not be trusted and why; empty where all could."""
-        if "probe_epoch" not in self.record or "probe_untrusted" not in self.record:
+        if not (self.end and "probe_epoch" in self.record and "probe_untrusted" in self.record):
             return ""
-        lost = self._lost(what) & (self.record["probe_epoch"] < self.end)
+        lost = self._lost(what) & (self.record["probe_epoch"] <= self.steps[-1])
         reasons = self.record.provenance.get("untrusted")
         reasons = reasons if isinstance(reasons, dict) else {}
         epochs = [int(epoch) for epoch in self.record["probe_epoch"][lost]]
         return "; ".join(f"epoch {epoch}: {reasons.get(str(epoch), 'no reason recorded')}" for epoch in epochs)
 
-    @cached_property
-    def end(self) -> int:
-        """Number of epochs with a finite loss, counted from the initialisation."""
-        loss = self.record["loss"]
-        at = self.record.diverged_at
-        return loss.size if at is None else at
+    def missing(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return which of the arrays the record lacks; those that compare probes are missed from two probes on."""
+        several = self.epochs.size > 1
+        return tuple(
+            name
+            for name in names
+            if name not in self.arrays and (several or not (name == "ntk_shift" or "other_probe" in SCHEMA[name].dims))
+        )
 
     @cached_property
-    def measured(self) -> np.ndarray:
-        """For each epoch up to the divergence whether loss and gradient were to be measured there."""
-        kept = np.arange(self.end) % int(self.record.config.get("diagnostics_every", 1)) == 0
-        kept[self.epochs] = True
-        return kept
+    def end(self) -> int:
+        """Number of entries of the series up to the last finite loss, counted from the initialisation."""
+        finite = np.flatnonzero(np.isfinite(self.record["loss"]))
+        return int(finite[-1]) + 1 if finite.size else 0
+
+    @cached_property
+    def steps(self) -> Int[np.ndarray, " t"]:
+        """Step number of each entry of the series, up to the divergence."""
+        return np.asarray(self.record["epoch"][: self.end], np.int64)
+
+    @cached_property
+    def diverged_at(self) -> int | None:
+        """Step number from which on nothing is finite, None where the run stayed finite."""
+        if self.record.diverged_at is None or self.end >= self.record["epoch"].size:
+            return None
+        return int(self.record["epoch"][self.end])
+
+    @cached_property
+    def claimed(self) -> Bool[np.ndarray, " t"]:
+        """For each entry whether the record says that loss, gradient and drift were measured there."""
+        flags = self.record.arrays.get("seen")
+        return np.isfinite(self.series("loss")) if flags is None else np.asarray(flags[: self.end]) == 1
+
+    @cached_property
+    def seen(self) -> Bool[np.ndarray, " t"]:
+        """For each entry whether loss, gradient and drift are known there."""
+        known = [np.isfinite(self.series(name)) for name in ("loss", "grad_sq_norm", "drift")]
+        return self.claimed & np.logical_and.reduce(known)
+
+    @cached_property
+    def seen_steps(self) -> Int[np.ndarray, " k"]:
+        """Positions t from which a step was seen: t and t + 1 are both entries, and both are seen."""
+        return np.flatnonzero((np.diff(self.steps) == 1) & self.seen[:-1] & self.seen[1:])
+
+    @cached_property
+    def total(self) -> int:
+        """Number of steps that the run took, up to the divergence."""
+        return int(self.steps[-1] - self.steps[0]) if self.end else 0
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether every iterate was seen, so that the largest drift is that of the run."""
+        return bool(self.seen.all()) and self.total == self.end - 1
+
+    @cached_property
+    def method(self) -> Method:
+        """The method of the run, as its steps show it."""
+        return measure(self)
 
     def has(self, name: str) -> bool:
         """Whether the record holds at least one number under this name."""
@@ -98,13 +175,20 @@ class Evidence:
         return float(self.arrays[name]) if name in self.arrays else math.nan
 
     def series(self, name: str) -> Float[np.ndarray, " t"]:
-        """Return a series over epochs up to the divergence."""
-        return np.asarray(self.arrays[name][: self.end], np.float64)
+        """Return a series up to the divergence, NaN where the record has none."""
+        if name not in self.record:
+            return np.full(self.end, np.nan)
+        return np.asarray(self.record[name][: self.end], np.float64)
 
     @cached_property
     def epochs(self) -> Int[np.ndarray, " k"]:
-        """Epochs of the probes, ascending."""
+        """Step numbers of the probes, ascending."""
         return np.asarray(self.arrays.get("probe_epoch", np.zeros(0)), np.int64)
+
+    @cached_property
+    def at(self) -> Int[np.ndarray, " k"]:
+        """Positions of the probes in the series."""
+        return np.minimum(np.searchsorted(self.steps, self.epochs), max(self.end - 1, 0))
 
     @cached_property
     def s(self) -> float:
@@ -113,13 +197,16 @@ class Evidence:
 
     @cached_property
     def eta(self) -> float:
-        """The step size η."""
-        return self.number("learning_rate")
+        """The step size η: as recorded, or the median of the measured ones where it is not."""
+        recorded = self.number("learning_rate")
+        return recorded if math.isfinite(recorded) else self.method.eta
 
     @cached_property
     def probe_scale(self) -> float:
         """The scale of the loss of the probes, which is that of their samples where the kernel is of a subset."""
-        n = self.number("n")
+        recorded, n = self.number("probe_loss_scale"), self.number("n")
+        if math.isfinite(recorded):
+            return recorded
         return self.s * self.kernel_samples / n if self.s == n else self.s
 
     @cached_property
@@ -158,24 +245,30 @@ class Evidence:
         return summarise(self.record)
 
     @cached_property
-    def certified(self) -> np.ndarray:
+    def certified(self) -> Bool[np.ndarray, " k"]:
         """For each probe whether its interval includes the error of assembly and is of the full kernel."""
         return np.isfinite(self.probe("ntk_assembly_error")) & (not self.partial)
 
     @cached_property
     def kernel_error(self) -> Float[np.ndarray, " k"]:
-        """Error of the kernel in spectral norm: the recorded bound, or size · u · λ_max as an estimate of rounding."""
-        return kernel_error(self.probe("ntk_assembly_error"), self.probe("ntk_max_eig"), self.kernel_size)
+        """Error of the kernel in spectral norm: the recorded bound, or size · u · λ_max as an estimate of rounding.
+
+        NaN where neither is known.
+        """
+        bound, largest = self.probe("ntk_assembly_error"), self.probe("ntk_max_eig")
+        known = np.isfinite(bound) | np.isfinite(largest)
+        return np.where(known, kernel_error(bound, largest, self.kernel_size), np.nan)
 
     def interval(self, k: int) -> Interval:
-        """Return λ_min at the k-th probe with its bounds."""
+        """Return λ_min at the k-th probe with its bounds; an end that was not recorded is the value's own error off."""
         value, error = float(self.probe("ntk_min_eig")[k]), float(self.kernel_error[k])
-        if not self.has("ntk_min_eig_lower"):
-            return Interval(value, value - error, value + error, False)
         lower, upper = (float(self.probe(f"ntk_min_eig_{end}")[k]) for end in ("lower", "upper"))
-        if not np.isfinite(self.probe("ntk_assembly_error")[k]):
-            lower, upper = lower - error, upper + error
-        return Interval(value, lower, upper, bool(self.certified[k]))
+        certified = bool(self.certified[k]) and not math.isnan(lower + upper)
+        if not certified:
+            off = 0.0 if np.isfinite(self.probe("ntk_assembly_error")[k]) else error
+            lower = value - error if math.isnan(lower) else lower - off
+            upper = value + error if math.isnan(upper) else upper + off
+        return Interval(value, lower, upper, certified)
 
     @cached_property
     def budget(self) -> Interval | None:
@@ -186,12 +279,14 @@ class Evidence:
 
     @cached_property
     def radius(self) -> float:
-        """The trajectory's largest drift, as recorded: the least radius of a ball around θ_0 that holds the run."""
-        return float(np.nanmax(self.series("drift")))
+        """The largest drift that was seen: the least radius of a ball around θ_0 that holds what was seen."""
+        return float(np.max(self.series("drift")[self.seen], initial=0.0))
 
     @cached_property
     def ratio(self) -> Ratio:
         """Largest ‖Θ_s - Θ_t‖₂ / ‖θ_s - θ_t‖ over pairs of probes, less the error of both kernels."""
+        if not np.isfinite(self.kernel_error).any():
+            return Ratio(math.nan, None, None)
         if self.has("ntk_pair_shift") and self.has("param_pair_distance"):
             return pair_ratio(
                 self.arrays["ntk_pair_shift"], self.arrays["param_pair_distance"], self.kernel_error, self.epochs
@@ -200,35 +295,73 @@ class Evidence:
             return Ratio(math.nan, None, None)
         # Without pairs, those with the initialisation are left.
         shift, distance = np.full((2, self.epochs.size, self.epochs.size), np.nan)
-        shift[0], distance[0] = self.probe("ntk_shift"), self.series("drift")[self.epochs]
+        shift[0], distance[0] = self.probe("ntk_shift"), self.series("drift")[self.at]
         return pair_ratio(shift, distance, self.kernel_error, self.epochs)
 
     @property
     def proof_radius(self) -> float:
-        """Radius that proofs are made for."""
-        return proof_radius(self.series("drift"), int(self.number("p")))
+        """Radius that proofs are made for: that of a ball which holds every iterate that was seen."""
+        return proof_radius(self.series("drift")[self.seen], int(self.number("p"))) if self.seen.any() else math.nan
 
-    def rounding(self, *, single: bool = True) -> float:
-        """Return the relative error γ of sums in loss and gradient: in training precision, or in float64.
+    @cached_property
+    def lipschitz_upper(self) -> float:
+        """The proved upper bound of L_Θ on the ball of what was seen, NaN where there is none."""
+        return 0.0 if self.affine else self.number("ntk_lipschitz_upper")
+
+    @cached_property
+    def unit(self) -> float:
+        """Unit roundoff of the parameters, the coarsest of their types."""
+        eps = self.number("parameter_eps")
+        return eps / 2 if math.isfinite(eps) else UNIT_32
+
+    @cached_property
+    def rounding(self) -> float:
+        """The relative error γ of sums in loss and gradient, in the precision of the parameters.
 
         Σ of the fan-ins of D equal dense layers, forward and backward, is 2 √(D p), at most 8 √p up to depth 16;
         γ = √k u is the probabilistic bound for sums of k terms (Higham and Mary 2019).
         """
-        double = not single or self.record.config.get("dtype", "float32") == "float64"
         terms = self.number("n") * self.number("c") + 8 * math.sqrt(self.number("p"))
-        return math.sqrt(terms) * (UNIT_64 if double else UNIT_32)
+        return math.sqrt(terms) * max(self.unit, UNIT_64)
+
+    @cached_property
+    def output_gradient(self) -> Float[np.ndarray, " t"]:
+        """‖g‖₂, g the gradient of s L in the outputs; NaN for losses whose value does not tell it."""
+        if self.loss != "squared":
+            return np.full(self.end, np.nan)
+        return math.sqrt(2 * self.s) * np.sqrt(self.series("loss"))
 
     @cached_property
     def loss_noise(self) -> Float[np.ndarray, " t"]:
-        """Rounding of the recorded loss: outputs of the size of the largest residual, each off by γ."""
-        loss, gamma = self.series("loss"), self.rounding()
-        largest = float(loss[:1].max()) if loss.size else 0.0
-        return 2 * gamma * np.sqrt(loss * np.maximum(largest, loss)) + gamma**2 * np.maximum(largest, loss)
+        """Rounding of the recorded loss: outputs of the size of the largest g, each off by γ."""
+        size, gamma = self.output_gradient, self.rounding
+        largest = np.fmax(size[:1], size)
+        # s L moves by g times the change of f; roots are multiplied last, so that no square overflows.
+        return (2 * size + gamma * largest) * (gamma / (2 * self.s)) * largest
+
+    @cached_property
+    def steepest(self) -> float:
+        """√λ_max, by which the Jacobian lengthens a vector at most; where no full kernel was measured, ‖Jᵀg‖ / ‖g‖."""
+        root = math.sqrt(max(float(np.nanmax(self.probe("ntk_max_eig"), initial=0.0)), 0.0))
+        if root > 0 and not self.partial:
+            return root
+        size = self.output_gradient
+        clear = self.seen & (size > 0) & (self.series("loss") > self.loss_noise)
+        seen = self.s * np.sqrt(self.series("grad_sq_norm")[clear]) / size[clear]
+        return max(root, float(seen.max(initial=0.0)))
+
+    @cached_property
+    def gradient_error(self) -> Float[np.ndarray, " t"]:
+        """Rounding of ∇L in 2-norm: g off by γ moves the gradient by √λ_max times as much, over s."""
+        size = self.output_gradient
+        return 4 * self.rounding * self.steepest * np.fmax(size[:1], size) / self.s
 
     @cached_property
     def gradient_noise(self) -> Float[np.ndarray, " t"]:
-        """Rounding of the recorded ‖∇L‖²: a residual off by γ moves the gradient by √λ_max times as much, over s."""
-        largest = np.sqrt(2 * self.s * np.maximum(self.series("loss")[:1], self.series("loss")))
-        steepest = float(np.nanmax(self.probe("ntk_max_eig"), initial=0.0))
-        off = 4 * self.rounding() * math.sqrt(max(steepest, 0.0)) * largest / self.s
+        """Rounding of the recorded ‖∇L‖²."""
+        off = self.gradient_error
         return 2 * np.sqrt(self.series("grad_sq_norm")) * off + off**2
+
+
+def _probe_axes(name: str) -> tuple[int, ...]:
+    return tuple(axis for axis, dim in enumerate(SCHEMA[name].dims) if dim in ("probe", "other_probe"))

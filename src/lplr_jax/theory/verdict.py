@@ -3,24 +3,9 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 Outcome = Literal["proved", "not refuted", "refuted", "undecided", "not applicable"]
-
-Claim = Literal[
-    "consistency",
-    "ntk_positive",
-    "ntk_lipschitz",
-    "compatibility",
-    "weyl",
-    "local_pl",
-    "linear_rate",
-    "lqcr",
-    "regime",
-]
-
-CLAIMS: tuple[Claim, ...] = get_args(Claim)
-"""Ids of the claims, in the order in which they build on each other."""
 
 MET: tuple[Outcome, ...] = ("proved", "not refuted")
 """Outcomes that are at least "not refuted"."""
@@ -33,7 +18,7 @@ class Verdict:
     """One claim held against one run.
 
     Attributes:
-        claim: id of the claim, one of `CLAIMS`; a part of one is named "claim.part".
+        claim: id of the claim, one of `lplr_jax.theory.CLAIMS`; a part of one is named "claim.part".
         reference: where the statement stands in arXiv 2507.21429 v3.
         outcome: "proved"; "not refuted" by a measurement that could have refuted it; "refuted"; "undecided" where the
             measurement is missing or within its own error; "not applicable" where the theory says nothing.
@@ -41,7 +26,7 @@ class Verdict:
         bound: what it was held against.
         margin: factor by which `measured` keeps clear of `bound`: above 1 on the safe side, below 1 where the claim
             fails, NaN where there is no such factor.
-        step: epoch that the numbers belong to; None where they belong to the whole run.
+        step: step number (entry of `epoch`) that the numbers belong to; None where they belong to the whole run.
         units: units of `measured` and `bound`.
         note: what the outcome rests on, in words.
         inconsistent: whether the outcome shows that the record or this package is wrong, not the theory's hypothesis.

@@ -1,30 +1,13 @@
-"""All claims on one record, or at one point."""
+"""All claims on one record, and what they mean together."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 from lplr_jax.curves.summary import check_record
 from lplr_jax.records import Record
-from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
-from lplr_jax.theory.conclusions import linear_rate, local_pl
-from lplr_jax.theory.consistency import consistency
+from lplr_jax.theory.claims import CLAIMS, REGISTRY
 from lplr_jax.theory.evidence import Evidence
-from lplr_jax.theory.hypotheses import compatibility, ntk_lipschitz, ntk_positive, weyl
-from lplr_jax.theory.landscape import lqcr, regime
-from lplr_jax.theory.verdict import CLAIMS, Verdict
-
-_CHECKS: tuple[Callable[[Evidence], Verdict], ...] = (
-    consistency,
-    ntk_positive,
-    ntk_lipschitz,
-    compatibility,
-    weyl,
-    local_pl,
-    linear_rate,
-    lqcr,
-    regime,
-)
+from lplr_jax.theory.verdict import Verdict
 
 
 def verify(record: Record) -> tuple[Verdict, ...]:
@@ -42,49 +25,18 @@ def verify(record: Record) -> tuple[Verdict, ...]:
         ValueError: if arrays of probes differ in length.
     """
     check_record(record)
-    if record.diverged_at == 0:
-        note = "diverged at epoch 0: loss, gradient or parameters are not finite at the initialisation"
-        return tuple(Verdict(claim, "", "undecided", note=note) for claim in CLAIMS)
     evidence = Evidence(record)
-    first = _doubted(consistency(evidence), evidence)
+    if not evidence.end:
+        note = "diverged at epoch 0: loss, gradient or parameters are not finite at the initialisation"
+        return _undecided(CLAIMS, note)
+    first = evidence.verdict("consistency")
     if first.inconsistent:
-        note = "not evaluated: the record contradicts itself"
-        return (first, *(Verdict(claim, "", "undecided", note=note) for claim in CLAIMS[1:]))
-    return (first, *(_doubted(check(evidence), evidence) for check in _CHECKS[1:]))
+        return (first, *_undecided(CLAIMS[1:], "not evaluated: the record contradicts itself"))
+    return tuple(evidence.verdict(claim) for claim in CLAIMS)
 
 
-# What a claim that rests on all probes comes to where some of them are lost: nothing that holds may be said of the
-# rest. What epoch 0 alone proves stays, and so does what the remaining probes refute.
-_EVERY_PROBE = frozenset({"consistency", "ntk_positive.probes", "weyl", "local_pl.pointwise", "regime"})
-_LOWER_ESTIMATES = frozenset(
-    {
-        "ntk_lipschitz",
-        "compatibility",
-        "local_pl",
-        "local_pl.envelope",
-        "linear_rate",
-        "linear_rate.bound_pointwise",
-        "lqcr",
-        "lqcr.descent",
-        "regime.theorem",
-    }
-)
-_CURVATURE = frozenset({"linear_rate", "linear_rate.step_size", "lqcr", "lqcr.curvature"})
-
-
-def _doubted(verdict: Verdict, evidence: Evidence) -> Verdict:
-    """Return the verdict, undecided with the reason where it would hold but for probes that could not be trusted."""
-    kernel, hessian = evidence.doubt(KERNEL_LOST), evidence.doubt(HESSIAN_LOST)
-    parts = tuple(_doubted(part, evidence) for part in verdict.parts)
-    verdict, claim = replace(verdict, parts=parts), verdict.claim
-    lost = [kernel] if kernel and verdict.met and claim in _EVERY_PROBE else []
-    if verdict.outcome == "not refuted":
-        lost += [kernel] if kernel and claim in _LOWER_ESTIMATES else []
-        lost += [hessian] if hessian and claim in _CURVATURE else []
-    if not lost and not (verdict.outcome == "undecided" and kernel):
-        return verdict
-    note = f"could not be trusted ({'; '.join(lost or [kernel])}); of the rest: {verdict.note}"
-    return replace(verdict, outcome="undecided", note=note)
+def _undecided(claims: Sequence[str], note: str) -> tuple[Verdict, ...]:
+    return tuple(Verdict(claim, REGISTRY[claim].reference, "undecided", note=note) for claim in claims)
 
 
 def reading(verdicts: Sequence[Verdict]) -> str:

@@ -1,121 +1,17 @@
-"""The claims, held against runs whose answer is known from theory, and against records with one array tampered."""
+"""The claims, held against runs whose answer is known from theory."""
 
 import dataclasses
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from controls import SPECTRUM, N, P, by_claim, linear, narrow, problem, raised, tampered, train
 
-from lplr_jax import cli, ntk, schema, theory
-from lplr_jax.experiments import mnist
-from lplr_jax.losses import Objective
-from lplr_jax.measurement.probe import KernelProbe
+from lplr_jax import ntk, schema, theory
 from lplr_jax.models import MLP
-from lplr_jax.records import Record
-from lplr_jax.reports import report
-from lplr_jax.runs.loop import probe_epochs, run_training
-from lplr_jax.theory.verdict import MET, factor, weakest
-from lplr_jax.training import evaluate, init_state, train_epochs
-
-SPECTRUM = np.array([0.5, 1.0, 1.5, 2.0, 3.0, 4.0])
-N, P = SPECTRUM.size, 10
-
-
-def linear(w, x):
-    return x @ w
-
-
-def problem(spectrum=SPECTRUM, p=P, seed=0):
-    """Inputs with XXᵀ = U diag(spectrum) Uᵀ, targets with equal weight on every mode, and U."""
-    rng = np.random.default_rng(seed)
-    u, _ = np.linalg.qr(rng.standard_normal((spectrum.size, spectrum.size)))
-    v, _ = np.linalg.qr(rng.standard_normal((p, spectrum.size)))
-    return (u * np.sqrt(spectrum)) @ v.T, u @ np.ones((spectrum.size, 1)), u
-
-
-def train(apply_fn, params, x, y, *, eta, epochs, every=10, scale="sum", search_steps=0, hessian=True, config=None):
-    """Gradient descent in float64 through the package's own loop: its record, and the parameters of the probes."""
-    with jax.enable_x64(True):
-        params, x, y = jax.tree.map(lambda leaf: jnp.asarray(leaf, "float64"), (params, x, y))
-        objective, optimizer = Objective(apply_fn, scale), optax.sgd(eta)
-        at = probe_epochs(epochs, every)
-        probe = KernelProbe(
-            objective,
-            x,
-            np.asarray(y),
-            subset=np.arange(2),
-            kernel="auto",
-            hessian_epochs=at if hessian else (),
-            spectrum_epochs=at,
-        )
-        points = {}
-
-        def probing(state_params, epoch):
-            points[epoch] = jax.device_get(state_params)
-            return probe(state_params, epoch)
-
-        result = run_training(
-            init_state(params, optimizer),
-            probes_at=at,
-            advance=lambda state, k: train_epochs(
-                state, (x, y), params, objective=objective, optimizer=optimizer, epochs=k
-            ),
-            evaluate=lambda q: evaluate(q, (x, y), params, objective=objective),
-            probe=probing,
-        )
-        closing = probe.close(result.arrays, search_steps=search_steps, seed=0)
-    n, c = y.shape
-    numbers = {
-        "subset_ids": np.arange(2),
-        "loss_scale": float(objective.scale(n)),
-        "learning_rate": eta,
-        "n": n,
-        "c": c,
-        "p": sum(leaf.size for leaf in jax.tree.leaves(params)),
-    }
-    arrays = {**result.arrays, **closing, **{name: np.asarray(value) for name, value in numbers.items()}}
-    return Record("control", arrays, {"dtype": "float64", **(config or {})}), points
-
-
-def by_claim(record):
-    verdicts = theory.verify(record)
-    assert tuple(v.claim for v in verdicts) == theory.CLAIMS
-    return {v.claim: v for v in verdicts}
-
-
-def tampered(record, **changes):
-    arrays = {
-        name: np.array(array, dtype=np.float64 if name in changes else None) for name, array in record.arrays.items()
-    }
-    for name, change in changes.items():
-        arrays[name] = np.asarray(change(arrays[name]))
-    return dataclasses.replace(record, arrays=arrays)
-
-
-@pytest.fixture(scope="module")
-def regression():
-    x, y, u = problem()
-    record, points = train(linear, np.zeros((P, 1)), x, y, eta=0.2, epochs=40)
-    return record, points, x, y, u
-
-
-@pytest.fixture(scope="module")
-def digits():
-    config = dataclasses.replace(
-        mnist.PRESETS["smoke"],
-        width=8,
-        depth=3,
-        epochs=24,
-        probe_every=8,
-        n_train=40,
-        learning_rate=2e-3,
-        search_steps=2,
-    )
-    return mnist.run(config)
+from lplr_jax.theory.verdict import MET
 
 
 def test_linear_regression_is_proved(regression):
@@ -201,10 +97,6 @@ def test_more_rows_than_parameters_is_refuted_by_counting():
     assert "p = 3" in found["ntk_positive"].note
 
 
-def narrow(*arrays):
-    return tuple(np.asarray(array, np.float32) for array in arrays)
-
-
 @pytest.mark.parametrize("start", [1.0, 1e-3])
 def test_step_above_two_over_beta_is_refuted_at_the_right_epoch(start):
     """Along the top mode ηλ = 2.1, so L grows by 1.21 a step; which step first breaks the lemma follows by hand."""
@@ -288,7 +180,7 @@ def test_digits_and_what_the_summary_says(digits):
     assert found["weyl"].outcome in MET
     assert found["compatibility"].outcome == "refuted"
     assert found["local_pl"].outcome == "not applicable"
-    assert found["linear_rate"].outcome == "not applicable"
+    assert found["linear_rate"].outcome == ("not applicable" if "step_size" in digits else "undecided")
     assert found["local_pl"].part("pointwise").outcome == "proved"
     text = theory.reading(list(found.values()))
     assert text.count(". ") == 1, "two sentences"
@@ -313,15 +205,6 @@ def test_subset_and_averaged_kernels_prove_nothing(digits, regression):
             assert found["local_pl"].outcome != "proved"
         averaged = dataclasses.replace(record, arrays={**record.arrays, "kernel_trace": np.asarray(1)})
         assert by_claim(averaged)["ntk_positive"].outcome == "not refuted"
-
-
-@pytest.mark.parametrize(
-    "config", [{"momentum": 0.9}, {"batch_size": 2}, {"schedule": "cosine"}], ids=lambda config: next(iter(config))
-)
-def test_rate_is_not_applicable_to_other_methods(regression, config):
-    record = dataclasses.replace(regression[0], config={**regression[0].config, **config})
-    assert by_claim(record)["linear_rate"].outcome == "not applicable"
-    assert by_claim(record)["local_pl"].outcome == "proved"
 
 
 def test_probe_order_does_not_matter(digits):
@@ -357,162 +240,15 @@ def test_neither_float64_flag_nor_kernel_nor_block_size_changes_an_outcome():
     assert found["linear_rate"].outcome == "not applicable"
 
 
-def scaled(by, *at):
-    def change(array):
-        array[at or ...] *= by
-        return array
-
-    return change
-
-
-def replaced(value, *at):
-    def change(array):
-        array[at or ...] = value
-        return array
-
-    return change
-
-
-def raised(epoch):
-    return scaled(1.5, epoch)
-
-
-# For each claim: the record on which it is met, and arrays with one of which broken it must not be.
-MUTATIONS = [
-    ("consistency", "digits", "probe_grad_sq_norm", scaled(1.001, 1)),
-    ("consistency", "digits", "probe_loss", scaled(1.01, 2)),
-    ("consistency", "digits", "ntk_rayleigh", scaled(0.99, 0)),
-    ("consistency", "digits", "loss", replaced(-1.0, 3)),
-    ("consistency", "digits", "residual_energy", scaled(1.01, 0)),
-    ("consistency", "digits", "spectrum", scaled(1.5, 0, -1)),
-    ("consistency", "digits", "ntk_max_eig", replaced(np.nan, 2)),
-    ("ntk_positive", "digits", "ntk_min_eig", scaled(1.01, 0)),
-    ("ntk_positive", "digits", "ntk_min_eig_upper", replaced(-1.0, 0)),
-    ("ntk_positive", "digits", "ntk_min_eig_lower", scaled(1.01, 0)),
-    ("ntk_positive", "digits", "ntk_min_eig_subset", scaled(1e-6, 1)),
-    ("ntk_lipschitz", "digits", "ntk_pair_shift", scaled(100.0, 0, 1)),
-    ("ntk_lipschitz", "digits", "ntk_lipschitz_upper", replaced(1.0)),
-    ("ntk_lipschitz", "digits", "ntk_lipschitz_lower", scaled(0.5)),
-    ("ntk_lipschitz", "digits", "param_pair_distance", scaled(3.0, 1, 2)),
-    ("compatibility", "regression", "ntk_shift", replaced(5.0, 1)),
-    ("compatibility", "regression", "drift", scaled(0.1)),
-    ("compatibility", "regression", "radius_certified", replaced(1e-3)),
-    ("weyl", "digits", "ntk_shift", scaled(1e-12)),
-    ("weyl", "digits", "ntk_min_eig", scaled(1e3, 2)),
-    ("local_pl", "regression", "grad_sq_norm", scaled(1e-6, 5)),
-    ("local_pl", "regression", "ntk_min_eig", scaled(2.0)),
-    ("linear_rate", "regression", "loss", raised(5)),
-    ("linear_rate", "regression", "sharpness", scaled(3.0, 0)),
-    ("linear_rate", "regression", "smoothness_upper", scaled(0.5)),
-    ("lqcr", "digits", "lqcr_inner", scaled(-1.0)),
-    ("lqcr", "digits", "curvature_min", replaced(np.nan)),
-    ("regime", "regression", "loss", raised(7)),
-    ("regime", "regression", "ntk_shift", replaced(10.0, 2)),
-]
-
-
-@pytest.mark.parametrize(
-    ("claim", "kind", "name", "change"), MUTATIONS, ids=[f"{claim}-{name}" for claim, _, name, _ in MUTATIONS]
-)
-def test_a_broken_array_never_passes(claim, kind, name, change, digits, regression):
-    record = digits if kind == "digits" else regression[0]
-    before = by_claim(record)[claim]
-    if name != "curvature_min":
-        assert before.met, before
-    after = by_claim(tampered(record, **{name: change}))
-    if name == "curvature_min":
-        # Without curvature the claim rests on its other half, and says so.
-        assert all(part.claim != "lqcr.curvature" for part in after["lqcr"].parts)
-        return
-    assert not after[claim].met, after[claim]
-    inconsistent = theory.any_inconsistent(after.values())
-    assert inconsistent or after[claim].outcome == "refuted"
-
-
-def test_weyl_alone_finds_a_kernel_that_did_not_move(digits):
-    """Without pairs, spectra and λ_max nothing else contradicts a shift that is too small."""
-    kept = {
-        name: array
-        for name, array in digits.arrays.items()
-        if name not in ("ntk_pair_shift", "param_pair_distance", "ntk_lipschitz_lower", "spectrum", "residual_energy")
-    }
-    broken = tampered(dataclasses.replace(digits, arrays=kept), ntk_shift=scaled(1e-12))
-    broken = tampered(broken, ntk_max_eig=replaced(float(digits["ntk_max_eig"][0])))
-    found = by_claim(broken)
-    assert not found["consistency"].inconsistent
-    assert found["weyl"].outcome == "refuted"
-    assert found["weyl"].inconsistent
-
-
-def test_a_record_without_probes_is_undecided(digits):
-    names = (*schema.REQUIRED,)
-    bare = dataclasses.replace(digits, arrays={name: digits[name] for name in names})
-    found = by_claim(bare)
-    for claim in ("consistency", "ntk_positive", "ntk_lipschitz", "compatibility", "weyl", "local_pl", "lqcr"):
-        assert found[claim].outcome == "undecided", claim
-    assert not theory.any_inconsistent(found.values())
-
-
 def test_divergence_is_read():
     x, y, _ = problem()
-    record, _ = train(linear, np.zeros((P, 1)), x, y, eta=1e200, epochs=20, every=5)
+    record, _ = train(linear, np.zeros((P, 1)), x, y, eta=1e100, epochs=20, every=5)
     assert record.diverged_at is not None
     found = by_claim(record)
     assert found["linear_rate"].outcome == "refuted"
     assert found["regime"].outcome == "refuted"
     assert f"diverged at epoch {record.diverged_at}" in found["regime"].note
     assert not theory.any_inconsistent(found.values())
-
-
-def test_command(digits, tmp_path, capsys):
-    good, bad = tmp_path / "good" / "record.npz", tmp_path / "bad" / "record.npz"
-    digits.save(good)
-    tampered(digits, probe_grad_sq_norm=scaled(1.01, 1)).save(bad)
-    assert cli.main(["verify", str(good.parent)]) == cli.OK
-    shown = capsys.readouterr().out
-    for word in (*theory.CLAIMS, "refuted", "silent", "R* ="):
-        assert word in shown, word
-    assert cli.main(["verify", str(good), "--strict", "weyl", "--strict", "ntk_positive"]) == cli.OK
-    assert cli.main(["verify", str(good), "--strict", "weyl", "--strict", "compatibility"]) == cli.UNMET
-    assert cli.main(["verify", str(bad), "--strict", "compatibility"]) == cli.INCONSISTENT
-    capsys.readouterr()
-    assert cli.main(["verify", str(bad), "--json"]) == cli.INCONSISTENT
-    document = json.loads(capsys.readouterr().out)
-    assert document["exit_code"] == 3
-    assert document["verdicts"][0]["outcome"] == "refuted"
-    assert [v["claim"] for v in document["verdicts"]] == list(theory.CLAIMS)
-    assert cli.main(["verify", str(tmp_path), "--json"]) == cli.INCONSISTENT, "the worst of the arms counts"
-    arms = json.loads(capsys.readouterr().out)
-    assert arms["exit_code"] == 3
-    assert {name: arm["exit_code"] for name, arm in arms["arms"].items()} == {"bad": 3, "good": 0}
-    assert arms["arms"]["bad"]["verdicts"] == document["verdicts"]
-    assert cli.main(["verify", str(tmp_path)]) == cli.INCONSISTENT
-    shown = capsys.readouterr().out
-    assert "run by run" in shown
-    assert "first to break" in shown
-    assert cli.main(["verify", str(tmp_path / "none")]) == cli.BAD_INPUT
-    assert cli.main(["verify", str(good), "--strict", "nothing"]) == cli.BAD_INPUT
-
-
-def test_several_runs_stand_side_by_side(digits, regression):
-    arms = {"digits": theory.verify(digits), "regression": theory.verify(regression[0])}
-    table = report.verdict_matrix(arms)
-    columns = [[str(cell) for cell in column.cells] for column in table.columns]
-    assert columns[0] == [*theory.CLAIMS, "first to break"]
-    for column, (name, verdicts) in zip(columns[1:], arms.items(), strict=True):
-        assert column[:-1] == [v.outcome for v in verdicts], name
-    assert columns[1][-1].startswith("compatibility breaks first")
-
-
-def test_outcomes_combine_by_their_weakest():
-    assert weakest(["proved", "refuted", "undecided"]) == "refuted"
-    assert weakest(["proved", "undecided", "not refuted"]) == "undecided"
-    assert weakest(["proved", "not applicable", "not refuted"]) == "not refuted"
-    assert weakest(["proved", "not applicable"]) == "proved"
-    assert weakest([]) == "not applicable"
-    assert (factor(2.0, 6.0), factor(0.0, 1.0), factor(4.0, 1.0)) == (3.0, np.inf, 0.25)
-    assert np.isnan(factor(-1.0, 1.0))
-    assert np.isnan(factor(1.0, np.nan))
 
 
 @pytest.mark.slow

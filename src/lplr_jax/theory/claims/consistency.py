@@ -1,0 +1,186 @@
+"""Claim `consistency`: does the record agree with itself? A failure means that the run or the tool is wrong.
+
+What is compared are recorded numbers, against the error that rounding may have left in them.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from lplr_jax.curves.pairs import UNIT_64
+from lplr_jax.theory.claims.agreement import REFERENCE, agree, of_probes
+from lplr_jax.theory.claims.claim import Claim, Rests
+from lplr_jax.theory.claims.example import linear_regression
+from lplr_jax.theory.evidence import SUMS, Evidence
+from lplr_jax.theory.method import NOT_SEEN
+from lplr_jax.theory.verdict import Verdict, weakest
+
+
+def consistency(evidence: Evidence) -> Verdict:
+    """Hold the record against itself: the PL identity at every probe, the Rayleigh quotient's place in the spectrum,
+    series against probes, steps against η and drift, interlacing, intervals, distances, spectra, certificates.
+
+    Every part is an identity or an inequality that holds for any network and any data. "proved" says that each holds to
+    its rounding bound and that the kernel's error is itself bounded; "undecided" that one could not be held.
+    """  # noqa: D205
+    form = _form(evidence)
+    # Numbers that cannot be would only spread through the other checks.
+    others = () if form.outcome == "refuted" else (*_series(evidence), *_steps(evidence), *of_probes(evidence))
+    parts = [part for part in (form, *others) if part is not None]
+    main = next((part for part in parts if part.claim == "identity"), None)
+    broken = [part for part in parts if part.outcome == "refuted"]
+    open_ = [part for part in parts if part.outcome == "undecided"]
+    shown = broken[0] if broken else open_[0] if open_ else main
+    if shown is None:
+        return Verdict("consistency", REFERENCE, "undecided", note="the identity was not measured").with_parts(*parts)
+    where = f" ({evidence.partial}, loss and gradient of the same samples)" if evidence.partial else ""
+    if broken:
+        note = f"the record contradicts itself: {', '.join(part.claim for part in broken)}; the rest is not evaluated"
+    elif main is None:
+        note = f"the identity was not measured; {len(parts)} kinds of check"
+    else:
+        note = f"the identity holds at all {evidence.epochs.size} probes{where}; {len(parts)} kinds of check"
+    if open_ and not broken:
+        note += f"; open: {'; '.join(f'{part.claim}, {part.note}' for part in open_)}"
+    outcome = weakest(part.outcome for part in parts)
+    verdict = shown.standing_for("consistency", REFERENCE, outcome, note, inconsistent=bool(broken))
+    return verdict.with_parts(*parts)
+
+
+def _form(evidence: Evidence) -> Verdict:
+    """Count numbers that cannot be: not finite before the divergence, negative, out of order, off at epoch 0."""
+    record, end = evidence.record, evidence.end
+    bad: list[str] = []
+    epoch = record["epoch"]
+    if epoch[0] != 0 or not (np.diff(epoch) > 0).all():
+        bad.append("epoch does not ascend from 0")
+    for name in ("loss", "grad_sq_norm", "drift"):
+        series = evidence.series(name)[evidence.claimed]
+        if not (np.isfinite(series).all() and (series >= 0).all()):
+            bad.append(f"{name} is negative or not finite")
+    for name in ("step_deviation", "step_rounding"):
+        if (evidence.series(name) < 0).any():
+            bad.append(f"{name} is negative")
+    if end and record["drift"][0] != 0:
+        bad.append("drift is not 0 at epoch 0")
+    for name in ("loss_scale", "n", "c", "p", "smoothness_upper", "parameter_eps", "probe_loss_scale"):
+        if evidence.number(name) <= 0:
+            bad.append(f"{name} is not positive")
+    if np.unique(evidence.epochs).size != evidence.epochs.size or (evidence.epochs < 0).any():
+        bad.append("probe_epoch repeats or is negative")
+    if not np.isin(evidence.epochs, evidence.steps).all():
+        bad.append("probe_epoch names an epoch that is not in the series")
+    always = ("ntk_min_eig", "ntk_max_eig", "ntk_rayleigh", "ntk_shift", "probe_loss", "probe_grad_sq_norm")
+    if 0 not in evidence.epochs:  # no Θ_0 that could be trusted, so no shift
+        always = tuple(name for name in always if name != "ntk_shift")
+    bad += [f"{name} is not finite" for name in always if name in evidence.arrays and not _all_finite(evidence, name)]
+    for name in ("ntk_min_eig_lower", "ntk_min_eig_upper"):
+        if name in evidence.arrays and np.isnan(evidence.probe(name)).any():
+            bad.append(f"{name} is NaN")
+    note = "; ".join(bad) or "finite, of the right sign and in order"
+    return Verdict(
+        "form",
+        REFERENCE,
+        "refuted" if bad else "proved",
+        measured=float(len(bad)),
+        bound=0.0,
+        units="faults",
+        note=note,
+        inconsistent=bool(bad),
+    )
+
+
+def _all_finite(evidence: Evidence, name: str) -> bool:
+    # The residual of an exact fit has no direction.
+    ignored = evidence.probe("probe_loss") == 0 if name == "ntk_rayleigh" else False
+    return bool((np.isfinite(evidence.arrays[name]) | ignored).all())
+
+
+def _series(evidence: Evidence) -> Iterator[Verdict | None]:
+    """Hold loss and gradient of the series against the probes in float64, where both are of all data."""
+    if evidence.partial or not (evidence.has("probe_loss") and evidence.has("probe_grad_sq_norm")):
+        return
+    kept = evidence.seen[evidence.at]
+    epochs, at = evidence.epochs[kept], evidence.at[kept]
+    loss, wide = evidence.series("loss")[at], evidence.probe("probe_loss")[kept]
+    allowed = 4 * evidence.loss_noise[at] + SUMS * wide
+    note = "loss of the training series against the probe in float64"
+    yield agree("loss", np.abs(loss - wide), allowed, epochs, units="units of L", note=note)
+    gradient, wide_gradient = evidence.series("grad_sq_norm")[at], evidence.probe("probe_grad_sq_norm")[kept]
+    allowed = evidence.gradient_noise[at] + SUMS * wide_gradient
+    note = "‖∇L‖² of the training series against the probe in float64"
+    yield agree("gradient", np.abs(gradient - wide_gradient), allowed, epochs, units="L² / parameter²", note=note)
+
+
+def _steps(evidence: Evidence) -> Iterator[Verdict | None]:
+    """Hold the recorded η against the steps, and the first step against the drift after it."""
+    method, recorded = evidence.method, evidence.number("learning_rate")
+    if method.plain and np.isfinite(recorded):
+        kept = np.isfinite(method.sizes)
+        allowed = method.allowed[kept] / (1 - method.allowed[kept])
+        gap = np.abs(recorded / method.sizes[kept] - 1)
+        note = f"the recorded η = {recorded:.6g} is that of the steps, {method.eta:.6g}"
+        yield agree("step_size", gap, allowed, evidence.steps[kept], units="1", note=note)
+    if not (evidence.seen[:2].sum() == 2 and evidence.steps[1] == 1):
+        return
+    drift, gradient = evidence.series("drift")[1], evidence.series("grad_sq_norm")[0]
+    size, deviation = evidence.series("step_size")[0], evidence.series("step_deviation")[0]
+    sums = np.sqrt(evidence.number("p")) * max(evidence.unit, UNIT_64)
+    if np.isfinite(size) and np.isfinite(deviation) and drift > 0 and gradient > 0:
+        # ‖Δ‖² = η²‖∇L‖² + (deviation ‖Δ‖)², as η ∇L is the projection of Δ: true of every method. Each of drift²,
+        # η², ‖∇L‖² and deviation² is a sum of p products, or twice one.
+        gap = abs(1 - deviation**2 - (size * np.sqrt(gradient) / drift) ** 2)
+        allowed = 16 * sums + 2 * evidence.gradient_noise[0] / gradient
+        note = "drift after the first step, its η_0 ‖∇L_0‖ and its deviation form a right triangle"
+        yield agree("first_step", np.array([gap]), allowed, evidence.steps[:1], units="1", note=note)
+    elif method.kind == "unseen" and np.isfinite(recorded):
+        yield _first_step_unseen(evidence, recorded)
+
+
+def _first_step_unseen(evidence: Evidence, eta: float) -> Verdict:
+    """Hold drift_1 against η‖∇L_0‖; where they differ the method or η is another, and nothing here tells which."""
+    drift, length = float(evidence.series("drift")[1]), float(np.sqrt(evidence.series("grad_sq_norm")[0]))
+    # Each entry of θ_1 is off by half its spacing, at most that of θ_0 and u times the step.
+    rounded = np.nan_to_num(evidence.number("parameter_spacing"), nan=0.0) + evidence.unit * drift
+    sums = 4 * np.sqrt(evidence.number("p")) * evidence.unit
+    allowed = float(rounded + 2 * eta * evidence.gradient_error[0] + sums * drift)
+    holds = abs(drift - eta * length) <= allowed < np.inf
+    note = "the drift after the first step is η ‖∇L_0‖"
+    if not holds:
+        first = drift / length if length > 0 else np.inf
+        note = f"the recorded η = {eta:.4g} is not the first step's: drift_1/‖∇L_0‖ = {first:.4g}; {NOT_SEEN}"
+    return Verdict(
+        "first_step",
+        REFERENCE,
+        "proved" if holds else "undecided",
+        measured=drift,
+        bound=eta * length,
+        step=0,
+        units="parameter",
+        note=note,
+    )
+
+
+CONSISTENCY = Claim(
+    id="consistency",
+    reference=REFERENCE,
+    statement="The numbers of the record agree with each other.",
+    latex=r"\tfrac12\|\nabla L\|^2 = \frac{g^\top \Theta\, g}{2 s^2}, \quad g = \partial\ell/\partial f",
+    needs=(
+        "probe_epoch",
+        "probe_loss",
+        "probe_grad_sq_norm",
+        "ntk_min_eig",
+        "ntk_min_eig_lower",
+        "ntk_min_eig_upper",
+        "ntk_max_eig",
+        "ntk_rayleigh",
+        "ntk_assembly_error",
+        "ntk_shift",
+        "param_pair_distance",
+    ),
+    rests_on=Rests(every_kernel=("",)),
+    on_failure="inconsistent",
+    check=consistency,
+    example=linear_regression,
+)
