@@ -17,20 +17,13 @@ from lplr_jax import archives, records
 from lplr_jax.files import HALF, atomic_write, sync_directory
 from lplr_jax.records import Record
 from lplr_jax.runs.checkpoint import Checkpoints
+from lplr_jax.runs.errors import ConfigMismatchError, DirectoryInUseError
 
 LOCK = ".lock"
 CARD = "config.json"
 CHECKPOINTS = "checkpoint"
 _ABSENT = "absent"
 _CARD_BYTES = 2**20
-
-
-class DirectoryInUseError(Exception):
-    """Another process writes to the directory."""
-
-
-class ConfigMismatchError(ValueError):
-    """The directory holds a run of another config."""
 
 
 class Lock:
