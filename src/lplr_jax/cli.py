@@ -1,4 +1,7 @@
-"""The `lplr` command: wiring from options to experiments, records and figures."""
+"""The `lplr` command: wiring from options to experiments, records and figures.
+
+Only what the chosen command needs is imported: help, `verify` and `plot` come without JAX.
+"""
 
 import io
 import json
@@ -6,25 +9,15 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import jax
 import tyro
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.logging import RichHandler
 
-from lplr_jax import checks, plotting, records, theory
-from lplr_jax import data as datasets
-from lplr_jax.experiments import ablation as ablation_experiment
-from lplr_jax.experiments import ablation_table, cifar_table, step_size
-from lplr_jax.experiments import boundary as boundary_experiment
-from lplr_jax.experiments import cifar as cifar_experiment
-from lplr_jax.experiments import initialisation as initialisation_experiment
-from lplr_jax.experiments import mnist as mnist_experiment
-from lplr_jax.reports import follow, report, tables
+from lplr_jax import __version__, experiments
 from lplr_jax.reports.exit_codes import (
     BAD_INPUT,
     DIVERGED,
@@ -36,148 +29,26 @@ from lplr_jax.reports.exit_codes import (
     UNMET,
     outcome,
 )
-from lplr_jax.reports.screen import CONSOLE, flush, say, write_nowhere
-from lplr_jax.runs import folder as run_folder
+from lplr_jax.reports.screen import CONSOLE, flush, open_streams, say, write_nowhere
 from lplr_jax.runs import interrupt
-from lplr_jax.runs.checkpoint import Checkpoints
+
+if TYPE_CHECKING:
+    from lplr_jax.records import Record
 
 __all__ = ["BAD_INPUT", "DIVERGED", "INCONSISTENT", "INTERRUPTED", "IN_USE", "IO_FAILED", "OK", "UNMET", "main"]
 
-Preset = Literal["smoke", "default", "paper"]
-CifarPreset = Literal["smoke", "default", "paper", "cpu"]
+ABOUT = """Which hypotheses of local Polyak-Łojasiewicz theory hold on a training run.
+
+`lplr COMMAND --help` lists the options of a command; `lplr --version` says which version this is; `--debug`, beside
+any command, shows where an error arose."""
 
 
-def _mnist(preset: Preset, config: mnist_experiment.MnistConfig, following: follow.Following) -> int:
-    folder, figures = _places("mnist", preset, config.out)
-    identity = mnist_experiment.identity(config)
+def _records(path: Path) -> dict[str, "Record"]:
+    """Load the records of a folder that holds one folder for each arm, by its name, or a record alone, without one."""
+    from lplr_jax import records
 
-    def make(checkpoints: Checkpoints) -> records.Record:
-        with following("mnist", config.epochs) as observer:
-            settings = {"probe_dir": folder / "probes", "checkpoints": checkpoints}
-            return mnist_experiment.run(config, observer=observer, **settings)
-
-    with run_folder.claimed(folder, "mnist", identity, force=config.force, say=say) as lock:
-        record = run_folder.read_or_make(folder, "mnist", identity, make, check=lock.check, say=say)
-    CONSOLE.print(report.summary_table(record))
-    say(f"record   {folder / 'record.npz'}")
-    if record.diverged_at == 0:
-        say("no figure: the run diverged at epoch 0")
-    else:
-        _draw(record, figures / "mnist.png")
-    verdicts = theory.verify(record)
-    report.print_verdicts(CONSOLE, verdicts)
-    following.finished("mnist", verdicts, diverged_at=record.diverged_at)
-    if theory.any_inconsistent(verdicts):
-        return INCONSISTENT
-    return OK if record.diverged_at is None else DIVERGED
-
-
-def _draw(record: records.Record, target: Path) -> None:
-    _save(plotting.cifar([record]) if record.experiment == "cifar" else plotting.four_panel(record), target)
-
-
-def _save(figure: Figure, target: Path) -> None:
-    for path in plotting.save(figure, target):
-        say(f"figure   {path}")
-
-
-def _places(experiment: str, preset: str, out: Path | None) -> tuple[Path, Path]:
-    """Return the folder of an experiment and that of its figures; two presets never share one by default."""
-    folder = out or Path("runs") / (experiment if preset == "default" else f"{experiment}-{preset}")
-    figures = Path("figures") if preset == "default" and out is None else folder / "figures"
-    return checks.folder("--out", folder), checks.folder("the folder of the figures", figures)
-
-
-def _tabulate(table: tables.Table, stem: Path) -> None:
-    CONSOLE.print(tables.to_rich(table))
-    for path in tables.save(table, stem):
-        say(f"table    {path}")
-
-
-def _ablation(preset: Preset, config: ablation_experiment.AblationConfig, following: follow.Following) -> int:
-    folder, figures = _places("ablation", preset, config.out)
-    identity = ablation_experiment.identity(config)
-    if not config.force:
-        step_size.known_sharpness(folder)  # a damaged file is refused before anything is written
-    with run_folder.claimed(folder, "ablation", identity, force=config.force, say=say) as lock:
-        done = ablation_experiment.run(config, folder, say=say, follow=following, check=lock.check)
-        _tabulate(ablation_table.table(done), folder / "ablation")
-    _save(plotting.ablation([record for _, record in done]), figures / "ablation.png")
-    verdicts = {arm.name: theory.verify(record) for arm, record in done}
-    CONSOLE.print(report.verdict_matrix(verdicts))
-    for arm, record in done:
-        following.finished(arm.name, verdicts[arm.name], diverged_at=record.diverged_at)
-    return INCONSISTENT if any(map(theory.any_inconsistent, verdicts.values())) else OK
-
-
-def _boundary(preset: Preset, config: boundary_experiment.BoundaryConfig) -> int:
-    folder, figures = _places("boundary", preset, config.out)
-    identity = boundary_experiment.identity(config)
-    with run_folder.claimed(folder, "boundary", identity, force=config.force, say=say) as lock:
-        points = boundary_experiment.run_in(config, folder, say=say, check=lock.check)
-        say(f"points   {folder / 'boundary.json'}")
-        _tabulate(boundary_experiment.table(points, config), folder / "boundary")
-    brackets = [point.bracket for point in points]
-    figure = plotting.boundary(
-        [point.width for point in points],
-        [point.predicted for point in points],
-        [bracket.descends for bracket in brackets],
-        [bracket.fails for bracket in brackets],
-    )
-    _save(figure, figures / "boundary.png")
-    return OK
-
-
-def _initialisation(
-    preset: Preset, config: initialisation_experiment.InitialisationConfig, following: follow.Following
-) -> int:
-    folder, figures = _places("initialisation", preset, config.out)
-    beside = config.ablation or _places("ablation", preset, None)[0]
-    # Read first: a bad record beside must not be found after the training.
-    widths = initialisation_experiment.widths_of(beside)
-    identity = initialisation_experiment.identity(config)
-    if not config.force:
-        step_size.known_sharpness(folder)
-    with run_folder.claimed(folder, "initialisation", identity, force=config.force, say=say) as lock:
-        done = initialisation_experiment.run(config, folder, say=say, follow=following, check=lock.check)
-        _tabulate(initialisation_experiment.table(done), folder / "initialisation")
-    for arm, record in done:
-        following.finished(arm.name, theory.verify(record), diverged_at=record.diverged_at)
-    if not widths:
-        say(f"no width ablation at {beside}: the panel of loss against width is left out (`lplr ablation` makes one)")
-    figure = plotting.initialisation({arm.name: record for arm, record in done}, widths, epoch=config.loss_epoch)
-    _save(figure, figures / "initialisation.png")
-    return OK
-
-
-def _cifar(preset: CifarPreset, config: cifar_experiment.CifarConfig, following: follow.Following) -> int:
-    # "default" and the preset that it stands for share a folder.
-    folder, figures = _places("cifar", "default" if preset == cifar_experiment.default_preset() else preset, config.out)
-    problem = cifar_experiment.set_up(config)
-    identity = cifar_experiment.identity(config, problem.dataset)
-    with run_folder.claimed(folder, "cifar", identity, force=config.force, say=say) as lock:
-        done = cifar_experiment.run_all(config, folder, problem, say=say, follow=following, check=lock.check)
-        _tabulate(cifar_table.table(done), folder / "cifar")
-    _save(plotting.cifar(list(done.values())), figures / "cifar.png")
-    verdicts = {f"seed {seed}": theory.verify(record) for seed, record in done.items()}
-    if len(verdicts) > 1:
-        CONSOLE.print(report.verdict_matrix(verdicts))
-    first, of_first = next(iter(verdicts.items()))
-    say(f"{first}:")
-    report.print_verdicts(CONSOLE, of_first)
-    say(plotting.scope_note(list(done.values())))
-    for seed, record in done.items():
-        following.finished(f"seed{seed}", verdicts[f"seed {seed}"], diverged_at=record.diverged_at)
-    if any(map(theory.any_inconsistent, verdicts.values())):
-        return INCONSISTENT
-    return OK if all(record.diverged_at is None for record in done.values()) else DIVERGED
-
-
-def _arms(folder: Path) -> dict[str, records.Record]:
-    """Load the records of a folder that holds one folder for each arm; none where it is itself the folder of a run."""
-    if not folder.is_dir() or (folder / "record.npz").exists():
-        return {}
-    return {path.parent.name: records.load(path) for path in sorted(folder.glob("*/record.npz"))}
+    arms = [] if not path.is_dir() or (path / "record.npz").exists() else sorted(path.glob("*/record.npz"))
+    return {arm.parent.name: records.load(arm) for arm in arms} or {"": records.load(path)}
 
 
 def _plot(record: Annotated[Path, tyro.conf.Positional], /, out: Path | None = None) -> int:
@@ -187,28 +58,27 @@ def _plot(record: Annotated[Path, tyro.conf.Positional], /, out: Path | None = N
         record: record.npz, or the folder that holds it, or one that holds a folder for each arm of an experiment.
         out: figure to write, as PNG and PDF [default: beside the record, named after its experiment].
     """
+    _pass_over_backend()
+    from lplr_jax import checks
+    from lplr_jax.reports.output import draw, figure_of
+
     record = checks.path("RECORD", record)
-    loaded_arms = _arms(record)
-    if loaded_arms:
-        inits = {repr(arm.config.get("init")) for arm in loaded_arms.values()}
-        if all(arm.experiment == "cifar" for arm in loaded_arms.values()):
-            _save(plotting.cifar(list(loaded_arms.values())), out or record / "cifar.png")
-        elif len(inits) > 1:
-            _save(plotting.initialisation(loaded_arms), out or record / "initialisation.png")
-        else:
-            _save(plotting.ablation(list(loaded_arms.values())), out or record / "ablation.png")
-        return OK
-    loaded = records.load(record)
-    folder = record if record.is_dir() else record.parent
-    _draw(loaded, out or folder / f"{loaded.experiment}.png")
+    figure, name = figure_of(_records(record))
+    draw(figure, out or (record if record.is_dir() else record.parent) / f"{name}.png")
     return OK
+
+
+def _claims() -> Any:
+    from lplr_jax.theory import Claim
+
+    return tuple[Claim, ...]
 
 
 def _verify(
     record: Annotated[Path, tyro.conf.Positional],
     /,
     as_json: Annotated[tyro.conf.UseCounterAction[int], tyro.conf.arg(name="json")] = 0,
-    strict: tyro.conf.UseAppendAction[tuple[theory.Claim, ...]] = (),
+    strict: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(constructor_factory=_claims)] = (),
 ) -> int:
     """Hold every hypothesis and every conclusion of the theory against a record; no model and no data are needed.
 
@@ -220,10 +90,11 @@ def _verify(
         as_json: write the verdicts as JSON.
         strict: a claim that must be at least "not refuted"; may be given several times.
     """
-    record = checks.path("RECORD", record)
-    arms = _arms(record)
+    from lplr_jax import checks, theory
+    from lplr_jax.reports import report
+
     documents, judged = {}, {}
-    for name, loaded in (arms or {"": records.load(record)}).items():
+    for name, loaded in _records(checks.path("RECORD", record)).items():
         verdicts = judged[name] = theory.verify(loaded)
         unmet = any(verdict.claim in strict and not verdict.met for verdict in verdicts)
         documents[name] = {
@@ -235,12 +106,10 @@ def _verify(
         }
     code = max(document["exit_code"] for document in documents.values())
     if as_json:
-        document = {"exit_code": code, "arms": documents} if arms else documents[""]
+        document = documents.get("") or {"exit_code": code, "arms": documents}
         CONSOLE.out(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False), highlight=False)
-    elif len(judged) > 1:
-        CONSOLE.print(report.verdict_matrix(judged))
     else:
-        report.print_verdicts(CONSOLE, *judged.values())
+        report.judge(CONSOLE, judged)
     return code
 
 
@@ -259,131 +128,81 @@ def _data(
         n_train: training images.
         source: where the images come from.
     """
+    from lplr_jax import data as datasets
+
     found = datasets.load(name, source=source, data_dir=data, n_train=n_train)
     say(f"{found.name}: x {found.x.shape}, y {found.y.shape}\nsource   {found.source}\nchecksum {found.checksum}")
     return OK
 
 
-def _preset(argv: Sequence[str]) -> str:
-    """Find the preset before parsing: it decides the defaults that the parser shows."""
-    for i, argument in enumerate(argv):
-        if argument == "--preset" and i + 1 < len(argv):
-            return argv[i + 1]
-        if argument.startswith("--preset="):
-            return argument.partition("=")[2]
-    return "default"
+GENERAL: dict[str, Callable[..., int]] = {"verify": _verify, "plot": _plot, "data": _data}
+"""Commands that belong to no experiment."""
+
+
+def _named(help_: str) -> Callable[..., int]:
+    """Return a command that is only named in the overview; the one that is chosen is never such."""
+
+    def unchosen() -> int:
+        raise AssertionError("a command ran that was not chosen")
+
+    unchosen.__doc__ = help_
+    return unchosen
+
+
+def _experiment(name: str, argv: Sequence[str]) -> Callable[..., int]:
+    _pass_over_backend()
+    _use_compilation_cache()
+    _check_devices()
+    return experiments.find(name).command(argv, experiments.REGISTRY[name].help)
 
 
 def _parse_and_run(argv: Sequence[str]) -> int:
-    preset_name = _preset(argv)
-    chosen = mnist_experiment.PRESETS.get(preset_name, mnist_experiment.PRESETS["default"])
-    chosen_ablation = ablation_experiment.PRESETS.get(preset_name, ablation_experiment.PRESETS["default"])
-    chosen_boundary = boundary_experiment.PRESETS.get(preset_name, boundary_experiment.PRESETS["default"])
-    initialisations = initialisation_experiment.PRESETS
-    chosen_initialisation = initialisations.get(preset_name, initialisations["default"])
-
-    def mnist(
-        preset: Preset = "default",
-        config: Annotated[mnist_experiment.MnistConfig, tyro.conf.arg(name="")] = chosen,
-        also: Annotated[follow.FollowConfig, tyro.conf.arg(name="")] = follow.SCREEN_ALONE,
-    ) -> int:
-        """Binary MNIST: train, measure every latent variable, draw the four panels (paper, section 6.1).
-
-        Args:
-            preset: which defaults the other options start from.
-            config: everything that decides the numbers.
-            also: where else than on screen the run shows itself.
-        """
-        with follow.Following(CONSOLE, also) as following:
-            return _mnist(preset, config, following)
-
-    def ablation(
-        preset: Preset = "default",
-        config: Annotated[ablation_experiment.AblationConfig, tyro.conf.arg(name="")] = chosen_ablation,
-        also: Annotated[follow.FollowConfig, tyro.conf.arg(name="")] = follow.SCREEN_ALONE,
-    ) -> int:
-        """Width ablation: one η for all widths, predicted from 2/β, then watched (paper, section 6.2).
-
-        Args:
-            preset: which defaults the other options start from.
-            config: everything that decides the arms.
-            also: where else than on screen the run shows itself.
-        """
-        with follow.Following(CONSOLE, also) as following:
-            return _ablation(preset, config, following)
-
-    def boundary(
-        preset: Preset = "default",
-        config: Annotated[boundary_experiment.BoundaryConfig, tyro.conf.arg(name="")] = chosen_boundary,
-    ) -> int:
-        """Find the largest step size that descends, for every width, and hold it against 2/β.
-
-        Args:
-            preset: which defaults the other options start from.
-            config: everything that decides the numbers.
-        """
-        return _boundary(preset, config)
-
-    def initialisation(
-        preset: Preset = "default",
-        config: Annotated[
-            initialisation_experiment.InitialisationConfig, tyro.conf.arg(name="")
-        ] = chosen_initialisation,
-        also: Annotated[follow.FollowConfig, tyro.conf.arg(name="")] = follow.SCREEN_ALONE,
-    ) -> int:
-        """Initialisations side by side, and the figures of the paper's earlier version.
-
-        Args:
-            preset: which defaults the other options start from.
-            config: everything that decides the arms.
-            also: where else than on screen the run shows itself.
-        """
-        with follow.Following(CONSOLE, also) as following:
-            return _initialisation(preset, config, following)
-
-    chosen_cifar = cifar_experiment.preset(preset_name if preset_name in get_args(CifarPreset) else "default")
-
-    def cifar(
-        preset: CifarPreset = "default",
-        config: Annotated[cifar_experiment.CifarConfig, tyro.conf.arg(name="")] = chosen_cifar,
-        also: Annotated[follow.FollowConfig, tyro.conf.arg(name="")] = follow.SCREEN_ALONE,
-    ) -> int:
-        """CIFAR-10, five classes: residual network, SGD, several seeds, and the kernel of a subset (section 6.3).
-
-        Args:
-            preset: which defaults the other options start from; "default" is "cpu" without an accelerator, else
-                "paper".
-            config: everything that decides the runs.
-            also: where else than on screen the run shows itself.
-        """
-        with follow.Following(CONSOLE, also) as following:
-            return _cifar(preset, config, following)
-
+    chosen = next((argument for argument in argv if not argument.startswith("-")), None)
     commands = {
-        "mnist": mnist,
-        "ablation": ablation,
-        "boundary": boundary,
-        "initialisation": initialisation,
-        "cifar": cifar,
-        "verify": _verify,
-        "plot": _plot,
-        "data": _data,
+        name: _experiment(name, argv) if name == chosen else _named(listed.help)
+        for name, listed in experiments.REGISTRY.items()
+    }
+    commands |= {
+        name: command if name == chosen else _named(command.__doc__ or "") for name, command in GENERAL.items()
     }
     return tyro.extras.subcommand_cli_from_dict(
-        commands,
-        prog="lplr",
-        description="Which hypotheses of local Polyak-Łojasiewicz theory hold on a training run.",
-        args=argv,
-        config=(tyro.conf.FlagCreatePairsOff,),
+        commands, prog="lplr", description=ABOUT, args=argv, config=(tyro.conf.FlagCreatePairsOff,)
     )
 
 
 def _use_compilation_cache() -> None:
     """Keep compiled programs in the user's cache directory, so that a second run starts at once."""
+    import jax
+
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        try:
+            home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        except RuntimeError:  # a user without a home, as in a container: every program is compiled anew
+            return
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "lplr-jax" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _check_devices() -> None:
+    """Raise ValueError where JAX finds no device of the platform that it is asked for."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        why = f" ({error})" if str(error) else ""
+        raise ValueError(
+            f"JAX finds no device for JAX_PLATFORMS={asked!r}{why}; unset it, or name a platform such as cpu"
+        ) from error
+
+
+def _pass_over_backend() -> None:
+    """Import matplotlib whatever MPLBACKEND says: figures go to files, by Agg, and no window is opened."""
+    try:
+        import matplotlib  # noqa: F401
+    except ValueError:
+        os.environ["MPLBACKEND"] = "agg"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -396,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
+    open_streams()
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
@@ -407,8 +227,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        _use_compilation_cache()
         with interrupt.handled():
+            if argv == ["--version"]:
+                say(f"lplr-jax {__version__}")
+                return OK
             code = _parse_and_run(argv)
         flush()
         return code

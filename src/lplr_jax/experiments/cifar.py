@@ -3,24 +3,34 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from lplr_jax import checks, data, diagnostics
-from lplr_jax.checks import integers
-from lplr_jax.losses import LossScale, Objective, Squared
+from lplr_jax import checks, data, diagnostics, plotting
+from lplr_jax.experiments.experiment import Experiment, record_of, trained_together
+from lplr_jax.experiments.parts import (
+    DECIDES_NOTHING,
+    ArmsFolderPart,
+    DataPart,
+    LossPart,
+    ProbePart,
+    SeedsPart,
+    SpectrumPart,
+    decisive,
+)
+from lplr_jax.experiments.quantities import cell, quantities, row
+from lplr_jax.losses import Objective, Squared
 from lplr_jax.models import ResNet
-from lplr_jax.ntk.empirical import check_kernel_name
 from lplr_jax.records import Record
+from lplr_jax.reports.tables import Cell, Table, mean_of
 from lplr_jax.runs.checkpoint import Checkpoints
-from lplr_jax.runs.folder import read_or_make
 from lplr_jax.runs.loop import Advance, replay, run_and_record
 from lplr_jax.runs.problem import (
     MOST,
@@ -35,10 +45,14 @@ from lplr_jax.runs.session import Follow, Observer, Say, unfollowed
 from lplr_jax.training import MiniBatches, Schedule, batches_of, init_state, momentum_sgd
 from lplr_jax.types import Params
 
+_MOST = {**MOST, "stages": 10, "blocks": 1_000}
+
 
 @dataclass(frozen=True)
-class CifarConfig:
+class CifarConfig(ArmsFolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedsPart):
     """Everything that decides the numbers of the runs, and where they go."""
+
+    PROBES: ClassVar[int] = 10
 
     width: int = 16
     """Channels w of the first stage; the others have 2w and 4w. Calibrated: 64 in the preset "paper"."""
@@ -64,32 +78,42 @@ class CifarConfig:
     """Images at a time of the exact diagnostics, which bounds memory [default: as `batch_size`]."""
     diagnostics_every: int = 1
     """Epochs between exact diagnostics; every probe has its own."""
-    loss_scale: LossScale = "mean"
-    """Scale s of the loss ‖r‖²/(2s): "mean" for s = n, "sum" for s = 1."""
     probe_every: int | None = None
     """Epochs between kernel probes; both ends are always probed [default: a tenth of the run]. Calibrated."""
-    spectrum_probes: int = 9
-    """Probes, evenly spread with both ends, at which the whole spectrum is kept; 0 for none. Calibrated."""
     search_steps: int = 0
     """Power iterations of the search for a lower estimate of L_Θ on the subset; 0 for none. Calibrated."""
     n_train: int = 500
     """Training images, the first ones of each class in equal shares. Calibrated: 5,000 in the preset "paper"."""
     subset_size: int = 40
     """Images of the fixed subset whose kernel is tracked, in equal shares of the classes. Calibrated."""
-    seeds: str = "0,1,2"
+    seeds: str = field(default="0,1,2", metadata=DECIDES_NOTHING)  # of one seed's run
     """Seeds of initialisation and order, with commas (paper: three)."""
-    kernel: str = "auto"
-    """Kernel implementation: auto, engine, neural-tangents, or neural-tangents:NAME."""
     source: Literal["auto", "files", "tfds"] = "auto"
     """Where the images come from."""
-    data: Path | None = None
+    data: Path | None = field(default=None, metadata=DECIDES_NOTHING)
     """File or folder with the images; no copy of CIFAR-10 is in this package."""
-    out: Path | None = None
-    """Folder for one folder a seed, and the table [default: runs/cifar, or runs/cifar-PRESET]."""
-    save_probes: bool = False
-    """Keep the parameters of every probe: 11 MB a probe at width 64."""
-    force: bool = False
-    """Start afresh; what is in the folder is kept aside under another name."""
+
+    def samples_at_a_time(self) -> int:
+        """Return the images at a time of the exact diagnostics."""
+        return min(self.batch_size, self.n_train) if self.micro_batch is None else self.micro_batch
+
+    def check(self) -> None:
+        """Raise ValueError for the first field whose value cannot be run."""
+        super().check()
+        for name in ("width", "stages", "blocks", "groups", "batch_size", "diagnostics_every"):
+            checks.whole(name, getattr(self, name), least=1, most=_MOST.get(name))
+        for name, value, most, of in (
+            ("batch_size", self.batch_size, self.n_train, "n_train"),
+            ("micro_batch", self.samples_at_a_time(), self.n_train, "n_train"),
+            ("diagnostics_every", self.diagnostics_every, self.epochs, "epochs"),
+            ("subset_size", self.subset_size, self.n_train, "n_train"),
+        ):
+            checks.whole(name, value, least=1, most=most, of=of)
+        check_learning_rate("learning_rate", self.learning_rate)
+        if checks.number("momentum", self.momentum, least=0) >= 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        checks.one_of("schedule", self.schedule, get_args(Schedule))
+        _model(self, 1)
 
 
 PRESETS: dict[str, CifarConfig] = {
@@ -100,9 +124,6 @@ PRESETS: dict[str, CifarConfig] = {
     "paper": CifarConfig(width=64, epochs=100, batch_size=128, n_train=5000),
 }
 """Named sets of defaults: a run of seconds, one for two CPU cores, and one of the paper's size for an accelerator."""
-
-PLACES = ("data", "out", "save_probes", "force", "seeds")
-"""Config fields that decide no number of one seed's run."""
 
 
 def preset(name: str) -> CifarConfig:
@@ -115,9 +136,6 @@ def default_preset() -> str:
     return "cpu" if jax.default_backend() == "cpu" else "paper"
 
 
-_MOST = {**MOST, "stages": 10, "blocks": 1_000}
-
-
 def resolve(config: CifarConfig) -> CifarConfig:
     """Fill in the fields that follow from others.
 
@@ -125,40 +143,8 @@ def resolve(config: CifarConfig) -> CifarConfig:
         ValueError: for the first field whose value cannot be run.
     """
     checks.instance("config", config, CifarConfig, "as in cifar.PRESETS")
-    for name in ("width", "stages", "blocks", "groups", "epochs", "n_train", "batch_size", "diagnostics_every"):
-        checks.whole(name, getattr(config, name), least=1, most=_MOST.get(name))
-    micro = min(config.batch_size, config.n_train) if config.micro_batch is None else config.micro_batch
-    every = max(1, config.epochs // 10) if config.probe_every is None else config.probe_every
-    for name, value, most, of in (
-        ("batch_size", config.batch_size, config.n_train, "n_train"),
-        ("micro_batch", micro, config.n_train, "n_train"),
-        ("probe_every", every, config.epochs, "epochs"),
-        ("diagnostics_every", config.diagnostics_every, config.epochs, "epochs"),
-        ("subset_size", config.subset_size, config.n_train, "n_train"),
-    ):
-        checks.whole(name, value, least=1, most=most, of=of)
-    probe_epochs(config.epochs, every)
-    check_learning_rate("learning_rate", config.learning_rate)
-    if checks.number("momentum", config.momentum, least=0) >= 1:
-        raise ValueError(f"momentum must be at least 0 and below 1, got {config.momentum}")
-    checks.one_of("schedule", config.schedule, get_args(Schedule))
-    checks.one_of("loss_scale", config.loss_scale, get_args(LossScale))
-    for name in ("spectrum_probes", "search_steps"):
-        checks.whole(name, getattr(config, name), least=0)
-    for seed in seeds_of(config):
-        checks.whole("seeds", seed, most=MOST["seed"])
-    check_kernel_name(config.kernel)
-    _model(config, 1)
-    return replace(config, micro_batch=micro, probe_every=every)
-
-
-def seeds_of(config: CifarConfig) -> tuple[int, ...]:
-    """Return the seeds of a config.
-
-    Raises:
-        ValueError: for text that names none.
-    """
-    return integers("seeds", config.seeds, least=0)
+    config.check()
+    return replace(config, micro_batch=config.samples_at_a_time(), probe_every=config.spacing())
 
 
 # Compiled code is found again by the identity of the model: one object for each setting.
@@ -197,10 +183,9 @@ def set_up(config: CifarConfig) -> Setting:
 
 def identity(config: CifarConfig, dataset: data.Dataset) -> dict[str, Any]:
     """Return what decides the numbers of all seeds: fields, how the images were scaled, and their checksum."""
-    fields = {name: value for name, value in asdict(resolve(config)).items() if name not in PLACES}
     means, deviations = dataset.standardisation or ((), ())
     standardisation = {"mean": list(means), "deviation": list(deviations)}
-    return {**fields, "standardisation": standardisation, "data_checksum": dataset.checksum}
+    return {**decisive(resolve(config)), "standardisation": standardisation, "data_checksum": dataset.checksum}
 
 
 def identity_of_seed(config: CifarConfig, seed: int, dataset: data.Dataset) -> dict[str, Any]:
@@ -340,16 +325,14 @@ def run_all(
     Raises:
         ValueError: for a field out of range, or a seed of another config in the folder.
     """
-    seeds, dataset = seeds_of(config), problem.dataset
+    seeds, dataset = config.each_seed(), problem.dataset
     say(f"{dataset.n:,} images of {dataset.c} classes from {dataset.source}")
-    missing = [seed for seed in seeds if not (folder / f"seed{seed}" / "record.npz").exists()]
-    together = jax.default_backend() != "cpu" if together is None else together
-    advances: dict[int, Advance] = {}
-    if together and missing and len(seeds) > 1:
-        advances = dict(zip(seeds, train_together(config, seeds, problem), strict=True))
+    names = [f"seed{seed}" for seed in seeds]
+    advances = trained_together(folder, names, lambda: train_together(config, seeds, problem), together)
+    told = {"say": say, "follow": follow, "check": check}
     return {
-        seed: _run_seed(config, seed, folder, problem, say=say, follow=follow, check=check, advance=advances.get(seed))
-        for seed in seeds
+        seed: _run_seed(config, seed, folder / name, problem, advance=advance, **told)
+        for seed, name, advance in zip(seeds, names, advances, strict=True)
     }
 
 
@@ -359,30 +342,31 @@ def _run_seed(
     folder: Path,
     problem: Setting,
     *,
+    advance: Advance | None,
     say: Say,
     follow: Follow,
     check: Callable[[], None],
-    advance: Advance | None,
 ) -> Record:
-    place = folder / f"seed{seed}"
+    probe_dir = folder / "probes" if config.save_probes else None
 
-    def make(checkpoints: Checkpoints) -> Record:
+    def make(observer: Observer | None, checkpoints: Checkpoints) -> Record:
         say(f"seed {seed}")
-        with follow(place.name, config.epochs) as observer:
-            record = run(
-                config,
-                seed,
-                problem,
-                observer=observer,
-                probe_dir=place / "probes" if config.save_probes else None,
-                advance=advance,
-                checkpoints=checkpoints,
-            )
+        settings = {"observer": observer, "probe_dir": probe_dir, "advance": advance, "checkpoints": checkpoints}
+        record = run(config, seed, problem, **settings)
         say(f"seed {seed}: {cost(record)}")
         return record
 
-    config_of_seed = identity_of_seed(config, seed, problem.dataset)
-    return read_or_make(place, "cifar", config_of_seed, make, check=check, say=lambda line: say(f"seed {seed}: {line}"))
+    return record_of(
+        folder,
+        "cifar",
+        identity_of_seed(config, seed, problem.dataset),
+        make,
+        run=folder.name,
+        epochs=config.epochs,
+        say=lambda line: say(f"seed {seed}: {line}"),
+        follow=follow,
+        check=check,
+    )
 
 
 def cost(record: Record) -> str:
@@ -396,3 +380,58 @@ def cost(record: Record) -> str:
             f"{diagnosing / training:.2f} times a pass (medians of this run)"
         )
     return words
+
+
+PAPER_SLOPE = 0.29
+"""Smoothed log-log slope of ‖∇L‖² against the gap in the paper's earlier version (v2, CIFAR)."""
+
+SHOWN = (
+    *("loss_0", "loss_t", "accuracy_t", "drift_t", "drift_falls", "regime", "pl_zero", "pl_zero_median", "pl_proxy"),
+    *("pl_proxy_median", "lambda_0", "lambda_t", "lambda_least", "max_0", "max_t", "rank_0", "rank_t", "rayleigh_0"),
+    *("rayleigh_t", "shift_t", "slope", "slope_raw"),
+)
+"""Quantities of Table 2."""
+
+
+def table(done: Mapping[int, Record]) -> Table:
+    """Return Table 2: one column a seed, and the mean with its deviation over seeds (paper, section 6.3)."""
+    rows = [row(record, SHOWN) for record in done.values()]
+    cells: dict[str, list[Cell]] = {}
+    for key in SHOWN:
+        values = [one[key] for one in rows]
+        numbers = [value for value in values if isinstance(value, float)]
+        cells[key] = [*map(cell, values), mean_of(numbers) if numbers else None]
+    first = next(iter(done.values()))
+    shown = (
+        replace(one, label=f"{one.label}, subset", latex=f"{one.latex}, subset") if "lambda" in one.key else one
+        for one in quantities(SHOWN)
+    )
+    images, c = int(first.arrays.get("kernel_samples", first["n"])), int(first["c"])
+    return Table(
+        f"CIFAR-10, {c} classes: SGD with momentum {first.config['momentum']}, schedule {first.config['schedule']}",
+        (*(f"seed {seed}" for seed in done), "mean"),
+        tuple(shown),
+        cells,
+        (
+            f"Mean ± sample standard deviation over {len(done)} seeds. Kernels are those of {images} images, "
+            f"{images * c} × {images * c}; units of L with scale s = {float(first['loss_scale']):g}.",
+            f"The paper's earlier version gives a smoothed slope of {PAPER_SLOPE}; its smoothing is not known to us.",
+            plotting.scope_note(list(done.values())),
+        ),
+    )
+
+
+EXPERIMENT = Experiment(
+    name="cifar",
+    config=CifarConfig,
+    presets=PRESETS,
+    default_preset=default_preset,
+    prepare=lambda config, folder: set_up(config),
+    identity=lambda config, problem: identity(config, problem.dataset),
+    run=run_all,
+    records=lambda done: {f"seed{seed}": record for seed, record in done.items()},
+    table=lambda done, config: table(done),
+    figure=lambda done, config: plotting.cifar(list(done.values())),
+    notes=lambda done, config: (plotting.scope_note(list(done.values())),),
+    first_in_full=True,
+)

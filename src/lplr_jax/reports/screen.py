@@ -15,6 +15,20 @@ class Screen(Console):
         write_nowhere()
 
 
+def open_streams() -> None:
+    """Have the standard streams that this process was started without go nowhere: no file may take their numbers."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                nowhere = os.open(os.devnull, os.O_RDWR)
+                if nowhere != number:
+                    os.dup2(nowhere, number)
+                    os.close(nowhere)
+                setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+
+
 def flush() -> None:
     """Write out what is held back; if nobody reads it, it and all that comes goes nowhere."""
     try:
@@ -31,7 +45,7 @@ def write_nowhere() -> None:
 
 
 # Files and pipes have no width of their own; 80 columns break every row of the table.
-CONSOLE = Screen() if sys.stdout.isatty() else Screen(width=130)
+CONSOLE = Screen() if sys.stdout is not None and sys.stdout.isatty() else Screen(width=130)
 
 
 def say(line: str) -> None:

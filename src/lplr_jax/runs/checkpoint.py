@@ -23,6 +23,7 @@ import numpy as np
 
 from lplr_jax import archives, checks
 from lplr_jax.files import HALF, atomic_write, name_file, sync_directory, sync_tree
+from lplr_jax.runs.errors import ConfigMismatchError
 
 _LOG = logging.getLogger(__name__)
 FORMAT = 2
@@ -41,10 +42,6 @@ _FILE_BYTES = 2**40
 _DIRECTORY_BYTES = 2**26
 """Of the zip directory of a state: some 100 bytes a leaf."""
 _WAY_OUT = "start afresh with --force, which keeps the folder aside"
-
-
-class ConfigMismatchError(ValueError):
-    """What is there belongs to a run of another config."""
 
 
 class _FormatError(ValueError):

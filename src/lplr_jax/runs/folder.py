@@ -14,8 +14,9 @@ from typing import Any
 from lplr_jax import archives, records
 from lplr_jax.files import atomic_write, sync_directory, target_of
 from lplr_jax.records import Record
-from lplr_jax.runs.checkpoint import Checkpoints, ConfigMismatchError, Identity
-from lplr_jax.runs.lock import LOCK, DirectoryInUseError, Lock
+from lplr_jax.runs.checkpoint import Checkpoints, Identity
+from lplr_jax.runs.errors import ConfigMismatchError, DirectoryInUseError
+from lplr_jax.runs.lock import LOCK, Lock
 
 __all__ = [
     "CHECKPOINTS",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lplr_jax import archives
+from lplr_jax.runs.errors import DirectoryInUseError
 
 LOCK = ".lock"
 BEAT_SECONDS = 30.0
@@ -32,10 +33,6 @@ _SHARED_TIMES = 20
 _OTHERWISE = "name another folder with --out, or wait for it"
 _NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
 _NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
-
-
-class DirectoryInUseError(Exception):
-    """Another process writes to the directory."""
 
 
 class Lock:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import math
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -135,9 +136,7 @@ def run_training(
                     steps, metrics = np.arange(before, step), jax.device_get(metrics)
                     seen = np.ones(steps.size, bool) if measured is None else measured(steps) | (steps == before)
                     kept = slice(None) if dense else np.flatnonzero(seen)
-                    recorder.extend(
-                        steps[kept], Metrics(*(None if field is None else field[kept] for field in metrics)), seen[kept]
-                    )
+                    recorder.extend(steps[kept], jax.tree.map(operator.itemgetter(kept), metrics), seen[kept])
             recorder.extend([step], jax.device_get(evaluate(state.params)))
             if recorder.diverged(step, state.params):
                 break

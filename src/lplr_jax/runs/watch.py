@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -139,7 +140,7 @@ class Watch:
 
     def _open(self, folder: Path) -> None:
         if (folder / "record.npz").exists():
-            run_folder.agree(folder, self._problem.name, self._config)
+            run_folder.check_config(folder, self._problem.name, self._config)
             raise ValueError(
                 f"{folder} holds the finished record of this run: read it with lplr_jax.load, or name another folder"
             )
@@ -365,7 +366,9 @@ class Watch:
             steps, columns = self._recorder.series.arrays()
             measures = jax.device_get(_measure_step(self._kept.params, self._kept.gradient, params))
             entry = {name: values[-1:] for name, values in columns.items()}
-            self._recorder.series.put(steps[-1:], {**entry, **{n: [v] for n, v in measures._asdict().items()}})
+            self._recorder.series.put(
+                steps[-1:], {**entry, **{name: np.atleast_1d(value) for name, value in measures._asdict().items()}}
+            )
         own = None
         if loss is None or probing:
             own = _value_and_gradient(params, *self._problem.data, objective=self._problem.objective)

@@ -111,7 +111,8 @@ def train_batches(
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step // count)
     order, weights = _filled(jax.random.permutation(key, n), batch_size)
     start = state.step % count
-    batches = tuple(jax.lax.dynamic_slice_in_dim(part, start, steps) for part in (order, weights))
+    cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=steps)
+    batches = (cut(order), cut(weights))
     body = _batch_step(data, objective=objective, optimizer=optimizer)
     (params, opt_state), _ = jax.lax.scan(body, (state.params, state.opt_state), batches)
     return State(params, opt_state, state.key, state.step + steps)

@@ -102,7 +102,7 @@ def measure_step(params: Params, gradient: Params, after: Params) -> StepMeasure
     moved = jax.tree.map(lambda a, b: a.astype(wide) - b.astype(wide), params, after)
     gradient = jax.tree.map(lambda leaf: leaf.astype(wide), gradient)
     length, steepness = optax.tree.norm(moved), optax.tree.norm(gradient, squared=True)
-    size = optax.tree.vdot(moved, gradient) / steepness
+    size = jnp.asarray(optax.tree.vdot(moved, gradient) / steepness)
     off = optax.tree.norm(jax.tree.map(lambda a, g: a - size * g, moved, gradient))
     spacing = optax.tree.norm(jax.tree.map(lambda leaf: _spacing(leaf).astype(wide), after))
     unit = max(float(jnp.finfo(leaf.dtype).eps) / 2 for leaf in jax.tree.leaves(after))

@@ -1,0 +1,213 @@
+"""What an experiment is, and the one command that all of them share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
+
+import jax
+import tyro
+from matplotlib.figure import Figure
+
+from lplr_jax import checks, theory
+from lplr_jax.experiments.parts import FolderPart, decisive
+from lplr_jax.records import Record
+from lplr_jax.reports import output, report
+from lplr_jax.reports.exit_codes import DIVERGED, INCONSISTENT, OK
+from lplr_jax.reports.follow import SCREEN_ALONE, FollowConfig, Following
+from lplr_jax.reports.screen import CONSOLE, say
+from lplr_jax.reports.tables import Table
+from lplr_jax.runs.checkpoint import Checkpoints
+from lplr_jax.runs.folder import claimed, read_or_make
+from lplr_jax.runs.loop import Advance
+from lplr_jax.runs.session import Follow, Observer, Say
+
+Config = TypeVar("Config", bound=FolderPart)
+Given = TypeVar("Given")
+Done = TypeVar("Done")
+
+
+class Run(Protocol[Config, Given, Done]):
+    """Runs a config in a folder that is locked for it; what is there already is read instead."""
+
+    def __call__(
+        self, config: Config, folder: Path, given: Given, /, *, say: Say, follow: Follow, check: Callable[[], None]
+    ) -> Done:
+        """Run.
+
+        Args:
+            config: what to run; `out` and `force` are for the caller.
+            folder: where everything goes.
+            given: what was prepared for the config.
+            say: told one line at a time what is done.
+            follow: from name and number of epochs to a context with an observer for one run.
+            check: called before every write; raises where nothing must be written any more.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Experiment(Generic[Config, Given, Done]):
+    """A config with presets, and what is made of it.
+
+    Attributes:
+        name: the command, and the name of its folder, table and figure.
+        config: the class of its config.
+        presets: named sets of defaults; "default" is among them, unless `default_preset` names what it stands for.
+        run: runs a config.
+        records: the records of what was run, by the name of the run.
+        table: the table of what was run; without one, the summary of every record is shown.
+        figure: the figure of what was run, or why there is none, in words.
+        notes: lines to say at the end.
+        prepare: loads what `identity` and `run` share; raises ValueError before anything is written.
+        identity: everything that decides the numbers; raises ValueError for a config that cannot be run.
+        default_preset: the preset that "default" stands for on this machine.
+        followed: whether there is a run to follow, in a log or in TensorBoard.
+        first_in_full: whether the verdicts on the first of several records are shown in full.
+        diverged: exit code where a run diverged; 0 where that is a finding.
+    """
+
+    name: str
+    config: type[Config]
+    presets: Mapping[str, Config]
+    run: Run[Config, Given, Done]
+    records: Callable[[Done], Mapping[str, Record]]
+    table: Callable[[Done, Config], Table] | None = None
+    figure: Callable[[Done, Config], Figure | str] | None = None
+    notes: Callable[[Done, Config], Sequence[str]] = lambda done, config: ()
+    prepare: Callable[[Config, Path], Given] = lambda config, folder: None  # pyright: ignore[reportAssignmentType]
+    identity: Callable[[Config, Given], Mapping[str, Any]] = lambda config, given: decisive(config)
+    default_preset: Callable[[], str] = lambda: "default"
+    followed: bool = True
+    first_in_full: bool = False
+    diverged: int = DIVERGED
+
+    def preset(self, name: str) -> Config:
+        """Return a set of defaults; for a name that there is not, that of "default"."""
+        return self.presets.get(name) or self.presets[self.default_preset()]
+
+    def places(self, preset: str, out: Path | None) -> tuple[Path, Path]:
+        """Return the folder of a run and that of its figures; two presets never share one by default."""
+        # "default" and the preset that it stands for share a folder.
+        default = preset in ("default", self.default_preset())
+        folder = out or Path("runs") / (self.name if default else f"{self.name}-{preset}")
+        figures = Path("figures") if default and out is None else folder / "figures"
+        return checks.folder("--out", folder), checks.folder("the folder of the figures", figures)
+
+    def execute(self, config: Config, *, preset: str, following: Following) -> int:
+        """Run a config, show and save what came of it, and return the exit code."""
+        folder, figures = self.places(preset, config.out)
+        given = self.prepare(config, folder)
+        identity = self.identity(config, given)
+        with claimed(folder, self.name, identity, force=config.force, say=say) as lock:
+            done = self.run(config, folder, given, say=say, follow=following, check=lock.check)
+            if self.table is not None:
+                output.tabulate(self.table(done, config), folder / self.name)
+        found = self.records(done)
+        if self.table is None:
+            for record in found.values():
+                CONSOLE.print(report.summary_table(record))
+        if self.figure is not None:
+            output.draw(self.figure(done, config), figures / f"{self.name}.png")
+        verdicts = {name: theory.verify(record) for name, record in found.items()}
+        report.judge(CONSOLE, verdicts, first_in_full=self.first_in_full)
+        for line in self.notes(done, config):
+            say(line)
+        for name, record in found.items():
+            following.finished(name, verdicts[name], diverged_at=record.diverged_at)
+        if any(map(theory.any_inconsistent, verdicts.values())):
+            return INCONSISTENT
+        return self.diverged if any(record.diverged_at is not None for record in found.values()) else OK
+
+    def command(self, argv: Sequence[str], help_: str) -> Callable[..., int]:
+        """Return the command for a parser: preset, config, and where else the run shows itself.
+
+        Args:
+            argv: the command line, whose preset decides the defaults that the parser shows.
+            help_: what the experiment is for, in one line.
+        """
+        names = ("smoke", "default", *(name for name in self.presets if name not in ("smoke", "default")))
+        choice = Literal[tuple(name for name in names if name == "default" or name in self.presets)]
+        chosen = self.preset(asked_preset(argv))
+        stands_for = self.default_preset()
+        meaning = "" if stands_for == "default" else f'; "default" is "{stands_for}" on this machine'
+
+        def command(preset: str, config: Config, also: FollowConfig = SCREEN_ALONE) -> int:
+            with Following(CONSOLE, also) as following:
+                return self.execute(config, preset=preset, following=following)
+
+        def alone(preset: str, config: Config) -> int:
+            return command(preset, config)
+
+        found = command if self.followed else alone
+        found.__defaults__ = ("default", chosen, SCREEN_ALONE)[: 3 if self.followed else 2]
+        flat = tyro.conf.arg(name="")
+        found.__annotations__ |= {"preset": choice, "config": Annotated[self.config, flat]}
+        if self.followed:
+            found.__annotations__["also"] = Annotated[FollowConfig, flat]
+        found.__doc__ = (
+            f"{help_}\n\nArgs:\n"
+            f"    preset: which defaults the other options start from{meaning}.\n"
+            "    config: everything that decides the numbers.\n"
+            "    also: where else than on screen the run shows itself.\n"
+        )
+        return found
+
+
+def asked_preset(argv: Sequence[str]) -> str:
+    """Find the preset before parsing: it decides the defaults that the parser shows."""
+    for i, argument in enumerate(argv):
+        if argument == "--preset" and i + 1 < len(argv):
+            return argv[i + 1]
+        if argument.startswith("--preset="):
+            return argument.partition("=")[2]
+    return "default"
+
+
+def record_of(
+    folder: Path,
+    experiment: str,
+    identity: Mapping[str, Any],
+    make: Callable[[Observer | None, Checkpoints], Record],
+    *,
+    run: str,
+    epochs: int,
+    say: Say,
+    follow: Follow,
+    check: Callable[[], None],
+) -> Record:
+    """Return the record of one run: the one that is there, or a new one, which is followed while it is made.
+
+    Args:
+        folder: of the run.
+        experiment: what runs in it.
+        identity: everything that decides the numbers.
+        make: makes the record; told who follows, and what it saves to and goes on from.
+        run: its name, unlike that of the command's other runs.
+        epochs: how long it is.
+        say: told that the record is there.
+        follow: from name and number of epochs to a context with an observer.
+        check: called before every write.
+    """
+
+    def followed(checkpoints: Checkpoints) -> Record:
+        with follow(run, epochs) as observer:
+            return make(observer, checkpoints)
+
+    return read_or_make(folder, experiment, identity, followed, check=check, say=say)
+
+
+def trained_together(
+    folder: Path, names: Sequence[str], train: Callable[[], Sequence[Advance]], together: bool | None
+) -> Sequence[Advance | None]:
+    """Train several runs in one program, and return for each what replays its part; None for runs that train alone.
+
+    Args:
+        folder: of the folders of the runs; nothing is trained where the record of every run is there.
+        names: of the folders.
+        train: trains all of them, those included whose record is there.
+        together: whether to; None does so on accelerators (on a CPU vmap is slower).
+    """
+    together = jax.default_backend() != "cpu" if together is None else together
+    missing = [name for name in names if not (folder / name / "record.npz").exists()]
+    return train() if together and missing and len(names) > 1 else [None] * len(names)
