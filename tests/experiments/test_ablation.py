@@ -55,7 +55,7 @@ def test_observation_counts():
     seen = observe(np.array([1.0, 3.0, 0.5, 0.6, 0.4]), np.array([0.0, 1.0, 0.5, 0.7, 0.8]))
     assert seen == diagnostics.Observation("catapult", 2, 1, 3.0, 1)
     assert observe(np.array([1.0, np.nan]), np.array([0.0, np.nan])).peak == np.inf
-    with pytest.raises(ValueError, match="epoch 0 is not finite"):
+    with pytest.raises(ValueError, match="step 0 is not finite"):
         observe(np.array([np.nan]), np.array([0.0]))
 
 

@@ -1,9 +1,14 @@
-"""Figures from records. No model, no data: everything can be redrawn from its npz."""
+"""Figures from records. No model, no data, no JAX: everything can be redrawn from its npz."""
 
-from lplr_jax.plotting.ablation import ablation, initialisation
-from lplr_jax.plotting.boundary import boundary
-from lplr_jax.plotting.cifar import cifar, scope_note
-from lplr_jax.plotting.panels import four_panel
-from lplr_jax.plotting.style import save
+from lplr_jax.plotting import backend  # before anything that imports matplotlib
 
-__all__ = ["ablation", "boundary", "cifar", "four_panel", "initialisation", "save", "scope_note"]
+backend.import_matplotlib()
+
+from lplr_jax.plotting.ablation import ablation, initialisation  # noqa: E402
+from lplr_jax.plotting.boundary import boundary  # noqa: E402
+from lplr_jax.plotting.choice import plot  # noqa: E402
+from lplr_jax.plotting.cifar import cifar, scope_note  # noqa: E402
+from lplr_jax.plotting.panels import four_panel  # noqa: E402
+from lplr_jax.plotting.style import save  # noqa: E402
+
+__all__ = ["ablation", "boundary", "cifar", "four_panel", "initialisation", "plot", "save", "scope_note"]

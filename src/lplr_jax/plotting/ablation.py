@@ -1,105 +1,102 @@
 """The width ablation, and the figures of the paper's earlier version, from records alone."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from lplr_jax import checks
-from lplr_jax.curves.stability import observe, power_law
-from lplr_jax.curves.summary import Summary, check_records, gradient_law, summarise
-from lplr_jax.plotting.style import STYLE, plain
+from lplr_jax.curves.stability import power_law
+from lplr_jax.curves.summary import check_records, gradient_law, observed, step_word, summarise
+from lplr_jax.plotting.panels import grid, known
+from lplr_jax.plotting.style import blank, plain, styled
 from lplr_jax.records import Record
 
 MARKERS = "osD^vPX"
 """One marker a width, so that the figure reads without colour."""
-COLOURS = ("C0", "C1", "C2", "C3")
+COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5")
 FIRST = 20
-"""Last epoch of the inset that shows how an arm starts: a catapult is over by then. Calibrated."""
+"""Last step of the inset that shows how an arm starts: a catapult is over by then. Calibrated."""
 
 
 def ablation(records: Sequence[Record]) -> Figure:
     """Draw λ_min, drift, PL bracket and gap of all arms: one colour a width, unstable arms dashed.
 
     An arm is unstable when its loss passes above its first value (`diagnostics.observe`: catapult or divergence).
+    Runs whose configs do not all name a width get a colour each. A panel that no arm has arrays for is left out.
 
     Args:
-        records: one an arm, with kernel probes.
+        records: one an arm.
 
     Returns:
         The figure; `save` writes it.
 
     Raises:
         TypeError: for what is no sequence of records.
-        ValueError: without records, or for records of another kind of run.
-        KeyError: for records without kernel probes.
+        ValueError: without records, for a width or a seed that is no integer, or for a run without a finite loss.
     """
     check_records(records)
-    widths = sorted({_integer(record, "width", least=1) for record in records})
-    with mpl.rc_context(fname=STYLE):
+    widths = [_integer(record, "width", least=1) for record in records]
+    arms = [_Arm(record, width, index) for index, (record, width) in enumerate(zip(records, widths, strict=True))]
+    by_width = None not in widths
+    if by_width:
+        arms.sort(key=lambda arm: (arm.group, -float(np.nan_to_num(arm.record["learning_rate"]))))
+    groups = sorted({arm.group if by_width else arm.index for arm in arms})
+    word = step_word(records[0])
+    drawn = [panel for panel in _PANELS if panel.has(arms)]
+    with styled():
         # A map whose lightness rises steadily keeps the widths apart in grey; its lightest end is left out.
-        colours = dict(zip(widths, mpl.colormaps["viridis"](np.linspace(0, 0.8, len(widths))), strict=True))
-        figure = Figure(figsize=(11, 8.6))
-        FigureCanvasAgg(figure)
-        (a, b), (c, d) = figure.subplots(2, 2)
-        start = d.inset_axes((0.5, 0.61, 0.47, 0.3))
+        colours = dict(zip(groups, mpl.colormaps["viridis"](np.linspace(0, 0.8, len(groups))), strict=True))
+        figure, panels = grid(len(drawn), 11, 8.6)
         handles = []
-        for record in sorted(records, key=lambda one: (_integer(one, "width", least=1), -float(one["learning_rate"]))):
-            width = _integer(record, "width", least=1)
-            outcome = observe(record["loss"], record["drift"]).outcome
-            unstable = outcome in ("catapult", "divergence")
-            style = {"color": colours[width], "linestyle": "--" if unstable else "-"}
-            marker = MARKERS[widths.index(width) % len(MARKERS)]
-            _draw_arm((a, b, c, d), record, summarise(record), style, marker)
-            first = slice(min(FIRST + 1, record["epoch"].size))
-            start.plot(record["epoch"][first], record["loss"][first] / record["loss"][0], **style, linewidth=1)
-            what = outcome if record.diverged_at is None else f"diverged at epoch {record.diverged_at}"
-            label = f"m = {width}, η = {float(record['learning_rate']):.3g}: {what}"
-            if seed := _integer(record, "seed", least=0):
-                label += f" (seed {seed})"
-            handles.append(Line2D([], [], **style, marker=marker, markersize=4, label=label))
-        for axes, title, unit in (
-            (
-                a,
-                "(a)  smallest eigenvalue of the empirical NTK, all samples",
-                r"$\lambda_{\min}$   [output² / parameter²]",
-            ),
-            (b, "(b)  drift from the initialisation", r"$\|\theta_t-\theta_0\|_2$   [parameter]"),
-            (c, "(c)  PL ratio: L* = 0 (line) to the proxy (thin line)", "PL ratio   [units of L]"),
-            (d, "(d)  gap to the proxy (line) and loss itself (thin)", "loss   [units of L]"),
-        ):
-            axes.set_title(title)
-            axes.set_ylabel(unit)
-            axes.set_xlabel("epoch")
-            axes.set_xlim(0, max(int(record["epoch"][-1]) for record in records))
-            if axes is not b:
-                axes.set_yscale("log")
-        b.set_ylim(bottom=0)
-        # The first steps and the proxy's own zero at the end would squeeze the rest into a line.
-        settled = [_positive(summarise(record).bracket[0])[record["epoch"].size // 100 + 1 :] for record in records]
-        values = np.concatenate(settled)
-        if np.isfinite(values).any():
-            c.set_ylim(float(np.nanmin(values)) / 2, float(np.nanmax(values)) * 10)
-        low, high = _span([record["loss"] - summarise(record).floor for record in records]) or d.get_ylim()
-        # Room for the inset above the curves of the arms that stay below their first loss.
-        d.set_ylim(low, max(high, 1e3 * float(np.nanmedian(np.concatenate([r["loss"] for r in records])))))
-        start.set_yscale("log")
-        start.set_title(rf"$L_t/L_0$, first {FIRST} epochs", fontsize=7.5)
-        start.tick_params(labelsize=7)
+        for arm in arms:
+            group = arm.group if by_width else arm.index
+            style = {"color": colours[group], "linestyle": "--" if arm.unstable else "-"}
+            marker = MARKERS[groups.index(group) % len(MARKERS)]
+            for axes, panel in zip(panels, drawn, strict=True):
+                panel.draw(axes, arm, style, marker)
+            handles.append(Line2D([], [], **style, marker=marker, markersize=4, label=arm.label(word)))
+        for axes, panel, letter in zip(panels, drawn, "abcd", strict=False):
+            axes.set_title(f"({letter})  {panel.title}")
+            axes.set_ylabel(panel.unit)
+            axes.set_xlabel(word)
+            axes.set_xlim(0, max(1, *(int(record["epoch"][-1]) for record in records)))
+            panel.finish(axes, arms)
+        _starts(panels[-1], arms, handles, word)
         figure.legend(handles=handles, loc="outside lower center", ncol=min(3, len(handles)), fontsize=8)
     return figure
 
 
-def _integer(record: Record, name: str, *, least: int) -> int:
-    """Return an integer of a record's config, which another kind of run may lack."""
-    if name not in record.config:
-        raise ValueError(f"a {record.experiment} record without {name} in its config is no arm of a width ablation")
+class _Arm:
+    """One run of several: its record, what follows from it, and its width where its config names one."""
+
+    def __init__(self, record: Record, width: int | None, index: int) -> None:
+        self.record, self.width, self.index = record, width, index
+        self.group = width if width is not None else index
+        self.summary = summarise(record)
+        self.outcome = observed(record).outcome if np.isfinite(record["loss"][0]) else "divergence"
+        self.unstable = self.outcome in ("catapult", "divergence")
+
+    def label(self, word: str) -> str:
+        """What the legend says of it."""
+        record, eta = self.record, float(self.record["learning_rate"])
+        at = record.diverged_at
+        what = self.outcome if at is None else f"diverged at {word} {at}"
+        name = f"m = {self.width}" if self.width is not None else f"{record.experiment}, run {self.index + 1}"
+        seed = _integer(record, "seed", least=0)
+        return name + (f", η = {eta:.3g}" if eta == eta else "") + f": {what}" + (f" (seed {seed})" if seed else "")
+
+
+def _integer(record: Record, name: str, *, least: int) -> int | None:
+    """Return an integer of a record's config, None where it has none of this name."""
+    if record.config.get(name) is None:
+        return None
     return checks.whole(f"{name} in the config of a {record.experiment} record", record.config[name], least=least)
 
 
@@ -107,21 +104,116 @@ def _positive(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values) & (values > 0), values, np.nan)
 
 
-def _draw_arm(
-    panels: tuple[Axes, Axes, Axes, Axes], record: Record, summary: Summary, style: dict[str, Any], marker: str
-) -> None:
-    a, b, c, d = panels
-    epoch, every = record["epoch"], max(1, record["epoch"].size // 8)
-    probes = record["probe_epoch"]
-    sparse = max(1, probes.size // 8)
-    a.plot(probes, _positive(record["ntk_min_eig"]), marker=marker, markersize=4, markevery=sparse, **style)
-    b.plot(epoch, record["drift"], marker=marker, markersize=4, markevery=every, **style)
-    lower, upper = (_positive(end) for end in summary.bracket)
-    c.fill_between(epoch, lower, upper, color=style["color"], alpha=0.08, linewidth=0)
-    c.plot(epoch, upper, linewidth=0.8, alpha=0.8, **style)
-    c.plot(epoch, lower, marker=marker, markersize=4, markevery=every, **style)
-    d.plot(epoch, _positive(record["loss"] - summary.floor), marker=marker, markersize=4, markevery=every, **style)
-    d.plot(epoch, _positive(record["loss"]), linewidth=0.8, alpha=0.8, **style)
+def _every(size: int) -> int:
+    return max(1, size // 8)
+
+
+def _draw_min_eig(axes: Axes, arm: _Arm, style: dict[str, Any], marker: str) -> None:
+    if known(arm.record, "probe_epoch", "ntk_min_eig"):
+        probes, values = arm.record["probe_epoch"], _positive(arm.record["ntk_min_eig"])
+        axes.plot(probes, values, marker=marker, markersize=4, markevery=_every(probes.size), **style)
+
+
+def _draw_drift(axes: Axes, arm: _Arm, style: dict[str, Any], marker: str) -> None:
+    epoch = arm.record["epoch"]
+    axes.plot(epoch, arm.record["drift"], marker=marker, markersize=4, markevery=_every(epoch.size), **style)
+
+
+def _draw_ratio(axes: Axes, arm: _Arm, style: dict[str, Any], marker: str) -> None:
+    epoch = arm.record["epoch"]
+    lower, upper = (_positive(end) for end in arm.summary.bracket)
+    axes.fill_between(epoch, lower, upper, color=style["color"], alpha=0.08, linewidth=0)
+    axes.plot(epoch, upper, linewidth=0.8, alpha=0.8, **style)
+    axes.plot(epoch, lower, marker=marker, markersize=4, markevery=_every(epoch.size), **style)
+
+
+def _draw_gap(axes: Axes, arm: _Arm, style: dict[str, Any], marker: str) -> None:
+    epoch, loss = arm.record["epoch"], arm.record["loss"]
+    gap = _positive(loss - arm.summary.floor)
+    axes.plot(epoch, gap, marker=marker, markersize=4, markevery=_every(epoch.size), **style)
+    axes.plot(epoch, _positive(loss), linewidth=0.8, alpha=0.8, **style)
+
+
+def _log(axes: Axes, arms: Sequence[_Arm]) -> None:
+    axes.set_yscale("log")
+
+
+def _from_zero(axes: Axes, arms: Sequence[_Arm]) -> None:
+    axes.set_ylim(bottom=0)
+
+
+def _settled(axes: Axes, arms: Sequence[_Arm]) -> None:
+    """Leave out the first steps and the proxy's own zero at the end, which would squeeze the rest into a line."""
+    axes.set_yscale("log")
+    curves = [_positive(arm.summary.bracket[0])[arm.record["epoch"].size // 100 + 1 :] for arm in arms]
+    values = np.concatenate(curves)
+    if np.isfinite(values).any():
+        axes.set_ylim(float(np.nanmin(values)) / 2, float(np.nanmax(values)) * 10)
+
+
+def _roomy(axes: Axes, arms: Sequence[_Arm]) -> None:
+    """Leave room for the inset above the curves of the arms that stay below their first loss."""
+    axes.set_yscale("log")
+    low, high = _span([arm.record["loss"] - arm.summary.floor for arm in arms]) or axes.get_ylim()
+    typical = float(np.nanmedian(np.concatenate([arm.record["loss"] for arm in arms])))
+    axes.set_ylim(low, max(high, 1e3 * typical))
+
+
+class _Panel(NamedTuple):
+    """One panel: what it shows, which arms have it, what draws an arm, and what is done when all are drawn."""
+
+    title: str
+    unit: str
+    has: Callable[[Sequence[_Arm]], bool]
+    draw: Callable[[Axes, _Arm, dict[str, Any], str], None]
+    finish: Callable[[Axes, Sequence[_Arm]], None]
+
+
+_PANELS = (
+    _Panel(
+        "smallest eigenvalue of the empirical NTK, all samples",
+        r"$\lambda_{\min}$   [output² / parameter²]",
+        lambda arms: any(known(arm.record, "probe_epoch", "ntk_min_eig") for arm in arms),
+        _draw_min_eig,
+        _log,
+    ),
+    _Panel(
+        "drift from the initialisation",
+        r"$\|\theta_t-\theta_0\|_2$   [parameter]",
+        lambda arms: any(known(arm.record, "drift") for arm in arms),
+        _draw_drift,
+        _from_zero,
+    ),
+    _Panel(
+        "PL ratio: L* = 0 (line) to the proxy (thin line)",
+        "PL ratio   [units of L]",
+        lambda arms: any(np.isfinite(arm.summary.bracket[0]).any() for arm in arms),
+        _draw_ratio,
+        _settled,
+    ),
+    _Panel(
+        "gap to the proxy (line) and loss itself (thin)",
+        "loss   [units of L]",
+        lambda arms: True,
+        _draw_gap,
+        _roomy,
+    ),
+)
+
+
+def _starts(axes: Axes, arms: Sequence[_Arm], handles: Sequence[Line2D], word: str) -> None:
+    """Draw in an inset how the arms start; not where too few of the first steps were seen."""
+    firsts = [arm.record["epoch"] <= FIRST for arm in arms]
+    if max(int(first.sum()) for first in firsts) < 3:
+        return
+    start = axes.inset_axes((0.5, 0.61, 0.47, 0.3))
+    for arm, first, handle in zip(arms, firsts, handles, strict=True):
+        loss = arm.record["loss"][first] / arm.record["loss"][0]
+        look = {"color": handle.get_color(), "linestyle": handle.get_linestyle()}
+        start.plot(arm.record["epoch"][first], _positive(loss), linewidth=1, **look)
+    start.set_yscale("log")
+    start.set_title(rf"$L_t/L_0$, first {FIRST} {word}s", fontsize=7.5)
+    start.tick_params(labelsize=7)
 
 
 def _span(gaps: Sequence[np.ndarray]) -> tuple[float, float] | None:
@@ -139,7 +231,7 @@ def initialisation(records: Mapping[str, Record], widths: Sequence[Record] = (),
     Args:
         records: one a name of an initialisation.
         widths: records of several widths at one η; without them there is no third panel.
-        epoch: at which the loss is shown against width; runs that end before it do not enter.
+        epoch: step at which the loss is shown against width; runs whose loss was not measured there do not enter.
 
     Returns:
         The figure; `save` writes it.
@@ -154,14 +246,18 @@ def initialisation(records: Mapping[str, Record], widths: Sequence[Record] = (),
     if len(widths):
         check_records(widths, "widths")
     checks.whole("epoch", epoch, least=0)
-    widths = [record for record in widths if record["loss"].size > epoch and np.isfinite(record["loss"][epoch])]
-    with mpl.rc_context(fname=STYLE):
-        figure = Figure(figsize=(14 if widths else 9.5, 4.6))
-        FigureCanvasAgg(figure)
+    for record in widths:
+        if _integer(record, "width", least=1) is None:
+            raise ValueError(f"a {record.experiment} record without width in its config is no arm of a width ablation")
+    widths = [record for record in widths if np.isfinite(_loss_at(record, epoch))]
+    word = step_word(next(iter(records.values())))
+    with styled():
+        figure = blank(14 if widths else 9.5, 4.6)
         left, middle, *rest = figure.subplots(1, 3 if widths else 2)
         gaps = []
         named = [(plain(name), record) for name, record in records.items()]
-        for (name, record), colour, line in zip(named, COLOURS, ("-", "--", "-.", ":"), strict=False):
+        looks = zip(itertools.cycle(COLOURS), itertools.cycle(("-", "--", "-.", ":")), strict=False)
+        for (name, record), (colour, line) in zip(named, looks, strict=False):
             summary = summarise(record)
             gaps.append(record["loss"] - summary.floor)
             left.plot(
@@ -177,13 +273,16 @@ def initialisation(records: Mapping[str, Record], widths: Sequence[Record] = (),
             )
             law = gradient_law(record, summary.floor)
             middle.plot(_positive(gaps[-1]), record["grad_sq_norm"], color=colour, linestyle=line, linewidth=1)
+            if not np.isfinite(law.slope):
+                middle.plot([], [], color=colour, linewidth=4, alpha=0.35, label=f"{name}: too few points for a fit")
+                continue
             x = np.array(law.range)
             text = f"{name}: slope {law.slope:.2f} ± {law.stderr:.2f}, gap {x[0]:.2g} to {x[1]:.2g}"
             middle.plot(x, law.at(x), color=colour, linewidth=4, alpha=0.35, label=text)
         left.set_yscale("log")
         left.set_ylim(_span(gaps))
         left.set_title("(a)  gap and loss by initialisation")
-        left.set_xlabel("epoch")
+        left.set_xlabel(word)
         left.set_ylabel("loss   [units of L]")
         left.legend()
         middle.set_xscale("log")
@@ -198,12 +297,20 @@ def initialisation(records: Mapping[str, Record], widths: Sequence[Record] = (),
     return figure
 
 
-def _loss_against_width(axes: Axes, records: Sequence[Record], epoch: int) -> None:
+def _loss_at(record: Record, step: int) -> float:
+    """Return the loss at a step, NaN where it was not measured."""
+    place = int(np.searchsorted(record["epoch"], step))
+    there = place < record["epoch"].size and int(record["epoch"][place]) == step
+    return float(record["loss"][place]) if there else float("nan")
+
+
+def _loss_against_width(axes: Axes, records: Sequence[Record], step: int) -> None:
     m = np.array([_integer(record, "width", least=1) for record in records], np.float64)
-    loss = np.array([record["loss"][epoch] for record in records])
-    calm = np.array([observe(r["loss"], r["drift"]).outcome not in ("catapult", "divergence") for r in records])
+    loss = np.array([_loss_at(record, step) for record in records])
+    calm = np.array([observed(record).outcome not in ("catapult", "divergence") for record in records])
     law = power_law(m[calm], loss[calm])
-    axes.plot(m[calm], loss[calm], "o", color="C0", label=f"stable: slope {law.slope:.2f} ± {law.stderr:.2f}")
+    slope = f": slope {law.slope:.2f} ± {law.stderr:.2f}" if np.isfinite(law.slope) else ""
+    axes.plot(m[calm], loss[calm], "o", color="C0", label=f"stable{slope}")
     axes.plot(m[~calm], loss[~calm], "X", color="C1", label="catapult or divergence, not in the fit")
     axes.plot(np.unique(m), law.at(np.unique(m)), color="C0", linewidth=1)
     axes.set_xscale("log")
@@ -213,6 +320,7 @@ def _loss_against_width(axes: Axes, records: Sequence[Record], epoch: int) -> No
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.set_xlabel("width m")
-    axes.set_ylabel(f"loss after {epoch} epochs   [units of L]")
-    axes.set_title(f"(c)  loss after {epoch} epochs, η = {float(records[0]['learning_rate']):.3g}")
+    word, eta = step_word(records[0]), float(records[0]["learning_rate"])
+    axes.set_ylabel(f"loss after {step} {word}s   [units of L]")
+    axes.set_title(f"(c)  loss after {step} {word}s" + (f", η = {eta:.3g}" if eta == eta else ""))
     axes.legend()

@@ -2,16 +2,14 @@
 
 from collections.abc import Sequence
 
-import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from lplr_jax import checks
 from lplr_jax.curves.stability import power_law
-from lplr_jax.plotting.style import STYLE
+from lplr_jax.plotting.style import blank, styled
 
 
 def boundary(
@@ -44,9 +42,8 @@ def boundary(
             raise ValueError(f"{name} must hold finite numbers > 0, got {column.tolist()}")
     m, two_over_beta, low, high = columns.values()
     measured = np.sqrt(low * high)
-    with mpl.rc_context(fname=STYLE):
-        figure = Figure(figsize=(6.4, 6.2))
-        FigureCanvasAgg(figure)
+    with styled():
+        figure = blank(6.4, 6.2)
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
         errors = np.stack([measured - low, high - measured])
         for values, style, label in (

@@ -1,21 +1,19 @@
 """Several seeds of one stochastic run: gap, PL ratio, drift and the kernel of a subset, from records alone."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lplr_jax import theory
 from lplr_jax.curves.rate import proxy_decides_from
-from lplr_jax.curves.summary import Summary, check_records, summarise
-from lplr_jax.plotting.panels import BELOW, HATCH, SHADE
-from lplr_jax.plotting.style import STYLE, plain, source_of
+from lplr_jax.curves.summary import Summary, check_records, step_word, steps_of, summarise
+from lplr_jax.plotting.panels import BELOW, HATCH, SHADE, grid, known
+from lplr_jax.plotting.style import numbers_of, setting, source_of, styled, wrapped
 from lplr_jax.records import Record
 
 LINES = ("-", "--", "-.", ":")
@@ -44,35 +42,44 @@ def cifar(records: Sequence[Record]) -> Figure:
 
     Bands are one sample standard deviation to each side of the mean over seeds.
 
+    A panel whose arrays some record lacks is left out, and the others take its place.
+
     Args:
-        records: one a seed, of one config, with kernel probes.
+        records: one a seed, of one config.
 
     Returns:
         The figure; `save` writes it.
 
     Raises:
         TypeError: for what is no sequence of records.
-        KeyError: for records without kernel probes.
-        ValueError: without records, or for runs of different lengths or probes.
+        ValueError: without records, for runs of different lengths or probes, or for a run without a finite loss.
     """
     check_records(records)
     for name in ("epoch", "probe_epoch"):
-        if any(not np.array_equal(record[name], records[0][name]) for record in records):
+        of = [record.arrays.get(name, np.zeros(0)) for record in records]
+        if any(not np.array_equal(one, of[0]) for one in of):
             raise ValueError(f"the records differ in {name}, so there is no mean over them; draw runs of one config")
     summaries = [summarise(record) for record in records]
-    with mpl.rc_context(fname=STYLE):
-        figure = Figure(figsize=(11, 8.8))
-        FigureCanvasAgg(figure)
-        (a, b), (c, d) = figure.subplots(2, 2)
-        _gap_panel(a, records, summaries)
-        _pl_panel(b, records, summaries)
-        _drift_panel(c, records)
-        _kernel_panel(d, records)
-        for axes in (a, b, c, d):
-            axes.set_xlabel("epoch")
-            axes.set_xlim(0, int(records[0]["epoch"][-1]))
-        for axes in (a, b):
-            _shade(axes, records, summaries, columns=2 if axes is a else 1)
+    drawn: list[tuple[bool, Callable[[Axes], None]]] = [
+        (True, lambda axes: _gap_panel(axes, records, summaries)),
+        (
+            any(np.isfinite(summary.bracket[0]).any() for summary in summaries),
+            lambda axes: _pl_panel(axes, records, summaries),
+        ),
+        (any(known(record, "drift") for record in records), lambda axes: _drift_panel(axes, records)),
+        (
+            all(known(record, "probe_epoch", "ntk_min_eig") for record in records),
+            lambda axes: _kernel_panel(axes, records),
+        ),
+    ]
+    wanted = [draw for there, draw in drawn if there]
+    with styled():
+        figure, panels = grid(len(wanted), 11, 8.8)
+        for axes, draw, letter in zip(panels, wanted, "abcd", strict=False):
+            draw(axes)
+            axes.set_title(f"({letter})  {axes.get_title(loc='left')}")
+            axes.set_xlabel(step_word(records[0]))
+            axes.set_xlim(0, max(1, int(records[0]["epoch"][-1])))
         figure.suptitle(_title(records), fontsize=10)
         note = "\n".join(textwrap.wrap(scope_note(records), 170))
         figure.supxlabel(note, fontsize=7.5, color="0.3")
@@ -80,15 +87,28 @@ def cifar(records: Sequence[Record]) -> Figure:
 
 
 def _title(records: Sequence[Record]) -> str:
-    record, config = records[0], records[0].config
-    seeds = ", ".join(str(one.config.get("seed")) for one in records)
-    where = source_of(record)
-    sgd = f"SGD, η = {float(record['learning_rate']):.3g} ({config.get('schedule')}), momentum {config.get('momentum')}"
-    size = f"width {config.get('width')}, p = {int(record['p']):,}, n = {int(record['n']):,}"
-    return plain(
-        f"CIFAR-10, {int(record['c'])} classes: residual network, {size}\n{sgd}, batch {config.get('batch_size')}; "
-        f"seeds {seeds}; {where}"
+    record = records[0]
+    width, schedule, momentum, batch = (
+        setting(record, name) for name in ("width", "schedule", "momentum", "batch_size")
     )
+    seeds = ", ".join(seed for seed in (setting(one, "seed") for one in records) if seed)
+    if record.experiment == "cifar" and width and schedule and momentum and batch:
+        size = f"width {width}, p = {int(record['p']):,}, n = {int(record['n']):,}"
+        sgd = f"SGD, η = {float(record['learning_rate']):.3g} ({schedule}), momentum {momentum}"
+        head = f"CIFAR-10, {int(record['c'])} classes: residual network, {size}"
+        tail = [f"{sgd}, batch {batch}"]
+    else:
+        head = f"{record.experiment}: {', '.join([*([f'width {width}'] if width else []), *numbers_of(record)])}"
+        settings = (("schedule", schedule), ("momentum", momentum), ("batch", batch))
+        tail = [", ".join(f"{name} {value}" for name, value in settings if value)]
+    tail += [f"seeds {seeds}" if seeds else f"{len(records)} runs", source_of(record)]
+    return wrapped(f"{head}\n{'; '.join(part for part in tail if part)}")
+
+
+def _name(record: Record, index: int) -> str:
+    """Return what a legend calls one of the runs: its seed, or its number where it has none."""
+    seed = setting(record, "seed")
+    return f"seed {seed}" if seed else f"run {index + 1}"
 
 
 def mean_and_deviation(
@@ -122,8 +142,8 @@ def _gap_panel(axes: Axes, records: Sequence[Record], summaries: Sequence[Summar
     if shown.size:
         axes.set_ylim(max(float(np.min(shown)) / 2, highest * 1e-5), highest * 2)
     axes.set_ylabel("loss   [units of L]")
-    axes.set_title("(a)  exact training loss, and its gap to the least loss of the run")
-    axes.legend(**BELOW)
+    axes.set_title("exact training loss, and its gap to the least loss of the run")
+    _shade(axes, records, summaries, columns=2)
 
 
 def _pl_panel(axes: Axes, records: Sequence[Record], summaries: Sequence[Summary]) -> None:
@@ -133,7 +153,7 @@ def _pl_panel(axes: Axes, records: Sequence[Record], summaries: Sequence[Summary
         known = np.isfinite(low)
         epoch, low, high = record["epoch"][known], low[known], high[known]
         axes.fill_between(epoch, low, high, color=colour, alpha=0.13, linewidth=0)
-        label = f"seed {record.config.get('seed')}: $L^*=0$"
+        label = f"{_name(record, index)}: $L^*=0$"
         if summary.regime.stop:
             label += f", least on the regime {summary.envelope[0]:.3g} (proxy: {summary.envelope[1]:.3g})"
         else:
@@ -142,8 +162,8 @@ def _pl_panel(axes: Axes, records: Sequence[Record], summaries: Sequence[Summary
         axes.plot(epoch, high, color=colour, linestyle=line, linewidth=0.7)
     axes.set_yscale("log")
     axes.set_ylabel("PL ratio   [units of L]")
-    axes.set_title("(b)  PL ratio: from $L^*=0$ (thick) to the proxy (thin)")
-    axes.legend(**{**BELOW, "ncol": 1})
+    axes.set_title("PL ratio: from $L^*=0$ (thick) to the proxy (thin)")
+    _shade(axes, records, summaries, columns=1)
 
 
 def _drift_panel(axes: Axes, records: Sequence[Record]) -> None:
@@ -155,7 +175,7 @@ def _drift_panel(axes: Axes, records: Sequence[Record]) -> None:
     _band(axes, epoch, curves, colour="C6", label="mean ± one deviation; thin: seeds")
     axes.set_ylim(bottom=0)
     axes.set_ylabel(r"$\|\theta_t-\theta_0\|_2$   [parameter]")
-    axes.set_title("(c)  drift from the initialisation")
+    axes.set_title("drift from the initialisation")
     axes.legend(loc="lower right")
 
 
@@ -163,7 +183,7 @@ def _kernel_panel(axes: Axes, records: Sequence[Record]) -> None:
     epoch, curves = records[0]["probe_epoch"], [record["ntk_min_eig"] for record in records]
     for index, (record, curve) in enumerate(zip(records, curves, strict=True)):
         colour, line = SEEDS[index % len(SEEDS)], LINES[index % len(LINES)]
-        label = f"seed {record.config.get('seed')}"
+        label = _name(record, index)
         axes.plot(epoch, curve, color=colour, linestyle=line, linewidth=0.8, marker="o", markersize=3, label=label)
     _band(axes, epoch, curves, colour="C6", label="mean ± one deviation")
     if min(float(np.nanmin(curve)) for curve in curves) > 0:
@@ -171,25 +191,27 @@ def _kernel_panel(axes: Axes, records: Sequence[Record]) -> None:
     images = int(records[0].arrays.get("kernel_samples", records[0]["n"]))
     rows = images * int(records[0]["c"])
     axes.set_ylabel(r"$\lambda_{\min}$   [output² / parameter²]")
-    axes.set_title(f"(d)  $\\lambda_{{\\min}}$ of the full {rows}×{rows} kernel of {images} images: an upper bound")
+    whose = f"the full {rows}×{rows} kernel"
+    part = f" of {images} samples: an upper bound" if images < int(records[0]["n"]) else ""
+    axes.set_title(f"$\\lambda_{{\\min}}$ of {whose}{part}")
     axes.legend(loc="best")
 
 
 def _shade(axes: Axes, records: Sequence[Record], summaries: Sequence[Summary], *, columns: int) -> None:
-    """Shade the epochs that lie in the regime of every seed that has one, and hatch those decided by some proxy."""
+    """Shade the steps that lie in the regime of every seed that has one, and hatch those decided by some proxy."""
     regimes = [summary.regime for summary in summaries if summary.regime.stop]
-    last = int(records[0]["epoch"][-1])
+    steps = steps_of(records[0])
     handles, labels = axes.get_legend_handles_labels()
     start, stop = max((one.start for one in regimes), default=0), min((one.stop for one in regimes), default=0) - 1
     if start < stop:
-        axes.axvspan(start, stop, zorder=0, **SHADE)
+        axes.axvspan(steps[start], steps[stop], zorder=0, **SHADE)
         handles.append(Patch(**SHADE))
         whose = "all seeds" if len(regimes) == len(records) else f"{len(regimes)} of {len(records)} seeds"
         labels.append(f"stable regime of {whose}")
     pairs = zip(records, summaries, strict=True)
     decided = min(proxy_decides_from(record["loss"], summary.floor) for record, summary in pairs) - 1
-    if decided < last:
-        axes.axvspan(max(decided, 0), last, zorder=0, **HATCH)
+    if decided < steps.size - 1:
+        axes.axvspan(steps[max(decided, 0)], steps[-1], zorder=0, **HATCH)
         handles.append(Patch(**{**HATCH, "edgecolor": "0.6"}))
         labels.append("the proxy for L* decides" if len(records) == 1 else "the proxy for L* decides for some seed")
     axes.legend(handles, labels, **{**BELOW, "ncol": columns})

@@ -1,20 +1,20 @@
 """The four panels of one run."""
 
-import matplotlib as mpl
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from jaxtyping import Float
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea
+from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker
 from matplotlib.patches import Patch
 
 from lplr_jax import theory
-from lplr_jax.curves.rate import Decay, middle_half
-from lplr_jax.curves.summary import Summary, summarise
-from lplr_jax.plotting.style import STYLE, plain, source_of
+from lplr_jax.curves.rate import Decay
+from lplr_jax.curves.summary import Summary, step_word, summarise
+from lplr_jax.plotting.style import blank, numbers_of, setting, source_of, styled, wrapped
 from lplr_jax.records import Record
 
 BLUE, VERMILION, GREEN, PURPLE, BLACK = "C0", "C1", "C2", "C3", "C6"
@@ -30,47 +30,70 @@ HATCH = {"facecolor": "none", "edgecolor": "0.9", "hatch": "//", "linewidth": 0}
 BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncol": 2, "columnspacing": 1.2, "handlelength": 2.2}
 
 
+STRIP_LINE = 0.252
+"""Height of a line of the verdict strip, in inches."""
+STRIP_GAP = 7.0
+"""Points between its words."""
+
+
 def four_panel(record: Record) -> Figure:
     """Draw λ_min, drift, PL bracket and loss along a run (paper, Figure 1), and a strip of the theory's verdicts.
 
+    A panel whose arrays the record lacks is left out, and the others take its place.
+
     Args:
-        record: a run with kernel probes, such as `lplr mnist` writes.
+        record: a run, such as `lplr mnist` writes.
 
     Returns:
         The figure; `save` writes it.
 
     Raises:
         TypeError: for what is no record.
-        KeyError: if the record has no kernel probes.
         ValueError: if its loss has no finite value.
     """
     summary = summarise(record)
-    with mpl.rc_context(fname=STYLE):
-        figure = Figure(figsize=(11, 9))
-        FigureCanvasAgg(figure)
-        (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2)
-        _min_eig_panel(top_left, record)
-        _drift_panel(top_right, record, summary)
-        _pl_panel(bottom_left, record, summary)
-        _loss_panel(bottom_right, record, summary)
+    drawn = [draw for has, draw in _PANELS if has(record, summary)]
+    with styled():
+        figure, panels = grid(len(drawn), 11, 9)
+        for axes, draw, letter in zip(panels, drawn, "abcd", strict=False):
+            draw(axes, record, summary)
+            axes.set_title(f"({letter})  {axes.get_title(loc='left')}")
         for axes in figure.axes:
-            _mark_epochs(axes, record, summary)
-        figure.suptitle(_title(record, summary), fontsize=10)
-        _verdict_strip(figure, theory.verify(record))
+            _mark_steps(axes, record, summary)
+        figure.suptitle(_title(record), fontsize=10)
+        verdict_strip(figure, theory.verify(record))
     return figure
 
 
-def _verdict_strip(figure: Figure, verdicts: tuple[theory.Verdict, ...]) -> None:
-    """Write the claims in one line below the panels, each with the mark and the colour of its outcome."""
+def grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure with one to four panels in reading order; four of them fill `width` by `height` inches."""
+    if count == 1:
+        figure = blank(0.65 * width, 0.6 * height)
+        return figure, [figure.subplots()]
+    layout = {2: [[0, 1]], 3: [[0, 1], [2, 2]], 4: [[0, 1], [2, 3]]}[count]
+    figure = blank(width, height if len(layout) == 2 else 0.55 * height)
+    panels = figure.subplot_mosaic(layout)
+    return figure, [panels[index] for index in range(count)]
+
+
+def known(record: Record, *names: str) -> bool:
+    """Whether the record holds at least one finite number under each of these names."""
+    return all(name in record and bool(np.isfinite(record[name]).any()) for name in names)
+
+
+def verdict_strip(figure: Figure, verdicts: Sequence[theory.Verdict]) -> None:
+    """Write the claims below the panels, in as many lines as they take, each with mark and colour of its outcome."""
     size = {"size": 7.5}
-    words: list[Artist] = [
+    words: list[TextArea] = [
         TextArea(f"{MARKS[v.outcome][0]} {v.claim}", textprops={**size, "color": MARKS[v.outcome][1]}) for v in verdicts
     ]
     key = "   ".join(f"{mark} {outcome}" for outcome, (mark, _) in MARKS.items())
     words.append(TextArea(f"[{key}]", textprops={**size, "color": "0.45"}))
+    lines = _lines(figure, words)
+    rows: list[Artist] = [HPacker(children=line, sep=STRIP_GAP, pad=0) for line in lines]
     strip = AnchoredOffsetbox(
         "lower center",
-        child=HPacker(children=words, sep=7, pad=0),
+        child=VPacker(children=rows, sep=3, pad=0, align="center"),
         bbox_to_anchor=(0.5, 0.0),
         bbox_transform=figure.transFigure,
         frameon=False,
@@ -78,35 +101,54 @@ def _verdict_strip(figure: Figure, verdicts: tuple[theory.Verdict, ...]) -> None
     figure.add_artist(strip)
     engine = figure.get_layout_engine()
     if isinstance(engine, ConstrainedLayoutEngine):
-        engine.set(rect=(0, 0.028, 1, 0.972))
+        below = STRIP_LINE * (1 + 0.6 * (len(lines) - 1)) / figure.get_figheight()
+        engine.set(rect=(0, below, 1, 1 - below))
 
 
-def _title(record: Record, summary: Summary) -> str:
-    config, where = record.config, source_of(record)
-    name = (
-        f"{record.experiment}: {config.get('depth')}-layer {config.get('activation')} MLP, width {config.get('width')}"
-    )
-    eta, s = float(record["learning_rate"]), float(record["loss_scale"])
-    numbers = f"η = {eta:.3g},  n = {int(record['n']):,},  s = {s:g},  p = {int(record['p']):,}"
-    end = "" if record.diverged_at is None else f",  diverged at epoch {record.diverged_at}"
-    return plain(f"{name},  {numbers},  {where}{end}")
+def _lines(figure: Figure, words: Sequence[TextArea]) -> list[list[TextArea]]:
+    """Break words into lines that fit the figure."""
+    renderer = figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
+    gap = STRIP_GAP * figure.dpi / 72
+    room = 0.97 * figure.bbox.width
+    lines: list[list[TextArea]] = [[]]
+    filled = 0.0
+    for word in words:
+        word.set_figure(figure)
+        width = word.get_bbox(renderer).width
+        if lines[-1] and filled + gap + width > room:
+            lines.append([])
+            filled = 0.0
+        filled += width + (gap if lines[-1] else 0.0)
+        lines[-1].append(word)
+    return lines
 
 
-def _mark_epochs(axes: Axes, record: Record, summary: Summary) -> None:
+def _title(record: Record) -> str:
+    depth, activation, width = (setting(record, name) for name in ("depth", "activation", "width"))
+    layers = f"{depth}-layer {activation} MLP, " if depth and activation and width else ""
+    network = f"{layers}width {width}" if width else ""
+    numbers = ",  ".join(numbers_of(record))
+    end = "" if record.diverged_at is None else f"diverged at {step_word(record)} {record.diverged_at}"
+    parts = [part for part in (network, numbers, source_of(record), end) if part]
+    return wrapped(f"{record.experiment}: {',  '.join(parts)}")
+
+
+def _mark_steps(axes: Axes, record: Record, summary: Summary) -> None:
     last = int(record["epoch"][-1])
-    axes.set_xlim(0, last)
-    axes.set_xlabel("epoch")
-    regime = summary.regime
-    if regime.stop:
-        axes.axvspan(regime.start, regime.stop - 1, zorder=0, **SHADE)
-        axes.axvspan(regime.stop - 1, last, zorder=0, **HATCH)
+    axes.set_xlim(0, max(last, 1))
+    axes.set_xlabel(step_word(record))
+    if summary.regime.stop:
+        first, end = summary.steps(summary.regime)
+        axes.axvspan(first, end, zorder=0, **SHADE)
+        axes.axvspan(end, last, zorder=0, **HATCH)
 
 
-def _min_eig_panel(axes: Axes, record: Record) -> None:
+def _min_eig_panel(axes: Axes, record: Record, summary: Summary) -> None:
     epoch, n = record["probe_epoch"], int(record["n"])
-    k = record["subset_ids"].size if "subset_ids" in record else None
-    axes.plot(epoch, record["ntk_min_eig"], color=BLUE, marker="o", markersize=3, label=f"all n = {n:,}")
-    if "ntk_min_eig_lower" in record:
+    samples = int(record["kernel_samples"]) if "kernel_samples" in record else n
+    label = f"all n = {n:,}" if samples == n else f"{samples:,} of n = {n:,} samples"
+    axes.plot(epoch, record["ntk_min_eig"], color=BLUE, marker="o", markersize=3, label=label)
+    if known(record, "ntk_min_eig_lower", "ntk_min_eig_upper"):
         axes.fill_between(
             epoch,
             record["ntk_min_eig_lower"],
@@ -115,8 +157,9 @@ def _min_eig_panel(axes: Axes, record: Record) -> None:
             alpha=0.3,
             label="certified interval",
         )
-    if "ntk_min_eig_subset" in record:
-        label = f"random subset of {k}: an upper bound"
+    if known(record, "ntk_min_eig_subset"):
+        size = f" of {record['subset_ids'].size}" if "subset_ids" in record else ""
+        label = f"random subset{size}: an upper bound"
         axes.plot(epoch, record["ntk_min_eig_subset"], color=VERMILION, marker="s", markersize=3, label=label)
     shown = np.concatenate([record[name] for name in ("ntk_min_eig", "ntk_min_eig_subset") if name in record])
     if np.isfinite(shown).any() and np.nanmin(shown) > 0:
@@ -124,7 +167,7 @@ def _min_eig_panel(axes: Axes, record: Record) -> None:
     else:
         axes.axhline(0, color="0.4", linewidth=0.8)
     axes.set_ylabel(r"$\lambda_{\min}(\Theta_t)$   [output² / parameter²]")
-    axes.set_title("(a)  smallest eigenvalue of the empirical NTK")
+    axes.set_title("smallest eigenvalue of the empirical NTK")
     axes.legend(loc="best")
 
 
@@ -132,9 +175,10 @@ def _drift_panel(axes: Axes, record: Record, summary: Summary) -> None:
     axes.plot(record["epoch"], record["drift"], color=BLUE)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(r"$\|\theta_t-\theta_0\|_2$   [parameter]")
-    axes.set_title("(b)  drift from the initialisation")
+    axes.set_title("drift from the initialisation")
     if summary.regime.stop:
-        shades = [Patch(label=f"stable regime, epochs {summary.regime.start} to {summary.regime.stop - 1}", **SHADE)]
+        first, end = summary.steps(summary.regime)
+        shades = [Patch(label=f"stable regime, {step_word(record)}s {first} to {end}", **SHADE)]
         shades.append(Patch(label="the proxy for L* decides the PL ratio", **{**HATCH, "edgecolor": "0.6"}))
         axes.legend(handles=shades, loc="lower right")
 
@@ -146,7 +190,7 @@ def _pl_panel(axes: Axes, record: Record, summary: Summary) -> None:
     axes.plot(epoch, lower, color=BLUE, label=r"$\frac{1}{2}\|\nabla L\|^2/L$:  $L^*=0$")
     axes.plot(epoch, shown, color=VERMILION, linestyle="--", linewidth=1.2, label=r"$L^*=\min_t L_t$, the proxy")
     if summary.regime.stop:
-        x = [summary.regime.start, summary.regime.stop - 1]
+        x = summary.steps(summary.regime)
         for value, colour, name in zip(summary.envelope, (BLUE, VERMILION), ("$L^*=0$", "proxy"), strict=True):
             axes.plot(
                 x,
@@ -157,18 +201,19 @@ def _pl_panel(axes: Axes, record: Record, summary: Summary) -> None:
                 solid_capstyle="butt",
                 label=f"envelope, {name}: {value:.3g}",
             )
-    floor = record["ntk_min_eig"] / float(record["loss_scale"])
-    axes.plot(
-        record["probe_epoch"],
-        np.where(floor > 0, floor, np.nan),
-        color=GREEN,
-        marker=".",
-        markersize=4,
-        label=r"$\lambda_{\min}(\Theta_t)/s$, the guaranteed value",
-    )
+    if known(record, "probe_epoch", "ntk_min_eig"):
+        floor = record["ntk_min_eig"] / float(record["loss_scale"])
+        axes.plot(
+            record["probe_epoch"],
+            np.where(floor > 0, floor, np.nan),
+            color=GREEN,
+            marker=".",
+            markersize=4,
+            label=r"$\lambda_{\min}(\Theta_t)/s$, the guaranteed value",
+        )
     axes.set_yscale("log")
     axes.set_ylabel("PL ratio   [units of L]")
-    axes.set_title("(c)  PL ratio for every admissible L*")
+    axes.set_title("PL ratio for every admissible L*")
     axes.legend(**BELOW)
 
 
@@ -177,32 +222,33 @@ def _loss_panel(axes: Axes, record: Record, summary: Summary) -> None:
     report = summary.middle_rate
     axes.plot(epoch, loss, color=BLUE, label=r"$L_t$  ($L^*=0$)")
     _gap(axes, epoch, loss - summary.floor, color=VERMILION, linewidth=1.5, label=r"$L_t-\min L$, the proxy gap")
+    label = "the same, run stopped at T/2 and 3T/4"
     for (cut, decay), alpha in zip(report.refits, (0.45, 0.7), strict=True):
-        label = "the same, run stopped at T/2 and 3T/4" if cut == report.refits[0][0] else None
-        _gap(
-            axes,
-            epoch[: cut + 1],
-            loss[: cut + 1] - decay.floor,
-            color=VERMILION,
-            linewidth=0.9,
-            alpha=alpha,
-            label=label,
-        )
+        if not decay.epochs:
+            continue
+        upto = slice(0, int(np.searchsorted(summary.step_numbers, cut, side="right")))
+        style = {"color": VERMILION, "linewidth": 0.9, "alpha": alpha, "label": label}
+        _gap(axes, epoch[upto], loss[upto] - decay.floor, **style)
+        label = None
     limits = _positive_limits(loss, loss - summary.floor)
-    window = middle_half(loss)
-    for decay, offset, colour in ((report.zero, 0.0, BLUE), (report.proxy, summary.floor, VERMILION)):
-        _fits(axes, epoch, loss - offset, window, decay, colour)
-    axes.plot([], [], color=BLACK, linestyle="--", linewidth=1, label="exponential fits, middle half of the run")
-    axes.plot([], [], color=BLACK, linestyle=":", linewidth=1.4, label="power-law fits, middle half")
+    fits = [(report.zero, 0.0, BLUE), (report.proxy, summary.floor, VERMILION)]
+    for decay, offset, colour in fits:
+        _fits(axes, epoch, loss - offset, summary.middle, decay, colour)
+    if any(decay.epochs for decay, _, _ in fits):
+        axes.plot([], [], color=BLACK, linestyle="--", linewidth=1, label="exponential fits, middle half of the run")
+        axes.plot([], [], color=BLACK, linestyle=":", linewidth=1.4, label="power-law fits, middle half")
     axes.set_yscale("log")
     axes.set_ylim(*limits)
     axes.set_ylabel("loss   [units of L]")
-    axes.set_title("(d)  loss and its gap to the proxy")
+    axes.set_title("loss and its gap to the proxy")
     axes.legend(**BELOW)
+    text = _rates_text(summary, step_word(record))
+    if not text:
+        return
     axes.text(
         0.985,
         0.98,
-        _rates_text(summary),
+        text,
         transform=axes.transAxes,
         ha="right",
         va="top",
@@ -222,7 +268,9 @@ def _fits(
         return
     inside = gap[window]
     t = np.asarray(epoch[window], float)
-    keep = (inside > 0) & (t > 0)
+    keep = (inside > 0) & (t > 0)  # a gap of the series is NaN, and does not enter
+    if not keep.any():
+        return
     centre = np.log(inside[keep]).mean()
     everywhere = np.asarray(epoch[1:], float)
     exponential = np.exp(centre - decay.rate * (everywhere - t[keep].mean()))
@@ -231,16 +279,23 @@ def _fits(
     axes.plot(everywhere, power, color=colour, linestyle=":", linewidth=1.4, alpha=0.9)
 
 
-def _rates_text(summary: Summary) -> str:
-    lines = ["rate per epoch:  L* = 0 | proxy | run cut at T/2, 3T/4"]
+def _rates_text(summary: Summary, word: str) -> str:
+    """Return the rates over regime and middle half in a few lines, empty where there are none."""
+    lines = []
     for name, report in (("regime", summary.regime_rate), ("middle half", summary.middle_rate)):
-        cuts = ", ".join(f"{decay.rate:.2g}" for _, decay in report.refits)
-        lines.append(f"{name}:  {report.zero.rate:.2g} | {report.proxy.rate:.2g} | {cuts}")
+        if not report.zero.epochs:
+            continue
+        cuts = ", ".join(_rate(decay) for _, decay in report.refits)
+        lines.append(f"{name}:  {_rate(report.zero)} | {_rate(report.proxy)} | {cuts}")
         lines.append(
             f"    better law:  L {report.zero.law}, gap {report.proxy.law}"
             + ("  (set by the proxy)" if report.set_by_proxy else "")
         )
-    return "\n".join(lines)
+    return "\n".join([f"rate per {word}:  L* = 0 | proxy | run cut at T/2, 3T/4", *lines]) if lines else ""
+
+
+def _rate(decay: Decay) -> str:
+    return f"{decay.rate:.2g}" if decay.epochs else "unknown"
 
 
 def _positive_limits(*curves: np.ndarray) -> tuple[float, float]:
@@ -251,3 +306,12 @@ def _positive_limits(*curves: np.ndarray) -> tuple[float, float]:
     # The last points of the gap fall to the proxy's own zero and would stretch the axis by decades; the table wants
     # room above.
     return max(float(values.min()), float(values.max()) * 1e-4) * 0.7, float(values.max()) * 12
+
+
+_PANELS: tuple[tuple[Callable[[Record, Summary], bool], Callable[[Axes, Record, Summary], None]], ...] = (
+    (lambda record, summary: known(record, "probe_epoch", "ntk_min_eig"), _min_eig_panel),
+    (lambda record, summary: known(record, "drift"), _drift_panel),
+    (lambda record, summary: bool(np.isfinite(summary.bracket[0]).any()), _pl_panel),
+    (lambda record, summary: True, _loss_panel),
+)
+"""For each panel, in reading order: whether the record holds what it shows, and what draws it."""

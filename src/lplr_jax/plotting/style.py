@@ -2,29 +2,74 @@
 
 import io
 import os
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lplr_jax import checks
 from lplr_jax.files import atomic_write
-from lplr_jax.records import Record
+from lplr_jax.records import SQUARED, Record
 
 STYLE = Path(__file__).with_name("lplr.mplstyle")
-NO_SOURCE = "source not recorded"
+TITLE_WIDTH = 150
+"""Letters of a title that fit a figure 11 inches wide."""
+LONGEST = 120
+"""Letters of one text from a record that a label shows."""
 
 
-def plain(text: str) -> str:
-    """Return text from a record or a file name for a label: no mathematics begins in it, and all of it can be drawn."""
-    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "").replace("$", r"\$")
+@contextmanager
+def styled() -> Iterator[None]:
+    """Context with the look of these figures alone; what the user set of matplotlib is put back, and not looked at."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rc_file(STYLE, use_default_template=False)
+        yield
+
+
+def blank(width: float, height: float) -> Figure:
+    """Return an empty figure on a canvas of its own, of a size in inches."""
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plain(text: Any) -> str:
+    """Return text from a record or a file name for a label: one line, no mathematics begins in it, not too long."""
+    shown = checks.printable(text)
+    shown = shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 4]} ..."
+    return shown.replace("$", r"\$")
 
 
 def source_of(record: Record) -> str:
-    """Return where the data of a record came from, in words; its provenance may hold anything."""
+    """Return where the data of a record came from, in words, empty where it does not say; it may hold anything."""
     found = record.provenance.get("data")
-    return str(found.get("source", NO_SOURCE)) if isinstance(found, Mapping) else NO_SOURCE
+    source = found.get("source") if isinstance(found, Mapping) else None
+    return "" if source is None else plain(source)
+
+
+def setting(record: Record, name: str) -> str:
+    """Return a setting of a record's config for a label, empty where it has none."""
+    value = record.config.get(name)
+    return "" if value is None else plain(value)
+
+
+def numbers_of(record: Record) -> list[str]:
+    """Return η, n, s, p and the loss of a record for a title, without what is not known."""
+    eta = float(record["learning_rate"])
+    found = [f"η = {eta:.3g}"] if eta == eta else []
+    found += [f"n = {int(record['n']):,}", f"s = {float(record['loss_scale']):g}", f"p = {int(record['p']):,}"]
+    return found + ([] if record.loss == SQUARED else [f"{plain(record.loss)} loss"])
+
+
+def wrapped(title: str) -> str:
+    """Return a title in as many lines as it takes."""
+    return "\n".join(part for line in title.split("\n") for part in textwrap.wrap(line, TITLE_WIDTH))
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -51,7 +96,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> tuple[Path, Path]:
         target = stem.with_suffix(suffix)
         # Drawn in memory: on a full disk the PDF writer leaves its file open.
         drawn = io.BytesIO()
-        with mpl.rc_context(fname=STYLE):
+        with styled():
             figure.savefig(drawn, format=suffix.removeprefix("."), dpi=200, metadata=metadata)
         with atomic_write(target) as temporary:
             temporary.write_bytes(drawn.getvalue())
