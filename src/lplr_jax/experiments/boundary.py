@@ -3,8 +3,9 @@
 import itertools
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,8 @@ import optax
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from lplr_jax import checks, plotting
+from lplr_jax import archives, checks, plotting
+from lplr_jax.checks import integers
 from lplr_jax.curves.stability import PowerLaw, power_law, rounding_allowance
 from lplr_jax.experiments import mnist
 from lplr_jax.experiments.experiment import Experiment
@@ -28,12 +30,14 @@ from lplr_jax.files import atomic_write
 from lplr_jax.losses import Objective
 from lplr_jax.reports.tables import Measured, Quantity, Table
 from lplr_jax.runs.environment import describe_environment
-from lplr_jax.runs.folder import CHECKPOINTS
+from lplr_jax.runs.folder import CHECKPOINTS, ConfigMismatchError, differences
 from lplr_jax.training import TrainState, init_state, train_step
 from lplr_jax.types import Params
 
 _GRADIENT_DESCENT = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
 """Gradient descent whose η is part of its state, so that one compiled program serves every η."""
+
+_POINTS_BYTES = 2**20
 
 TOGETHER = 7
 """Step sizes tried at once on an accelerator; a CPU tries one after the other. Calibrated."""
@@ -292,40 +296,83 @@ def run_in(
         folder: where the points go; those of a run that was interrupted are found there.
         say: told one line a width.
         check: called before every write; raises where nothing must be written any more.
+
+    Raises:
+        ConfigMismatchError: if the points that are there were measured with another config.
+        ValueError: if they cannot be read.
     """
     target, partial_results = folder / "boundary.json", folder / CHECKPOINTS / "boundary.json"
-    if target.exists():
+    asked = identity(config)
+    if os.path.lexists(target):
+        points = load(target, asked)
         say(f"points   {target} is there, made with this config; --force makes it anew")
-        return load(target)
+        return points
 
     def keep(points: Sequence[Point]) -> None:
         check()
-        save(points, config, partial_results)
+        save(points, asked, partial_results)
 
-    done = load(partial_results) if partial_results.exists() else ()
+    done = load(partial_results, asked, whole=False) if os.path.lexists(partial_results) else ()
     if done:
         say(f"goes on after width {done[-1].width}")
     points = run(config, say=say, done=done, keep=keep)
     check()
-    save(points, config, target)
+    save(points, asked, target)
     say(f"points   {target}")
     shutil.rmtree(partial_results.parent, ignore_errors=True)
     return points
 
 
-def load(path: Path) -> tuple[Point, ...]:
-    """Read the points of a boundary.json."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return tuple(
-        Point(int(point["width"]), float(point["predicted"]), Bracket(**point["bracket"]))
-        for point in content["points"]
-    )
+def load(path: Path, asked: Mapping[str, Any] | None = None, *, whole: bool = True) -> tuple[Point, ...]:
+    """Read the points of a boundary.json, which may be anybody's file.
+
+    Args:
+        path: the file.
+        asked: what must have decided its numbers, as of `identity`; None takes any.
+        whole: whether every width of its config must be there; else the first ones will do.
+
+    Raises:
+        ConfigMismatchError: if other settings decided its numbers.
+        ValueError: if it is not what `save` writes.
+    """
+    try:
+        content = archives.read_json(path, most_bytes=_POINTS_BYTES)
+        checks.instance("the content", content, dict, "as was written")
+        checks.instance("config", content.get("config"), dict, "as was written")
+        checks.instance("points", content.get("points"), list, "as was written")
+        widths = sorted(integers("widths", content["config"].get("widths"), least=1))
+        points = tuple(_read_point(entry) for entry in content["points"])
+        found = [point.width for point in points]
+        if found != widths[: len(found)] or (whole and len(found) < len(widths)):
+            raise ValueError(f"points of widths {checks.shown(found)} where its config says {checks.shown(widths)}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no file of boundaries ({error}); remove it, or start afresh with --force"
+        ) from error
+    differing = differences(content["config"], asked) if asked is not None else ()
+    if differing:
+        raise ConfigMismatchError(
+            f"{path} was measured with another config: {'; '.join(differing)}. Remove it, name another folder with "
+            "--out, or start afresh with --force, which keeps the old one aside"
+        )
+    return points
 
 
-def save(points: Sequence[Point], config: BoundaryConfig, target: Path) -> Path:
-    """Write config, points and provenance as JSON."""
+def _read_point(entry: Any) -> Point:
+    checks.instance("a point", entry, dict, "as was written")
+    bracket = entry.get("bracket")
+    checks.instance("a bracket", bracket, dict, "as was written")
+    width = checks.whole("width", entry.get("width"), least=1)
+    predicted = checks.number("predicted", entry.get("predicted"), above=0)
+    descending = checks.number("descends", bracket.get("descends"), above=0)
+    fails = checks.number("fails", bracket.get("fails"), above=descending)
+    return Point(width, predicted, Bracket(descending, fails, checks.whole("trials", bracket.get("trials"), least=1)))
+
+
+def save(points: Sequence[Point], decisive: Mapping[str, Any], target: Path) -> Path:
+    """Write what decides the points, as of `identity`, the points and the provenance as JSON."""
     content = {
-        "config": decisive(config),
+        "config": dict(decisive),
         "points": [{**asdict(point), "ratio": point.ratio} for point in points],
         "provenance": describe_environment(),
     }

@@ -92,11 +92,15 @@ def known_sharpness(folder: Path) -> list[dict[str, Any]]:
     if not os.path.lexists(path):
         return []
     try:
-        known = json.loads(archives.read_text(path, most_bytes=_PREDICTIONS_BYTES))["sharpness"]
+        content = archives.read_json(path, most_bytes=_PREDICTIONS_BYTES)
+        checks.instance("the content", content, dict, "as was written")
+        known = content.get("sharpness")
+        checks.instance("sharpness", known, list, "as was written")
         for entry in known:
-            checks.instance("setting", entry["setting"], dict, "as was written")
-            checks.number("value", entry["value"], above=0)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+            checks.instance("an entry", entry, dict, "as was written")
+            checks.instance("setting", entry.get("setting"), dict, "as was written")
+            checks.number("value", entry.get("value"), above=0)
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} is no file of predictions ({type(error).__name__}: {error}); remove it, or use --force"
         ) from error

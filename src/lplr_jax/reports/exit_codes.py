@@ -1,8 +1,6 @@
 """Exit codes of the command line, and what is said of an error."""
 
-import errno
-
-from lplr_jax.runs.errors import DirectoryInUseError
+from lplr_jax.files import NO_ROOM
 
 OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, IN_USE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 
@@ -24,11 +22,13 @@ def outcome(error: BaseException) -> tuple[int, str]:
             return IN_USE, said
         case ValueError() | TypeError() | KeyError() | ImportError():
             return BAD_INPUT, said
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return (
-                IO_FAILED,
-                f"{said}; make room: what was saved before is intact, and the same command goes on from there",
-            )
+        case OSError(errno=number, filename=None) if number in NO_ROOM:
+            # Every writer of files names the file; what is left is the screen.
+            return IO_FAILED, f"standard output cannot be written to ({error.strerror}); send it elsewhere"
+        case OSError(errno=number) if number in NO_ROOM:
+            what = f"{_sentence(OSError(str(error.filename)))} cannot be written ({error.strerror})"
+            way = "make room: what was saved before is intact, and the same command goes on from there"
+            return IO_FAILED, f"{what}; {way}"
         case OSError():
             return IO_FAILED, said
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):

@@ -27,6 +27,7 @@ __all__ = [
     "Lock",
     "check_config",
     "claimed",
+    "differences",
     "read_config",
     "read_or_make",
     "write_config",
@@ -198,17 +199,23 @@ def check_config(folder: Path, experiment: str, config: Mapping[str, Any]) -> No
     if found is None:
         return
     name, there = found
-    asked = json.loads(json.dumps(dict(config)))
+    differing = differences(there, config)
     if name != experiment:
-        differing = [f"experiment {name} there, {experiment} asked for"]
-    else:
-        fields = [field for field in {**asked, **there} if there.get(field, _ABSENT) != asked.get(field, _ABSENT)]
-        differing = [f"{field} {_shown(there, field)} there, {_shown(asked, field)} asked for" for field in fields]
+        differing = (f"experiment {name} there, {experiment} asked for",)
     if differing:
         raise ConfigMismatchError(
             f"{folder} holds the run of another config: {'; '.join(differing)}. Name another folder with --out "
             "(make: OUT=...), or start afresh with --force (make: ARGS=--force), which keeps the old one aside"
         )
+
+
+def differences(there: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return in words the fields in which a config that was written differs from the one that is asked for."""
+    asked = json.loads(json.dumps(dict(config)))
+    fields = [field for field in {**asked, **there} if there.get(field, _ABSENT) != asked.get(field, _ABSENT)]
+    return tuple(
+        f"{field} {there.get(field, _ABSENT)} there, {asked.get(field, _ABSENT)} asked for" for field in fields
+    )
 
 
 def _load_or_set_aside(path: Path, say: Callable[[str], None]) -> Record | None:
@@ -306,7 +313,3 @@ def _read_or_make(
     record.save(path)
     checkpoints.clear()
     return record
-
-
-def _shown(config: Mapping[str, Any], field: str) -> str:
-    return str(config.get(field, _ABSENT))
