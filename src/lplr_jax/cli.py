@@ -203,6 +203,8 @@ def _pass_over_backend() -> None:
         import matplotlib  # noqa: F401
     except ValueError:
         os.environ["MPLBACKEND"] = "agg"
+        for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+            del sys.modules[name]  # which are half imported
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from rich.console import Console
 from builders import make
 from lplr_jax import cli, diagnostics, plotting, records
 from lplr_jax.curves.stability import EXPECTED, observe, place_of, rounding_allowance
-from lplr_jax.experiments import ablation, ablation_table, mnist
+from lplr_jax.experiments import ablation, mnist, step_size
 from lplr_jax.losses import Objective
 from lplr_jax.reports import tables
 from lplr_jax.training import evaluate, init_state, train_epochs
@@ -177,7 +177,7 @@ def test_initial_sharpness_is_that_of_the_dense_hessian(tiny):
     assert unravel is not None
     # Float32 products leave 2e-5 of the largest eigenvalue; the tolerance asked for is 1e-4.
     assert float(record["sharpness"][0]) == pytest.approx(top, rel=2e-4)
-    assert ablation.initial_sharpness(arm.config) == pytest.approx(top, rel=2e-4)
+    assert step_size.initial_sharpness(arm.config) == pytest.approx(top, rel=2e-4)
 
 
 def test_finished_arms_are_not_run_again(tiny):
@@ -237,7 +237,7 @@ def test_seeds_trained_together_follow_the_same_path(tiny):
 
 def test_table_has_every_column_of_the_paper_and_more(tiny):
     _, done, _ = tiny
-    table = ablation_table.table(done)
+    table = ablation.table(done)
     assert table.arms == ("m = 4", "m = 24", "m = 24, smaller η")
     for key, (arm, record) in itertools.product(("p", "lambda_0", "loss_t", "drift_t", "eta_beta"), done):
         cell = table.cells[key][[a.name for a, _ in done].index(arm.name)]
@@ -274,7 +274,7 @@ def test_paper_figures_stand_beside_ours_and_divergence_is_a_result():
         done.append((arm, record))
     for name in ("loss", "drift", "grad_sq_norm"):
         done[1][1].arrays[name][200:] = np.nan
-    table = ablation_table.table(done)
+    table = ablation.table(done)
     assert [getattr(cell, "value", None) for cell in table.cells["drift_paper"]] == [None, 1.870, 0.158]
     assert table.cells["loss_t"][1].value == np.inf
     assert table.cells["observed"][1] == "divergence"

@@ -11,7 +11,7 @@ import pytest
 from builders import cifar_like, make, write_batch
 from lplr_jax import cli, data, diagnostics, plotting, records, theory
 from lplr_jax.curves.summary import gradient_law, summarise
-from lplr_jax.experiments import cifar, cifar_table
+from lplr_jax.experiments import cifar
 from lplr_jax.records import Record
 from lplr_jax.reports import tables
 from lplr_jax.runs.session import Silent
@@ -183,7 +183,7 @@ def test_an_interrupted_seed_goes_on_bit_for_bit(tiny, tmp_path):
 
 def test_table_and_slope(tiny):
     _, done, _, _ = tiny
-    table = cifar_table.table(done)
+    table = cifar.table(done)
     assert table.arms == ("seed 0", "seed 1", "mean")
     for key, name, index in (("lambda_0", "ntk_min_eig", 0), ("loss_t", "loss", -1), ("drift_t", "drift", -1)):
         values = [float(record[name][index]) for record in done.values()]
@@ -269,7 +269,7 @@ def test_command_writes_everything_and_plot_redraws_it(tiny, tmp_path, capsys):
     shown = capsys.readouterr().out
     for word in (
         "is there, made with this config",
-        "PL least",
+        "least PL ratio",
         "0.29",
         "linear_rate",
         "not applicable",

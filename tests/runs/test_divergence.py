@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from lplr_jax import cli, records, theory
-from lplr_jax.experiments import ablation, mnist
+from lplr_jax.experiments import mnist, step_size
 from lplr_jax.losses import Objective
 from lplr_jax.runs.loop import run_training
 from lplr_jax.training import Metrics, evaluate, init_state, train_epochs
@@ -85,7 +85,7 @@ def test_a_run_that_is_not_finite_at_its_start(tmp_path, capsys, monkeypatch):
     assert cli.main(["plot", str(tmp_path)]) == cli.BAD_INPUT
     assert "no finite value" in capsys.readouterr().err
     with pytest.raises(ValueError, match="not finite at the initialisation"):
-        ablation.initial_sharpness(dataclasses.replace(mnist.PRESETS["smoke"], width=8, n_train=40))
+        step_size.initial_sharpness(dataclasses.replace(mnist.PRESETS["smoke"], width=8, n_train=40))
 
 
 def test_an_arm_that_diverges_is_a_result(tmp_path, capsys):

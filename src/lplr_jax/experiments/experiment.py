@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
 import jax
 import tyro
@@ -27,6 +27,7 @@ Given = TypeVar("Given")
 Done = TypeVar("Done")
 
 
+@runtime_checkable
 class Run(Protocol[Config, Given, Done]):
     """Runs a config in a folder that is locked for it; what is there already is read instead."""
 
