@@ -68,19 +68,19 @@ FACE = {
     "load": "lplr_jax.records",
     "verify": "lplr_jax.theory",
     "verify_point": "lplr_jax.runs.point",
-}
-"""What `import lplr_jax` gives lazily: a room itself, or a name and the module that holds it."""
-
-PLANNED = {
-    "Probes": "lplr_jax.runs.watch",
+    "Probes": "lplr_jax.runs.problem",
     "Problem": "lplr_jax.runs.problem",
     "Watch": "lplr_jax.runs.watch",
     "measure": "lplr_jax.runs.snapshots",
     "plot": "lplr_jax.plotting",
-    "report": "lplr_jax.reports",
     "series": "lplr_jax.runs.watch",
     "train": "lplr_jax.runs.loop",
     "watch": "lplr_jax.runs.watch",
+}
+"""What `import lplr_jax` gives lazily: a room itself, or a name and the module that holds it."""
+
+PLANNED = {
+    "report": "lplr_jax.reports",
 }
 """Names kept free for what comes next, and where it will lie; each moves to `FACE` when it exists."""
 

@@ -1,6 +1,7 @@
 """Exit codes of the command line, and what is said of an error."""
 
 from lplr_jax.files import NO_ROOM
+from lplr_jax.runs.errors import DirectoryInUseError
 
 OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, IN_USE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -158,7 +158,7 @@ class Watch:
             raise RuntimeError("the watch is still open: call close(), or leave its `with` block, and then read record")
         return self._record
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Watch":
         return self
 
     def __exit__(
