@@ -108,7 +108,7 @@ class Loss(ABC):
             TypeError: as for `per_sample`.
             ValueError: as for `per_sample`.
         """
-        import jax
+        import jax.core
 
         _check_numbers("y must be", y)
         if not y.size:
