@@ -109,7 +109,7 @@ SCHEMA: dict[str, Entry] = {
     "ntk_min_eig_upper": Entry(("probe",), KERNEL, "proved upper bound on λ_min"),
     "ntk_max_eig": Entry(("probe",), KERNEL, "λ_max of the full kernel"),
     "ntk_min_eig_subset": Entry(("probe",), KERNEL, "λ_min on the subset, an upper bound of that on all"),
-    "ntk_rayleigh": Entry(("probe",), KERNEL, "rᵀΘr / ‖r‖² at the residual r of the probe"),
+    "ntk_rayleigh": Entry(("probe",), KERNEL, "gᵀΘg / ‖g‖² at g = ∂ℓ/∂f of the probe, r for squared loss"),
     "ntk_effective_rank": Entry(("probe",), "1", "(tr Θ)² / ‖Θ‖_F², between 1 and the number of rows", NON_NEGATIVE),
     "ntk_shift": Entry(("probe",), KERNEL, "‖Θ_t - Θ_0‖₂", NON_NEGATIVE),
     "sharpness": Entry(("probe",), "L / parameter²", "largest eigenvalue of the Hessian of L; NaN where not measured"),
@@ -133,7 +133,7 @@ SCHEMA: dict[str, Entry] = {
     "residual_energy": Entry(
         ("probe", "eigenvalue"),
         "1",
-        "share of ‖r‖² along each eigenvector of Θ_t; NaN where not measured",
+        "share of ‖g‖² along each eigenvector of Θ_t; NaN where not measured",
         NON_NEGATIVE,
     ),
     "ntk_pair_shift": Entry(
@@ -170,7 +170,7 @@ SCHEMA: dict[str, Entry] = {
         "R*: proved that L_Θ(R) R < λ_0 for R < R*; NaN where none, inf only where L_Θ = 0",
         NON_NEGATIVE,
     ),
-    "parameter_spacing": Entry((), "parameter", "2-norm of the float32 spacings of θ_0", NON_NEGATIVE),
+    "parameter_spacing": Entry((), "parameter", "2-norm of the spacings of θ_0, each in its own dtype", NON_NEGATIVE),
     "parameter_eps": Entry(
         (),
         "1",
@@ -187,6 +187,12 @@ SCHEMA: dict[str, Entry] = {
         "the number s by which the sum of the losses of all samples is divided: L = ‖r‖² / (2 s) for squared",
         Values(least=0.0, above=True, finite=True, nan=False),
     ),
+    "probe_loss_scale": Entry(
+        (),
+        "1",
+        "the number s of the probes' own loss, where the kernel is of a subset",
+        Values(least=0.0, above=True, finite=True, nan=False),
+    ),
     "learning_rate": Entry(
         (),
         "parameter² / L",
@@ -200,7 +206,7 @@ SCHEMA: dict[str, Entry] = {
 """Every array a record may hold. What was not measured is absent."""
 
 
-SINCE_2 = frozenset({"seen", "step_size", "step_deviation", "step_rounding", "parameter_eps"})
+SINCE_2 = frozenset({"seen", "step_size", "step_deviation", "step_rounding", "parameter_eps", "probe_loss_scale"})
 """Arrays that files of schema 1 do not hold."""
 
 

@@ -53,7 +53,7 @@ def test_identity_fails_for_the_kernel_of_another_point():
     params, other = (model.init(jax.random.key(k), jnp.asarray(x)) for k in (0, 1))
     point = diagnostics.evaluate_point(model.apply, params, x, y, loss_scale="sum")
     assert point.pl_ratio != pytest.approx(point.rayleigh(np.asarray(empirical_ntk(model.apply, other, x))), rel=1e-3)
-    with pytest.raises(ValueError, match=r"shape \(4, 4\) but the residual has 5 entries"):
+    with pytest.raises(ValueError, match=r"shape \(4, 4\) but there are 5 outputs"):
         point.rayleigh(np.eye(4))
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lplr_jax.measurement import closing
-from lplr_jax.measurement.closing import flat_parameters, float32_spacing, pair_distances
+from lplr_jax.measurement.closing import flat_parameters, pair_distances
 from lplr_jax.measurement.kernel import max_eig_upper
 from lplr_jax.measurement.search import pair_shifts, search_ball
 from lplr_jax.models import MLP
@@ -313,11 +313,6 @@ def test_search_finds_the_end_of_a_parabola():
         assert 0.98 * truth <= value <= truth
     with pytest.raises(ValueError, match="radius must be a finite number > 0, got 0"):
         search_ball(lambda w, x: w * x, w, np.ones((1, 1)), radius=0.0, gradient=np.ones(1), error=0.0, steps=1)
-
-
-def test_float32_spacing():
-    # The spacing at 1 is 2⁻²³, at 3 it is 2⁻²².
-    assert float32_spacing({"w": np.array([1.0, -3.0])}) == pytest.approx(math.hypot(2.0**-23, 2.0**-22), rel=1e-12)
 
 
 X = np.linspace(-1.0, 1.0, 12, dtype=np.float32).reshape(4, 3)

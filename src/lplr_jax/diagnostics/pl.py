@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from lplr_jax import checks
 from lplr_jax.curves.pl import pl_bracket
-from lplr_jax.losses import LossScale, Objective
+from lplr_jax.losses import Loss, Objective, Scale, as_loss
 from lplr_jax.ntk import checks as probes
 from lplr_jax.ntk.empirical import cast_floating, precision_scope
 from lplr_jax.types import ApplyFn, Params
@@ -19,72 +19,94 @@ from lplr_jax.types import ApplyFn, Params
 
 @dataclass(frozen=True)
 class PointDiagnostics:
-    """Loss, gradient and residual at one point, evaluated in float64.
+    """Loss and gradients at one point, evaluated in float64.
 
     Attributes:
-        loss: L(θ).
+        loss: L(θ) = (1/s) Σ ℓ_i.
         grad_sq_norm: ‖∇L(θ)‖², in units of L² per squared parameter.
         residual: f(θ) - y, shape (n, c).
+        gradient: g = ∂ℓ/∂f, undivided by s, shape (n, c); the residual for the squared loss.
         loss_scale: the number s.
     """
 
     loss: float
     grad_sq_norm: float
     residual: Float[np.ndarray, "n c"]
+    gradient: Float[np.ndarray, "n c"]
     loss_scale: float
 
     @property
     def pl_ratio(self) -> float:
-        """½‖∇L‖² / L, in units of L: the left side of the PL identity."""
+        """½‖∇L‖² / L, in units of L: for the squared loss the left side of the PL identity."""
         return float(pl_bracket(self.loss, self.grad_sq_norm, 0.0)[0])
 
     def rayleigh(self, theta: Float[np.ndarray, "nc nc"]) -> float:
-        """Return rᵀΘr / ‖r‖², the Rayleigh quotient of the kernel at the residual; divided by s it is the PL ratio.
+        """Return ρ = gᵀΘg / ‖g‖², the Rayleigh quotient of the kernel at the gradient in the outputs.
+
+        For every loss ½‖∇L‖² = ρ‖g‖²/(2 s²); for the squared loss ρ/s is the PL ratio.
 
         Args:
             theta: full kernel, shape (n c, n c), sample-major.
 
         Raises:
-            ValueError: if the kernel is not of this residual's size.
+            ValueError: if the kernel is not of this gradient's size.
         """
-        r = self.residual.reshape(-1)
-        if theta.shape != (r.size, r.size):
+        g = self.gradient.reshape(-1)
+        if theta.shape != (g.size, g.size):
             raise ValueError(
-                f"the kernel has shape {theta.shape} but the residual has {r.size} entries; pass the full kernel"
+                f"the kernel has shape {theta.shape} but there are {g.size} outputs, n c; pass the full kernel"
             )
-        r = r / np.linalg.norm(r)
-        return float(r @ theta @ r)
+        g = g / np.linalg.norm(g)
+        return float(g @ theta @ g)
 
 
 @partial(jax.jit, static_argnames=("objective",))
-def _at_point(params: Params, x: Any, y: Array, *, objective: Objective) -> tuple[Array, Array, Array]:
-    (loss, gradient), residual = objective.value_and_gradient(params, x, y), objective.residual(params, x, y)
-    return loss, sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradient)), residual  # pyright: ignore[reportReturnType]
+def _at_point(params: Params, x: Any, y: Array, *, objective: Objective) -> dict[str, Array]:
+    loss, gradient = objective.value_and_gradient(params, x, y)
+    outputs, y = objective.rows(params, x, y)
+    return {
+        "loss": loss,
+        "grad_sq_norm": jnp.asarray(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradient))),
+        "residual": outputs - y,
+        "gradient": objective.loss.gradient(outputs, y),
+    }
 
 
-def evaluate_point(apply_fn: ApplyFn, params: Params, x: Any, y: Any, *, loss_scale: LossScale) -> PointDiagnostics:
-    """Evaluate loss, gradient norm and residual in float64, whatever the precision of training.
+def evaluate_point(
+    apply_fn: ApplyFn, params: Params, x: Any, y: Any, *, loss_scale: Scale | None = None, loss: Loss | None = None
+) -> PointDiagnostics:
+    """Evaluate loss, gradients and residual in float64, whatever the precision of training.
 
     Args:
-        apply_fn: pure function from parameters and inputs (n, ...) to outputs (n, c).
+        apply_fn: pure function from parameters and inputs (n, ...) to outputs (n, c), or (n,) for (n, 1).
         params: pytree of floating arrays; cast to float64, which is exact.
         x: inputs (n, ...).
-        y: targets (n, c).
-        loss_scale: "sum" for s = 1 or "mean" for s = n.
+        y: targets (n, c), or (n,) for (n, 1); for softmax cross-entropy labels (n,) as well.
+        loss_scale: of the squared loss: "sum" for s = 1, "mean" for s = n, or the number s.
+        loss: any other loss; give one of the two.
 
     Returns:
         The values on the host.
 
     Raises:
         TypeError: for an `apply_fn` that is no function, or inputs that are no arrays of numbers.
-        ValueError: for empty, non-finite or wrongly shaped inputs, or an unknown loss scale.
+        ValueError: for empty, non-finite or wrongly shaped inputs, targets that the loss is not defined for, an unknown
+            scale, or if not one of `loss_scale` and `loss` is given.
     """
-    objective = Objective(apply_fn, loss_scale)
+    objective = Objective(apply_fn, as_loss(loss, loss_scale=loss_scale))
     if not (hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.number) and np.isfinite(np.asarray(y)).all()):
         raise ValueError(f"y must be an array (n, c) of finite numbers, got {checks.shown(y)}")
     with precision_scope("float64"):
         probes.inputs(params, x)
         probes.deterministic(apply_fn, *cast_floating((params, x), "float64"))
         params, x, y = cast_floating((params, x, y), "float64")
-        loss, grad_sq_norm, residual = jax.device_get(_at_point(params, x, y, objective=objective))
-    return PointDiagnostics(float(loss), float(grad_sq_norm), residual, float(objective.scale(residual.shape[0])))
+        outputs = jax.eval_shape(apply_fn, params, x)
+        y = objective.loss.targets(y, outputs.shape, outputs.dtype)
+        found = jax.device_get(_at_point(params, x, y, objective=objective))
+    return PointDiagnostics(
+        loss=float(found["loss"]),
+        grad_sq_norm=float(found["grad_sq_norm"]),
+        residual=found["residual"],
+        gradient=found["gradient"],
+        loss_scale=objective.scale(*found["gradient"].shape),
+    )

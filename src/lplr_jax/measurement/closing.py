@@ -16,6 +16,7 @@ from lplr_jax.curves.pairs import kernel_error, pair_ratio, proof_radius
 from lplr_jax.losses import Objective
 from lplr_jax.measurement.kernel import max_eig_upper
 from lplr_jax.measurement.search import pair_shifts, search_ball
+from lplr_jax.measurement.spacing import parameter_eps, parameter_spacing
 from lplr_jax.ntk import precision_scope
 from lplr_jax.ntk.empirical import cast_floating
 from lplr_jax.proofs.affine import is_affine
@@ -38,14 +39,21 @@ def _gradient(params: Params, x: Any, y: Any, *, objective: Objective) -> Params
     return objective.value_and_gradient(params, x, y)[1]
 
 
+def output_gradient_at(objective: Objective, params: Params, x: Any, y: Any) -> Float[np.ndarray, "n c"]:
+    """Return g = ∂ℓ/∂f at f(θ), undivided by s, in float64 on the host."""
+    with precision_scope("float64"):
+        wide = cast_floating((params, x, y), "float64")
+        return jax.device_get(_output_gradient(*wide, objective=objective))
+
+
+@partial(jax.jit, static_argnames=("objective",))
+def _output_gradient(params: Params, x: Any, y: Any, *, objective: Objective) -> Any:
+    return objective.gradient_in_outputs(params, x, y)
+
+
 def flat_parameters(params: Params) -> Float[np.ndarray, " p"]:
     """Return the leaves of a pytree as one vector in float64, in the order of `jax.tree.leaves`."""
     return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in jax.tree.leaves(params)])
-
-
-def float32_spacing(params: Params) -> float:
-    """Return the 2-norm of the distances between each parameter and the next float32."""
-    return float(np.linalg.norm(np.spacing(np.abs(flat_parameters(params)).astype(np.float32)).astype(np.float64)))
 
 
 def closing_arrays(
@@ -66,9 +74,9 @@ def closing_arrays(
     Args:
         objective: what was minimised.
         x: inputs (n, ...).
-        y: targets (n, c).
-        points: parameters of the probes by epoch, on the host; probes without are NaN in the pairs.
-        kernels: full kernels of the same epochs.
+        y: targets (n, c), or (n,) for (n, 1).
+        points: parameters of the probes by step number, on the host; probes without are NaN in the pairs.
+        kernels: full kernels at the same step numbers.
         arrays: what the run measured so far, by record name.
         search_steps: steps of the power iteration for L_Θ; 0 for no search.
         kernel: one of `lplr_jax.ntk.KERNELS`.
@@ -85,9 +93,10 @@ def closing_arrays(
     initial = points[known[0]]
     result: dict[str, np.ndarray] = {
         "affine_in_parameters": np.asarray(int(is_affine(objective.apply_fn, initial, x))),
-        "parameter_spacing": np.asarray(float32_spacing(initial)),
+        "parameter_spacing": np.asarray(parameter_spacing(initial)),
+        "parameter_eps": np.asarray(parameter_eps(initial)),
     }
-    places = [epochs.index(epoch) for epoch in known]
+    places = [place for place, epoch in enumerate(epochs) if epoch in points]
     result["param_pair_distance"], result["lqcr_inner"] = _distances(
         objective, x, y, points, known, places, len(epochs)
     )
@@ -119,7 +128,7 @@ def closing_arrays(
             result |= {f"ntk_lipschitz_{name}": np.asarray(value) for name, value in vars(found).items()}
     with _losing("upper bound of L_Θ", lose):
         affine = bool(result["affine_in_parameters"])
-        result |= _bounds(objective, initial, x, kernels[epochs[0]], arrays, drift, affine)
+        result |= _bounds(objective, initial, x, y, kernels[epochs[0]], arrays, drift, affine)
     return result
 
 
@@ -166,6 +175,7 @@ def _bounds(
     objective: Objective,
     initial: Params,
     x: Any,
+    y: Any,
     theta: Float[np.ndarray, "nc nc"],
     arrays: Mapping[str, np.ndarray],
     drift: Float[np.ndarray, " t"],
@@ -175,19 +185,24 @@ def _bounds(
     error = float(arrays["ntk_assembly_error"][0]) if "ntk_assembly_error" in arrays else math.nan
     largest = max_eig_upper(theta, error) if math.isfinite(error) else math.nan
     budget = float(arrays["ntk_min_eig_lower"][0]) if math.isfinite(error) else math.nan
-    n = int(jax.tree.leaves(x)[0].shape[0])
-    scale = objective.scale(n)
+    gradient, curvature = output_gradient_at(objective, initial, x, y), objective.loss.curvature
+    scale = objective.scale(*gradient.shape)
     if affine:
         return {
             "ntk_lipschitz_upper": np.asarray(0.0),
-            "smoothness_upper": np.asarray(certificates.up(largest / scale)),
+            "smoothness_upper": np.asarray(certificates.up(curvature * largest / scale)),
             "radius_certified": np.asarray(math.inf if budget > 0 else math.nan),
         }
     if not math.isfinite(largest):
         return {}
-    residual = math.sqrt(2 * scale * float(arrays["probe_loss"][0]))
     base = anchor(
-        objective.apply_fn, initial, x, max_eig_upper=largest, residual_norm=residual, loss_scale=float(scale)
+        objective.apply_fn,
+        initial,
+        x,
+        max_eig_upper=largest,
+        residual_norm=float(np.linalg.norm(gradient)),
+        loss_scale=scale,
+        curvature=curvature,
     )
     if base is None:
         return {}

@@ -39,13 +39,13 @@ def max_eig_upper(theta: Float[np.ndarray, "nc nc"], error: float) -> float:
 
 
 def spectrum_and_energy(
-    theta: Float[np.ndarray, "nc nc"], residual: Float[np.ndarray, "n c"]
+    theta: Float[np.ndarray, "nc nc"], gradient: Float[np.ndarray, "n c"]
 ) -> tuple[Float[np.ndarray, " nc"], Float[np.ndarray, " nc"]]:
-    """Return the eigenvalues of a kernel, ascending, and the share of ‖r‖² along each eigenvector."""
+    """Return the eigenvalues of a kernel, ascending, and the share of ‖g‖² along each eigenvector."""
     values, vectors = np.linalg.eigh(theta)
     if not (np.isfinite(values).all() and np.isfinite(vectors).all()):
         raise linalg.UntrustedError("LAPACK's eigensolver returned numbers that are not finite")
-    flat = residual.reshape(-1)
+    flat = gradient.reshape(-1)
     energy = np.square(flat @ vectors)
     total = energy.sum()
     return values, energy / total if total > 0 else np.full_like(energy, np.nan)
@@ -66,7 +66,7 @@ def kernel_values(
         "probe_loss": point.loss,
         "probe_grad_sq_norm": point.grad_sq_norm,
     }
-    if point.loss != 0:  # the residual of an exact fit has no direction
+    if point.gradient.any():  # g has no direction where it is zero
         values["ntk_rayleigh"] = point.rayleigh(theta)
     lost = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
     if lost:

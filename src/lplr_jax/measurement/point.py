@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from lplr_jax import diagnostics, linalg
-from lplr_jax.losses import LossScale
+from lplr_jax.losses import Loss, Scale
 from lplr_jax.measurement.kernel import kernel_values, spectrum_and_energy
+from lplr_jax.measurement.spacing import parameter_eps, parameter_spacing
 from lplr_jax.ntk import empirical_ntk
 from lplr_jax.proofs.affine import is_affine
 from lplr_jax.schema import KERNEL_LOST
@@ -20,13 +21,14 @@ def point_arrays(
     x: Any,
     y: Any,
     *,
-    loss_scale: LossScale,
+    loss_scale: Scale | None = None,
+    loss: Loss | None = None,
     kernel: str = "auto",
     memory_budget: int | None = None,
 ) -> tuple[dict[str, np.ndarray], str]:
     """Return the arrays of a record that holds one point and no step, and why its kernel is untrusted, if it is."""
-    point = diagnostics.evaluate_point(apply_fn, params, x, y, loss_scale=loss_scale)
-    n, c = point.residual.shape
+    point = diagnostics.evaluate_point(apply_fn, params, x, y, loss_scale=loss_scale, loss=loss)
+    n, c = point.gradient.shape
     probe: dict[str, float] = {"probe_epoch": 0}
     whole: dict[str, np.ndarray] = {}
     lost = ""
@@ -34,7 +36,7 @@ def point_arrays(
         theta = np.asarray(empirical_ntk(apply_fn, params, x, kernel=kernel, memory_budget=memory_budget))
         linalg.as_symmetric(theta)  # or there is nothing to be read off it
         probe |= {**kernel_values(apply_fn, params, x, theta, point), "ntk_shift": 0.0}
-        values, energy = spectrum_and_energy(theta, point.residual)
+        values, energy = spectrum_and_energy(theta, point.gradient)
         whole = {"spectrum": values[None], "residual_energy": energy[None]}
     except linalg.FAILURES as error:
         lost = f"kernel: {error}"
@@ -45,6 +47,8 @@ def point_arrays(
         "n": n,
         "c": c,
         "p": count_parameters(params),
+        "parameter_spacing": parameter_spacing(params),
+        "parameter_eps": parameter_eps(params),
         "affine_in_parameters": int(is_affine(apply_fn, params, x)),
     }
     series = {"epoch": [0], "loss": [point.loss], "grad_sq_norm": [point.grad_sq_norm], "drift": [0.0]}

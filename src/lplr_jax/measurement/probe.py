@@ -1,11 +1,11 @@
 """What is measured at a probe: the kernel, the point in float64, and the Hessian's extremes.
 
-Kernel, loss and gradient are those of the samples that a probe is given, be they all data or a subset of them.
+Kernel, loss and gradients are those of the samples that a probe is given, be they all data or a subset of them.
 """
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Num
 
 from lplr_jax import diagnostics, linalg
 from lplr_jax.files import atomic_write
@@ -44,6 +45,14 @@ KERNEL_VALUES = (
 """Names in the record of what is measured of the kernel, and of loss and gradient beside it."""
 
 
+Epochs = Collection[int] | Callable[[int], bool]
+"""At which of the probes something is measured: step numbers, or a function of one; asked once a probe, in order."""
+
+
+def _among(epoch: int, epochs: Epochs) -> bool:
+    return bool(epochs(epoch)) if callable(epochs) else epoch in epochs
+
+
 class KernelProbe:
     """Measures one point of a run; remembers Θ_0 for the shift and the last Hessian eigenvectors for the next start.
 
@@ -55,13 +64,13 @@ class KernelProbe:
         self,
         objective: Objective,
         x: Any,
-        y: np.ndarray,
+        y: Num[Any, "n ..."],
         *,
         subset: np.ndarray | None,
         kernel: str,
-        hessian_epochs: Collection[int] = (),
+        hessian_epochs: Epochs = (),
         hessian_precision: Precision = "float64",
-        spectrum_epochs: Collection[int] = (),
+        spectrum_epochs: Epochs = (),
         save_to: Path | None = None,
     ) -> None:
         self._objective, self._x, self._y = objective, x, y
@@ -73,6 +82,7 @@ class KernelProbe:
         self._spectra: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._initial: np.ndarray | None = None
         self._extremes: diagnostics.Extremes | None = None
+        self._curved: int | None = None
         self.untrusted: dict[str, str] = {}
 
     def __call__(self, params: Params, epoch: int) -> Mapping[str, float]:
@@ -84,7 +94,8 @@ class KernelProbe:
             values["ntk_min_eig_subset"] = math.nan
         with self._losing("kernel", KERNEL_LOST, epoch, values):
             values |= self._measure_kernel(params, epoch)
-        if epoch in self._hessian_epochs:
+        if _among(epoch, self._hessian_epochs):
+            self._curved = epoch
             values |= dict.fromkeys(("sharpness", "curvature_min"), math.nan)
             with self._losing("Hessian", HESSIAN_LOST, epoch, values):
                 self._extremes = self._measure_hessian(params)
@@ -106,20 +117,20 @@ class KernelProbe:
         _LOG.warning("%s: cannot be trusted and is left out: %s", at, reason)
 
     def _measure_kernel(self, params: Params, epoch: int) -> dict[str, float]:
-        apply_fn, scale = self._objective.apply_fn, self._objective.loss_scale
+        apply_fn = self._objective.apply_fn
         theta = linalg.as_symmetric(np.asarray(empirical_ntk(apply_fn, params, self._x, kernel=self._kernel)))
-        point = diagnostics.evaluate_point(apply_fn, params, self._x, self._y, loss_scale=scale)
+        point = diagnostics.evaluate_point(apply_fn, params, self._x, self._y, loss=self._objective.loss)
         values = kernel_values(apply_fn, params, self._x, theta, point)
         values["ntk_effective_rank"] = diagnostics.effective_rank(theta)
         if self._subset is not None:
-            block = diagnostics.principal_block(theta, self._subset, self._y.shape[1])
+            block = diagnostics.principal_block(theta, self._subset, point.gradient.shape[1])
             values["ntk_min_eig_subset"] = linalg.min_eig(block).value
         initial = theta if epoch == 0 else self._initial
         values["ntk_shift"] = math.nan
         if initial is not None:
             values["ntk_shift"] = 0.0 if initial is theta else linalg.spectral_norm(theta - initial)
-        if epoch in self._spectrum_epochs:
-            self._spectra[epoch] = spectrum_and_energy(theta, point.residual)
+        if _among(epoch, self._spectrum_epochs):
+            self._spectra[epoch] = spectrum_and_energy(theta, point.gradient)
         # Last, so that a probe is remembered whole or not at all.
         self._initial = initial
         self._points[epoch], self._kernels[epoch] = jax.device_get(params), theta
@@ -131,7 +142,7 @@ class KernelProbe:
             params,
             self._x,
             self._y,
-            reduction=self._objective.loss_scale,
+            reduction=self._objective.reduction,
             dtype=self._hessian_precision,
             tolerance=HESSIAN_TOLERANCE[self._hessian_precision],
             start=self._extremes,
@@ -150,7 +161,7 @@ class KernelProbe:
             kept["untrusted"] = np.array(self.untrusted[str(epoch)])
         if epoch in self._spectra:
             kept["spectrum"], kept["residual_energy"] = self._spectra[epoch]
-        if self._extremes is not None and epoch in self._hessian_epochs:
+        if self._extremes is not None and epoch == self._curved:
             kept["hessian_least"], kept["hessian_largest"] = self._extremes.least_vector, self._extremes.largest_vector
             numbers = ("least", "largest", "least_residual", "largest_residual")
             kept["hessian"] = np.array([getattr(self._extremes, name) for name in numbers])
@@ -201,8 +212,12 @@ class KernelProbe:
             seed=seed,
             lose=partial(self._lose, "closing"),
         )
+        if self._kernels:
+            n = len(self._y)
+            rows = next(iter(self._kernels.values())).shape[0]
+            closing["probe_loss_scale"] = np.asarray(self._objective.scale(n, rows // n))
         if self._spectra:
-            shape = (arrays["probe_epoch"].size, self._y.size)
+            shape = (arrays["probe_epoch"].size, next(iter(self._spectra.values()))[0].size)
             spectrum, energy = np.full(shape, np.nan), np.full(shape, np.nan)
             for k, epoch in enumerate(arrays["probe_epoch"]):
                 if int(epoch) in self._spectra:

@@ -19,8 +19,8 @@ On the ball ‖θ - θ_0‖ <= R every layer obeys ‖W_l - W_l,0‖ <= R, so wi
 4. Stacking these rows over samples and layers into M, ‖DJ(θ)[v]‖_F <= ‖M ν‖ <= ‖M‖₂ =: L_J. The ball is convex, so J
    is L_J-Lipschitz on it, and ‖J‖₂ <= B = ‖J_0‖₂ + L_J R.
 5. Θ - Θ' = (J - J') Jᵀ + J' (J - J')ᵀ, so L_Θ <= 2 B L_J.
-6. ∇²L = (JᵀJ + Σ r_k ∇²f_k) / s and ‖Σ r_k ∇²f_k‖ = sup_v ‖(DJ[v])ᵀ r‖ <= L_J ‖r‖, ‖r‖ <= ‖r_0‖ + B R, so
-   β <= (B² + L_J (‖r_0‖ + B R)) / s.
+6. With g = ∂ℓ/∂f and 0 <= ∂²ℓ/∂f² <= κ (g = f - y and κ = 1 for the squared loss), ∇²L = (Jᵀ ∂²ℓ/∂f² J + Σ g_k ∇²f_k)/s
+   and ‖Σ g_k ∇²f_k‖ = sup_v ‖(DJ[v])ᵀ g‖ <= L_J ‖g‖, ‖g‖ <= ‖g_0‖ + κ B R, so β <= (κ B² + L_J (‖g_0‖ + κ B R))/s.
 
 Every bound grows with R. The recursion adds and multiplies non-negative numbers, some 10² D² of them for a sample, and
 sums over n c samples, in float64: with at most 2³² operations the relative error stays below 1e-6, by which results are
@@ -71,8 +71,9 @@ class Anchor:
         weights: ‖W_l‖₂.
         bends: κ_l.
         jacobian: ‖J_0‖₂.
-        residual: ‖r_0‖.
+        residual: ‖g_0‖, for the squared loss the norm of the residual.
         loss_scale: the number s.
+        curvature: κ, bound of the second derivative of the loss in the outputs.
     """
 
     inputs: tuple[np.ndarray, ...]
@@ -83,6 +84,7 @@ class Anchor:
     jacobian: float
     residual: float
     loss_scale: float
+    curvature: float = 1.0
 
     def on_ball(self, radius: float) -> BallBounds:
         """Return the bounds on the ball of this radius; infinite where numbers overflow.
@@ -95,7 +97,8 @@ class Anchor:
         with np.errstate(over="ignore", invalid="ignore"):
             spread = self._jacobian_lipschitz(radius) * _INFLATE
             norm = (self.jacobian + spread * radius) * _INFLATE
-            smooth = (norm**2 + spread * (self.residual + norm * radius)) / self.loss_scale * _INFLATE
+            bend, g = self.curvature, self.residual + self.curvature * norm * radius
+            smooth = (bend * norm**2 + spread * g) / self.loss_scale * _INFLATE
             values = (norm, spread, 2 * norm * spread * _INFLATE, smooth)
         return BallBounds(*(float(value) if math.isfinite(value) else math.inf for value in values))
 
@@ -144,7 +147,14 @@ class Anchor:
 
 
 def anchor(
-    apply_fn: ApplyFn, params: Params, x: Any, *, max_eig_upper: float, residual_norm: float, loss_scale: float
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    *,
+    max_eig_upper: float,
+    residual_norm: float,
+    loss_scale: float,
+    curvature: float = 1.0,
 ) -> Anchor | None:
     """Return what the bounds take from θ_0.
 
@@ -153,8 +163,9 @@ def anchor(
         params: θ_0, pytree of floating arrays.
         x: inputs (n, ...).
         max_eig_upper: upper bound of λ_max(Θ_0).
-        residual_norm: ‖r_0‖, computed in float64.
+        residual_norm: ‖g_0‖, for the squared loss the norm of the residual, computed in float64.
         loss_scale: the number s.
+        curvature: κ, bound of the second derivative of the loss in the outputs.
 
     Returns:
         The anchor; None where the program is not a fully connected network with smooth activations.
@@ -194,6 +205,7 @@ def anchor(
         jacobian=math.sqrt(max(max_eig_upper, 0.0)) * _INFLATE,
         residual=residual_norm * _INFLATE,
         loss_scale=loss_scale,
+        curvature=curvature,
     )
 
 

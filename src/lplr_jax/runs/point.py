@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lplr_jax.losses import LossScale
+from lplr_jax.losses import Loss, Scale, as_loss
 from lplr_jax.measurement.point import point_arrays
 from lplr_jax.records import Record
 from lplr_jax.theory.verdict import Verdict
@@ -16,18 +16,20 @@ def verify_point(
     x: Any,
     y: Any,
     *,
-    loss_scale: LossScale,
+    loss_scale: Scale | None = None,
+    loss: Loss | None = None,
     kernel: str = "auto",
     memory_budget: int | None = None,
 ) -> tuple[Verdict, ...]:
     """Hold against one point what can be held there: identity, λ_min > 0 with its proof, pointwise PL, linearity.
 
     Args:
-        apply_fn: pure function from parameters and inputs (n, ...) to outputs (n, c).
+        apply_fn: pure function from parameters and inputs (n, ...) to outputs (n, c), or (n,) for (n, 1).
         params: pytree of floating arrays, θ.
         x: inputs (n, ...).
-        y: targets (n, c).
-        loss_scale: "sum" for s = 1 or "mean" for s = n.
+        y: targets (n, c), or (n,) for (n, 1).
+        loss_scale: of the squared loss: "sum" for s = 1, "mean" for s = n, or the number s.
+        loss: any other loss; give one of the two.
         kernel: one of `lplr_jax.ntk.KERNELS`.
         memory_budget: bytes for the kernel's assembly beside the kernel itself.
 
@@ -36,7 +38,8 @@ def verify_point(
         number the arithmetic lost, with the reason.
 
     Raises:
-        ValueError: for inputs or a function that `empirical_ntk` or `evaluate_point` refuse.
+        ValueError: for inputs or a function that `empirical_ntk` or `evaluate_point` refuse, or if not one of
+            `loss_scale` and `loss` is given.
 
     Example:
         >>> import jax.numpy as jnp
@@ -45,6 +48,7 @@ def verify_point(
         >>> first.outcome, positive.outcome
         ('proved', 'proved')
     """
-    settings = {"loss_scale": loss_scale, "kernel": kernel, "memory_budget": memory_budget}
-    arrays, lost = point_arrays(apply_fn, params, x, y, **settings)
-    return verify(Record("point", arrays, {}, {"untrusted": {"0": lost}} if lost else {}))
+    loss = as_loss(loss, loss_scale=loss_scale)
+    arrays, lost = point_arrays(apply_fn, params, x, y, loss=loss, kernel=kernel, memory_budget=memory_budget)
+    named = {} if loss.name == "squared" else {"loss": loss.name}
+    return verify(Record("point", arrays, {}, {"untrusted": {"0": lost}} if lost else {}, **named))
