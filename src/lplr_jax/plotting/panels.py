@@ -65,7 +65,7 @@ def four_panel(record: Record) -> Figure:
     return figure
 
 
-def grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def grid(count: int, width: float | int, height: float | int) -> tuple[Figure, list[Axes]]:
     """Return a figure with one to four panels in reading order; four of them fill `width` by `height` inches."""
     if count == 1:
         figure = blank(0.65 * width, 0.6 * height)

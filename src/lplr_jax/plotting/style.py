@@ -32,7 +32,7 @@ def styled() -> Iterator[None]:
         yield
 
 
-def blank(width: float, height: float) -> Figure:
+def blank(width: float | int, height: float | int) -> Figure:
     """Return an empty figure on a canvas of its own, of a size in inches."""
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
