@@ -134,7 +134,6 @@ def resnet_cases():
         *each("stratified_ids y", lambda v: diagnostics.stratified_ids(v, 1), (None, "x", np.ones(5), np.zeros((0, 5))), r"y must be an array .*\(n, c\).*got"),
         *each("plotting.cifar", plotting.cifar, (None, [], [None], record(), "record.npz"), "record", EITHER),
         Case("plotting.cifar of different lengths", lambda _: plotting.cifar([record(), record(probe_epoch=np.array([0, 1, 6]))]), VALUE, "differ in probe_epoch.*draw runs of one config"),
-        Case("plotting.cifar without probes", lambda _: plotting.cifar([record(probe_epoch=None, ntk_min_eig=None)]), (ValueError, KeyError), "was not measured.*holds"),
     ]  # fmt: skip
 
 
@@ -347,14 +346,13 @@ def record_cases():
 
 
 def plotting_cases():
-    plain = {"probe_epoch": None, "ntk_min_eig": None}
     dead = np.full(7, NAN)
     return [
         *each("four_panel", plotting.four_panel, (None, "record.npz", [record()], {}), r"record must be a Record.*records.load.*got", EITHER),
-        Case("four_panel without probes", lambda _: plotting.four_panel(record(**plain)), (ValueError, KeyError), "was not measured.*holds"),
         Case("four_panel of a dead run", lambda _: plotting.four_panel(record(loss=dead)), VALUE, "no finite value"),
         *each("ablation", plotting.ablation, (None, [], [None], ["record.npz"], record(), 3), r"record", EITHER),
-        *each("ablation of another kind", lambda v: plotting.ablation([v]), (record({}), record({"width": "x", "seed": 0}), record({"width": 3}), record(**plain)), r"width|seed|not measured", (ValueError, KeyError, TypeError)),
+        *each("ablation of another kind", lambda v: plotting.ablation([v]), (record({"width": "x", "seed": 0}), record({"width": 3, "seed": -1}), record({"width": 0})), r"width|seed"),
+        *each("plot", plotting.plot, (None, [], {}, [None], ["record.npz"], {"a": 3}, 3), r"record", EITHER),
         *each("initialisation", plotting.initialisation, (None, {}, [record()], {"he": None}), r"record", EITHER),
         *each("initialisation epoch", lambda v: plotting.initialisation({"he": record()}, epoch=v), (-1, 1.5, "x", None), r"epoch must be .*>= 0.*got"),
         *each("initialisation widths", lambda v: plotting.initialisation({"he": record()}, [v], epoch=3), (None, "x", record({})), r"record|width", EITHER),

@@ -208,7 +208,8 @@ def stochastic_record(seed, epochs=40):
         "ntk_max_eig": np.full(5, 9.0),
         "ntk_min_eig": np.full(5, 0.2 + 0.1 * seed),
     }
-    return Record("cifar", arrays, {"seed": seed, "momentum": 0.9, "schedule": "cosine", "batch_size": 2}, {})
+    config = {"seed": seed, "momentum": 0.9, "schedule": "cosine", "batch_size": 2, "epochs": epochs}
+    return Record("cifar", arrays, config, {})
 
 
 def test_figure_shows_mean_and_deviation_of_the_records():

@@ -13,7 +13,7 @@ from lplr_jax import theory
 from lplr_jax.curves.rate import proxy_decides_from
 from lplr_jax.curves.summary import Summary, check_records, step_word, steps_of, summarise
 from lplr_jax.plotting.panels import BELOW, HATCH, SHADE, grid, known
-from lplr_jax.plotting.style import numbers_of, setting, source_of, styled, wrapped
+from lplr_jax.plotting.style import numbers_of, set_title, setting, source_of, styled
 from lplr_jax.records import Record
 
 LINES = ("-", "--", "-.", ":")
@@ -80,7 +80,7 @@ def cifar(records: Sequence[Record]) -> Figure:
             axes.set_title(f"({letter})  {axes.get_title(loc='left')}")
             axes.set_xlabel(step_word(records[0]))
             axes.set_xlim(0, max(1, int(records[0]["epoch"][-1])))
-        figure.suptitle(_title(records), fontsize=10)
+        set_title(figure, _title(records))
         note = "\n".join(textwrap.wrap(scope_note(records), 170))
         figure.supxlabel(note, fontsize=7.5, color="0.3")
     return figure
@@ -101,8 +101,8 @@ def _title(records: Sequence[Record]) -> str:
         head = f"{record.experiment}: {', '.join([*([f'width {width}'] if width else []), *numbers_of(record)])}"
         settings = (("schedule", schedule), ("momentum", momentum), ("batch", batch))
         tail = [", ".join(f"{name} {value}" for name, value in settings if value)]
-    tail += [f"seeds {seeds}" if seeds else f"{len(records)} runs", source_of(record)]
-    return wrapped(f"{head}\n{'; '.join(part for part in tail if part)}")
+    tail += [f"seeds {seeds}" if seeds else f"{len(records)} runs" if len(records) > 1 else "", source_of(record)]
+    return f"{head}\n{'; '.join(part for part in tail if part)}"
 
 
 def _name(record: Record, index: int) -> str:

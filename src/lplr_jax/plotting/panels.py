@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from lplr_jax import theory
 from lplr_jax.curves.rate import Decay
 from lplr_jax.curves.summary import Summary, step_word, summarise
-from lplr_jax.plotting.style import blank, numbers_of, setting, source_of, styled, wrapped
+from lplr_jax.plotting.style import blank, numbers_of, set_title, setting, source_of, styled
 from lplr_jax.records import Record
 
 BLUE, VERMILION, GREEN, PURPLE, BLACK = "C0", "C1", "C2", "C3", "C6"
@@ -60,12 +60,12 @@ def four_panel(record: Record) -> Figure:
             axes.set_title(f"({letter})  {axes.get_title(loc='left')}")
         for axes in figure.axes:
             _mark_steps(axes, record, summary)
-        figure.suptitle(_title(record), fontsize=10)
+        set_title(figure, _title(record))
         verdict_strip(figure, theory.verify(record))
     return figure
 
 
-def grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def grid(count: int, width: float | int, height: float | int) -> tuple[Figure, list[Axes]]:
     """Return a figure with one to four panels in reading order; four of them fill `width` by `height` inches."""
     if count == 1:
         figure = blank(0.65 * width, 0.6 * height)
@@ -130,7 +130,7 @@ def _title(record: Record) -> str:
     numbers = ",  ".join(numbers_of(record))
     end = "" if record.diverged_at is None else f"diverged at {step_word(record)} {record.diverged_at}"
     parts = [part for part in (network, numbers, source_of(record), end) if part]
-    return wrapped(f"{record.experiment}: {',  '.join(parts)}")
+    return f"{record.experiment}: {',  '.join(parts)}"
 
 
 def _mark_steps(axes: Axes, record: Record, summary: Summary) -> None:

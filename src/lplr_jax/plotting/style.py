@@ -17,8 +17,8 @@ from lplr_jax.files import atomic_write
 from lplr_jax.records import SQUARED, Record
 
 STYLE = Path(__file__).with_name("lplr.mplstyle")
-TITLE_WIDTH = 150
-"""Letters of a title that fit a figure 11 inches wide."""
+TITLE_LETTERS = 13
+"""Letters of a title that fit into an inch."""
 LONGEST = 120
 """Letters of one text from a record that a label shows."""
 
@@ -32,7 +32,7 @@ def styled() -> Iterator[None]:
         yield
 
 
-def blank(width: float, height: float) -> Figure:
+def blank(width: float | int, height: float | int) -> Figure:
     """Return an empty figure on a canvas of its own, of a size in inches."""
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
@@ -67,9 +67,11 @@ def numbers_of(record: Record) -> list[str]:
     return found + ([] if record.loss == SQUARED else [f"{plain(record.loss)} loss"])
 
 
-def wrapped(title: str) -> str:
-    """Return a title in as many lines as it takes."""
-    return "\n".join(part for line in title.split("\n") for part in textwrap.wrap(line, TITLE_WIDTH))
+def set_title(figure: Figure, title: str) -> None:
+    """Write a title above a figure, in as many lines as it takes."""
+    most = int(TITLE_LETTERS * figure.get_figwidth())
+    lines = [part for line in title.split("\n") for part in textwrap.wrap(line, most)]
+    figure.suptitle("\n".join(lines), fontsize=10)
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> tuple[Path, Path]:

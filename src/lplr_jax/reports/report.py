@@ -10,9 +10,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from lplr_jax import checks
 from lplr_jax.curves.rate import Decay, RateReport
-from lplr_jax.curves.summary import summarise
+from lplr_jax.curves.summary import Summary, step_word, summarise
 from lplr_jax.records import Record
+from lplr_jax.reports.text import safe
 from lplr_jax.runs.session import Observer
 from lplr_jax.theory import Outcome, Verdict, reading
 
@@ -50,7 +52,7 @@ class _Plain:
         spent = time.monotonic() - self._began
         new = epoch - self._first
         left = f"{spent / new * (self._epochs - epoch):.0f} s left" if new > 0 else "time left unknown"
-        line = f"epoch {epoch}/{self._epochs}  loss {self._loss:.6g}  λ_min {values['ntk_min_eig']:.4g}  {left}"
+        line = f"epoch {epoch}/{self._epochs}  loss {self._loss:.6g}  λ_min {_min_eig(values)}  {left}"
         line += f"  so far: {self._standing}" if self._standing else ""
         self._console.print(line, highlight=False, soft_wrap=True)
 
@@ -77,7 +79,12 @@ class _Bar:
 
     def probe(self, epoch: int, values: Mapping[str, float]) -> None:
         """Show λ_min."""
-        self._progress.update(self._task, min_eig=f"{values['ntk_min_eig']:.4g}")
+        self._progress.update(self._task, min_eig=_min_eig(values))
+
+
+def _min_eig(values: Mapping[str, float]) -> str:
+    value = values.get("ntk_min_eig", np.nan)
+    return "-" if np.isnan(value) else f"{value:.4g}"
 
 
 @contextmanager
@@ -99,112 +106,142 @@ def progress(console: Console, epochs: int) -> Iterator[Observer]:
 
 
 def summary_table(record: Record) -> Table:
-    """Return the short table at the end of a run: what the record says, with units."""
+    """Return the short table at the end of a run: what the record says, with units; what it lacks is left out."""
+    word = step_word(record)
     table = Table(
         "quantity", "value", "what it says", title=f"{record.experiment}: what the run says", title_justify="left"
     )
     if record.diverged_at is not None:
         words = "loss, gradient or parameters are not finite from there on"
-        table.add_row("diverged", f"at epoch {record.diverged_at}", words)
-    for where, reason in record.provenance.get("untrusted", {}).items():
-        table.add_row("untrusted", f"epoch {where}" if where.isdecimal() else where, Text(f"left out: {reason}"))
-    if record.diverged_at == 0:
+        table.add_row("diverged", f"at {word} {record.diverged_at}", words)
+    untrusted = record.provenance.get("untrusted")
+    for where, reason in untrusted.items() if isinstance(untrusted, Mapping) else ():
+        place = f"{word} {where}" if str(where).isdecimal() else where
+        table.add_row("untrusted", safe(place), safe(f"left out: {reason}"))
+    if not np.isfinite(record["loss"]).any():
         return table
     summary = summarise(record)
-    last = int(np.flatnonzero(np.isfinite(record["loss"]))[-1])
-    if "ntk_min_eig" in record:
-        for row in _kernel_rows(record):
-            table.add_row(*row)
-    for row in _curvature_rows(record):
+    for row in (
+        *_kernel_rows(record, word),
+        *_curvature_rows(record, word),
+        *_series_rows(record, word),
+        *_regime_rows(record, summary, word),
+        *_rate_rows("stable regime", summary.regime_rate, word),
+        *_rate_rows("middle half", summary.middle_rate, word),
+    ):
         table.add_row(*row)
-    drift = record["drift"]
-    table.add_row(
-        "drift ‖θ_T - θ_0‖", f"{drift[last]:.4g}", f"largest {np.nanmax(drift):.4g}, in units of the parameters"
-    )
-    table.add_row(
-        "L_T",
-        f"{record['loss'][last]:.5g}",
-        f"epoch {last}; L_0 = {record['loss'][0]:.5g}, s = {float(record['loss_scale']):g}",
-    )
-    regime = summary.regime
-    if regime.stop:
-        span = f"epochs {regime.start} to {regime.stop - 1}"
-        table.add_row("stable regime", span, "past the transient, before the proxy decides the PL ratio")
-        low, high = summary.envelope
-        table.add_row(
-            "PL envelope", f"{low:.4g} (L* = 0)", f"{high:.4g} with the proxy L* = {summary.floor:.4g}; units of L"
-        )
-        if "ntk_min_eig" in record:
-            inside = (record["probe_epoch"] >= regime.start) & (record["probe_epoch"] < regime.stop)
-            pointwise = record["ntk_min_eig"][inside] / float(record["loss_scale"])
-            pointwise = pointwise[np.isfinite(pointwise)]
-            if pointwise.size and pointwise.min() > 0:
-                factor = low / pointwise.min()
-                table.add_row(
-                    "envelope / (λ_min/s)",
-                    f"{factor:.3g}",
-                    "how far the guaranteed PL constant lies below the measured one",
-                )
-    else:
-        table.add_row("stable regime", "none", "no epochs past the transient are clear of the proxy for L*")
-    for name, report in (("stable regime", summary.regime_rate), ("middle half", summary.middle_rate)):
-        for row in _rate_rows(name, report):
-            table.add_row(*row)
     return table
 
 
-def _kernel_rows(record: Record) -> Iterator[tuple[str, str, str]]:
+Row = tuple[str, str, str]
+
+
+def _series_rows(record: Record, word: str) -> Iterator[Row]:
+    epoch, loss, drift = record["epoch"], record["loss"], record["drift"]
+    moved = np.flatnonzero(np.isfinite(drift))
+    if moved.size:
+        largest = f"largest {drift[moved].max():.4g}, in units of the parameters"
+        yield "drift ‖θ_T - θ_0‖", f"{drift[moved[-1]]:.4g}", largest
+    known = np.flatnonzero(np.isfinite(loss))
+    first = f"L_{epoch[known[0]]} = {loss[known[0]]:.5g}"
+    of = "" if record.loss == "squared" else f", {record.loss} loss"
+    yield (
+        "L_T",
+        f"{loss[known[-1]]:.5g}",
+        safe(f"{word} {epoch[known[-1]]}; {first}, s = {float(record['loss_scale']):g}{of}"),
+    )
+
+
+def _regime_rows(record: Record, summary: Summary, word: str) -> Iterator[Row]:
+    if not summary.regime.stop:
+        yield "stable regime", "none", f"no {word}s past the transient are clear of the proxy for L*"
+        return
+    start, end = summary.steps(summary.regime)
+    yield "stable regime", f"{word}s {start} to {end}", "past the transient, before the proxy decides the PL ratio"
+    low, high = summary.envelope
+    if not np.isfinite(low):
+        return
+    yield "PL envelope", f"{low:.4g} (L* = 0)", f"{high:.4g} with the proxy L* = {summary.floor:.4g}; units of L"
+    if "ntk_min_eig" in record and "probe_epoch" in record:
+        inside = (record["probe_epoch"] >= start) & (record["probe_epoch"] <= end)
+        pointwise = record["ntk_min_eig"][inside] / float(record["loss_scale"])
+        pointwise = pointwise[np.isfinite(pointwise)]
+        if pointwise.size and pointwise.min() > 0:
+            factor = low / pointwise.min()
+            words = "how far the guaranteed PL constant lies below the measured one"
+            yield "envelope / (λ_min/s)", f"{factor:.3g}", words
+
+
+def _kernel_rows(record: Record, word: str) -> Iterator[Row]:
+    if "ntk_min_eig" not in record or "probe_epoch" not in record:
+        return
     min_eig, epochs = record["ntk_min_eig"], record["probe_epoch"]
     measured = np.flatnonzero(np.isfinite(min_eig))
     if not measured.size:
         return
-    end = measured[-1]
-    least = measured[np.argmin(min_eig[measured])]
-    yield (
-        "λ_0",
-        f"{min_eig[0]:.4g}",
-        f"λ_min of the full kernel at epoch 0; λ_max / λ_min = {record['ntk_max_eig'][0] / min_eig[0]:.2g}",
-    )
-    yield (
-        "λ_T",
-        f"{min_eig[end]:.4g}",
-        f"epoch {epochs[end]}; least at any probe {min_eig[least]:.4g} (epoch {epochs[least]})",
-    )
-    if not np.isfinite(min_eig[0]):  # Θ_0 could not be trusted, and there is nothing to compare with it
+    measured = measured[np.argsort(epochs[measured])]
+    end, least = measured[-1], measured[np.argmin(min_eig[measured])]
+    (start,) = np.flatnonzero(epochs == 0) if (epochs == 0).any() else (None,)
+    # Θ_0 may be missing, or could not be trusted: then there is nothing to compare the others with.
+    begins = start is not None and np.isfinite(min_eig[start])
+    if begins:
+        words = f"λ_min of the full kernel at {word} 0"
+        if "ntk_max_eig" in record:
+            words += f"; λ_max / λ_min = {record['ntk_max_eig'][start] / min_eig[start]:.2g}"
+        yield "λ_0", f"{min_eig[start]:.4g}", words
+    words = f"{word} {epochs[end]}; least at any probe {min_eig[least]:.4g} ({word} {epochs[least]})"
+    yield "λ_T", f"{min_eig[end]:.4g}", words
+    if not begins:
         return
     if "ntk_min_eig_subset" in record:
-        subset = record["ntk_min_eig_subset"]
-        flattery = (
-            f"{subset[0] / min_eig[0]:.3g} times the full one at epoch 0" if min_eig[0] > 0 else "above the full one"
-        )
-        yield (
-            "λ_min, subset",
-            f"{subset[0]:.4g}, {subset[end]:.4g}",
-            f"{record['subset_ids'].size} images, both ends; {flattery}",
-        )
-    if "ntk_shift" in record:
+        subset, flattery = record["ntk_min_eig_subset"], "above the full one"
+        if min_eig[start] > 0:
+            flattery = f"{subset[start] / min_eig[start]:.3g} times the full one at {word} 0"
+        size = f"{record['subset_ids'].size} samples, " if "subset_ids" in record else ""
+        yield "λ_min, subset", f"{subset[start]:.4g}, {subset[end]:.4g}", f"{size}both ends; {flattery}"
+    if "ntk_shift" in record and np.isfinite(record["ntk_shift"][end]):
         shift = record["ntk_shift"][end]
-        yield "‖Θ_T - Θ_0‖₂", f"{shift:.3g}", f"{shift / abs(min_eig[0]):.2g} times |λ_0|: L_Θ r(R) is at least this"
+        share = shift / abs(min_eig[start]) if min_eig[start] else np.inf
+        yield "‖Θ_T - Θ_0‖₂", f"{shift:.3g}", f"{share:.2g} times |λ_0|: L_Θ r(R) is at least this"
 
 
-def _curvature_rows(record: Record) -> Iterator[tuple[str, str, str]]:
-    if "sharpness" not in record or not np.isfinite(record["sharpness"]).any():
+def _curvature_rows(record: Record, word: str) -> Iterator[Row]:
+    epochs = record.arrays.get("probe_epoch")
+    if epochs is None:
         return
-    epochs, eta = record["probe_epoch"], float(record["learning_rate"])
-    measured = np.flatnonzero(np.isfinite(record["sharpness"]))
-    sharpness, curvature = record["sharpness"][measured], record["curvature_min"][measured]
-    top, bottom = epochs[measured[int(np.argmax(sharpness))]], epochs[measured[int(np.argmin(curvature))]]
-    largest = f"largest measured β = {sharpness.max():.4g} (epoch {top})"
-    yield "2/β", f"{2 / sharpness[0]:.4g}", f"β = λ_max(∇²L) at epoch {epochs[measured[0]]}; {largest}; units of η"
-    yield "η β", f"{eta * sharpness[0]:.3g}, {eta * sharpness[-1]:.3g}", "both ends; the descent lemma wants at most 1"
-    yield "least curvature", f"{curvature.min():.4g}", f"λ_min(∇²L), least at any probe (epoch {bottom})"
+    for name, rows in (("sharpness", _sharpness_rows), ("curvature_min", _least_curvature_rows)):
+        values = record.arrays.get(name, np.full(epochs.size, np.nan))
+        measured = np.flatnonzero(np.isfinite(values))
+        if measured.size:
+            measured = measured[np.argsort(epochs[measured])]
+            yield from rows(record, word, values[measured], epochs[measured])
 
 
-def _rate_rows(name: str, report: RateReport) -> Iterator[tuple[str, str, str]]:
+def _sharpness_rows(record: Record, word: str, sharpness: np.ndarray, epochs: np.ndarray) -> Iterator[Row]:
+    eta, top = float(record["learning_rate"]), int(np.argmax(sharpness))
+    if sharpness[0] > 0:
+        largest = f"largest measured β = {sharpness[top]:.4g} ({word} {epochs[top]})"
+        yield "2/β", f"{2 / sharpness[0]:.4g}", f"β = λ_max(∇²L) at {word} {epochs[0]}; {largest}; units of η"
+    if np.isfinite(eta):
+        ends = f"{eta * sharpness[0]:.3g}, {eta * sharpness[-1]:.3g}"
+        yield "η β", ends, "both ends; the descent lemma wants at most 1"
+
+
+def _least_curvature_rows(record: Record, word: str, curvature: np.ndarray, epochs: np.ndarray) -> Iterator[Row]:
+    bottom = int(np.argmin(curvature))
+    yield (
+        "least curvature",
+        f"{curvature[bottom]:.4g}",
+        f"λ_min(∇²L), least at any probe ({word} {epochs[bottom]})",
+    )
+
+
+def _rate_rows(name: str, report: RateReport, word: str) -> Iterator[Row]:
     if report.zero.epochs == 0:
         return
-    yield f"{name}, L* = 0", *_decay_cells(report.zero)
-    yield f"{name}, proxy", *_decay_cells(report.proxy)
+    yield f"{name}, L* = 0", *_decay_cells(report.zero, word)
+    if report.proxy.epochs:
+        yield f"{name}, proxy", *_decay_cells(report.proxy, word)
     cuts = ", ".join(f"{decay.factor:.6f} (T = {cut})" for cut, decay in report.refits if decay.epochs)
     words = {
         True: f"set by the proxy: rates differ by {report.spread:.0%}",
@@ -214,11 +251,11 @@ def _rate_rows(name: str, report: RateReport) -> Iterator[tuple[str, str, str]]:
     yield f"{name}, cut earlier", cuts or "none", words[report.set_by_proxy]
 
 
-def _decay_cells(decay: Decay) -> tuple[str, str]:
+def _decay_cells(decay: Decay, word: str) -> tuple[str, str]:
     low, high = decay.local_factors
     better = {"undecided": "exponential and power law fit alike"}.get(decay.law, f"{decay.law} fits better")
     return (
-        f"{decay.factor:.6f} per epoch",
+        f"{decay.factor:.6f} per {word}",
         f"{better} (R² {decay.exponential_r2:.3f} against {decay.power_r2:.3f}); local factors {low:.5f} to {high:.5f}",
     )
 
@@ -251,31 +288,33 @@ def verdict_table(verdicts: Sequence[Verdict], *, parts: bool = True) -> Table:
 
 
 def _verdict_cells(verdict: Verdict, name: str, note: str) -> Iterator[Text]:
-    yield Text(name)
+    yield Text(checks.printable(name))
     word = f"{verdict.outcome} (inconsistent)" if verdict.inconsistent else verdict.outcome
     yield Text(word, style=COLOURS[verdict.outcome])
     for value in (verdict.measured, verdict.bound, verdict.margin):
         yield Text("" if np.isnan(value) else f"{value:.3g}")
     yield Text("" if verdict.step is None else str(verdict.step))
-    yield Text.assemble(note, (f"  [{verdict.units}]" if verdict.units else "", "dim"))
+    yield Text.assemble(checks.printable(note), (f"  [{verdict.units}]" if verdict.units else "", "dim"))
 
 
 def verdict_matrix(arms: Mapping[str, Sequence[Verdict]]) -> Table:
     """Return one table for several runs: a row for each claim with its outcome in every run, and what broke first."""
-    table = Table("claim", *arms, title="hypotheses and conclusions of the theory, run by run", title_justify="left")
+    table = Table(
+        "claim", *map(safe, arms), title="hypotheses and conclusions of the theory, run by run", title_justify="left"
+    )
     for row in zip(*arms.values(), strict=True):
         words = [f"{v.outcome} (inconsistent)" if v.inconsistent else v.outcome for v in row]
         table.add_row(row[0].claim, *(Text(word, style=COLOURS[v.outcome]) for word, v in zip(words, row, strict=True)))
     table.add_section()
     last = [verdicts[-1] for verdicts in arms.values()]
-    table.add_row("first to break", *(Text(verdict.note) for verdict in last))
+    table.add_row("first to break", *(Text(checks.printable(verdict.note)) for verdict in last))
     return table
 
 
 def print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> None:
     """Print the table of claims, and two sentences on what it means."""
     console.print(verdict_table(verdicts))
-    console.print(reading(verdicts), highlight=False, markup=False)
+    console.print(checks.printable(reading(verdicts)), highlight=False, markup=False)
 
 
 def judge(console: Console, verdicts: Mapping[str, Sequence[Verdict]], *, first_in_full: bool = False) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import rich.table
-from rich.markup import escape
 
+from lplr_jax import checks
 from lplr_jax.files import atomic_write
+from lplr_jax.reports.text import safe, safe_markdown
 
 MISSING = "-"
 
@@ -121,6 +122,10 @@ _LATEX = {
     "½": r"$\frac{1}{2}$",
     "²": r"$^2$",
     "₂": r"$_2$",
+    "$": r"\$",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
     "&": r"\&",
     "%": r"\%",
     "_": r"\_",
@@ -132,6 +137,7 @@ _LATEX = {
 
 def as_latex_text(text: str) -> str:
     """Return text with LaTeX's special characters and this project's symbols spelt out."""
+    text = checks.printable(text)
     text = re.sub(r"(-?\d(?:\.\d+)?)e([+-]\d+)", lambda m: f"{m[1]}×10^{int(m[2])}", text)
     marked = re.split(r"×10\^(-?\d+)", text)
     spelt = ["".join(_LATEX.get(character, character) for character in part) for part in marked[::2]]
@@ -143,10 +149,10 @@ def to_markdown(table: Table) -> str:
     """Return a Markdown table with its title and notes."""
     rows = [["", *table.arms], ["---", *("---:" for _ in table.arms)]]
     rows += [[q.label, *map(as_text, table.cells[q.key])] for q in table.quantities]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    meanings = [f"- {q.label.replace('|', chr(92) + '|')}: {q.meaning}" for q in table.quantities if q.meaning]
-    notes = [part for note in table.notes for part in ("", note)]
-    return "\n".join([f"**{table.title}**", "", *lines, *notes, "", *meanings]) + "\n"
+    lines = ["| " + " | ".join(map(safe_markdown, row)) + " |" for row in rows]
+    meanings = [f"- {safe_markdown(q.label)}: {safe_markdown(q.meaning)}" for q in table.quantities if q.meaning]
+    notes = [part for note in table.notes for part in ("", safe_markdown(note))]
+    return "\n".join([f"**{safe_markdown(table.title)}**", "", *lines, *notes, "", *meanings]) + "\n"
 
 
 def to_csv(table: Table) -> str:
@@ -181,18 +187,18 @@ def to_latex(table: Table) -> str:
         cells = [as_latex_text(as_text(cell)) for cell in table.cells[quantity.key]]
         lines.append(" & ".join([quantity.latex, *cells]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    return "\n".join([*lines, *(f"% {note}" for note in table.notes)]) + "\n"
+    return "\n".join([*lines, *(f"% {checks.printable(note)}" for note in table.notes)]) + "\n"
 
 
 def to_rich(table: Table) -> rich.table.Table:
     """Return the table for the screen."""
-    shown = rich.table.Table(title=escape(table.title), title_justify="left", caption_justify="left")
-    shown.caption = escape("\n".join(table.notes)) or None
+    shown = rich.table.Table(title=safe(table.title), title_justify="left", caption_justify="left")
+    shown.caption = "\n".join(map(safe, table.notes)) or None
     shown.add_column("")
     for arm in table.arms:
-        shown.add_column(escape(arm), justify="right")
+        shown.add_column(safe(arm), justify="right")
     for quantity in table.quantities:
-        shown.add_row(escape(quantity.label), *(escape(as_text(cell)) for cell in table.cells[quantity.key]))
+        shown.add_row(safe(quantity.label), *(safe(as_text(cell)) for cell in table.cells[quantity.key]))
     return shown
 
 
