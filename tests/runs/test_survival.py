@@ -146,6 +146,57 @@ def test_an_unfinished_run_of_another_config_is_refused(tmp_path, monkeypatch, c
     assert (tmp_path / "run" / "checkpoint" / "epoch_00000000").exists()
 
 
+def interrupted_at(epoch, folder, monkeypatch, *more):
+    """Leave a run with the checkpoint of an epoch."""
+
+    def chunk(self, at, loss):
+        if at == epoch:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(report._Plain, "chunk", chunk)
+        assert cli.main(command(folder, *more)) == cli.INTERRUPTED
+
+
+def test_no_run_goes_on_from_what_is_not_its_own(tmp_path, monkeypatch, capsys, in_one_go):
+    """Config gone, another run's checkpoint in its place, one bit of the manifest: one line, and no record."""
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    interrupted_at(6, ours, monkeypatch)
+    interrupted_at(6, theirs, monkeypatch, "--learning-rate", "1e-3")
+    capsys.readouterr()
+    (theirs / "config.json").unlink()
+    assert cli.main(command(theirs)) == cli.BAD_INPUT
+    assert "epoch_00000006 is of a run of another config: it is not taken." in said_in_one_line(capsys)
+    (ours / "checkpoint").rename(tmp_path / "spare")
+    shutil.copytree(theirs / "checkpoint", ours / "checkpoint")
+    assert cli.main(command(ours)) == cli.BAD_INPUT
+    assert "is of a run of another config" in said_in_one_line(capsys)
+    shutil.rmtree(ours / "checkpoint")
+    shutil.copytree(tmp_path / "spare", ours / "checkpoint")
+    manifest = ours / "checkpoint" / "epoch_00000006" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"epoch":6', '"epoch":4'))
+    assert cli.main(command(ours)) == cli.IO_FAILED
+    assert "the manifest does not match its own digest" in said_in_one_line(capsys)
+    for folder in (ours, theirs):
+        assert not (folder / "record.npz").exists()
+    shutil.rmtree(ours / "checkpoint")
+    (tmp_path / "spare").rename(ours / "checkpoint")
+    (ours / "config.json").unlink()
+    assert cli.main(command(ours)) == 0, "its own, with the same config asked for"
+    assert "goes on from epoch 6 of 12" in capsys.readouterr().out
+    assert_same(ours, in_one_go)
+
+
+def test_a_full_standard_output_is_no_full_disk(tmp_path, in_one_go):
+    in_one_go.save(tmp_path / "record.npz")
+    with Path("/dev/full").open("w") as full:
+        process = [sys.executable, "-m", "lplr_jax.cli", "verify", str(tmp_path)]
+        done = subprocess.run(process, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == cli.IO_FAILED
+    expected = "lplr: standard output cannot be written to (No space left on device); send it elsewhere"
+    assert " ".join(done.stderr.split()) == expected
+
+
 def take_and_release(folder):
     lock = run_folder.Lock(folder)
     lock.acquire()
@@ -294,7 +345,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_after_room_is_made(
             patched.setattr(checkpoint, "_check_room", lambda *_: None)
         assert cli.main(command(folder)) == cli.IO_FAILED == 5
     said = said_in_one_line(capsys)
-    assert "No space left on device" in said
+    assert re.search(rf"{folder}/\S+ cannot be written \(No space left on device.*\); make room", said)
     assert "make room: what was saved before is intact, and the same command goes on from there" in said
     assert not (folder / "record.npz").exists()
     assert not list(folder.rglob(f"*{HALF}*"))
@@ -308,14 +359,7 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_after_room_is_made(
 def test_a_directory_that_becomes_read_only(disk, in_one_go, capsys, monkeypatch):
     folder = disk / "run"
     assert mount("-o", "remount,size=40m", disk).returncode == 0
-
-    def chunk(self, epoch, loss):
-        if epoch == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(report._Plain, "chunk", chunk)
-        assert cli.main(command(folder)) == cli.INTERRUPTED
+    interrupted_at(6, folder, monkeypatch)
     capsys.readouterr()
     assert mount("-o", "remount,ro", disk).returncode == 0
     assert cli.main(command(folder)) == cli.IO_FAILED
