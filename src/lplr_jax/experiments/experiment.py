@@ -129,23 +129,20 @@ class Experiment(Generic[Config, Given, Done]):
         """
         names = ("smoke", "default", *(name for name in self.presets if name not in ("smoke", "default")))
         choice = Literal[tuple(name for name in names if name == "default" or name in self.presets)]
+        flat = tyro.conf.arg(name="")
+        config_of, also_of = Annotated[self.config, flat], Annotated[FollowConfig, flat]
         chosen = self.preset(asked_preset(argv))
-        stands_for = self.default_preset()
-        meaning = "" if stands_for == "default" else f'; "default" is "{stands_for}" on this machine'
 
-        def command(preset: str, config: Config, also: FollowConfig = SCREEN_ALONE) -> int:
+        # The annotations are what the parser reads: values of this experiment, of which a type checker knows nothing.
+        def followed(preset: choice = "default", config: config_of = chosen, also: also_of = SCREEN_ALONE) -> int:  # pyright: ignore
             with Following(CONSOLE, also) as following:
                 return self.execute(config, preset=preset, following=following)
 
-        def alone(preset: str, config: Config) -> int:
-            return command(preset, config)
+        def alone(preset: choice = "default", config: config_of = chosen) -> int:  # pyright: ignore
+            return followed(preset, config)
 
-        found = command if self.followed else alone
-        found.__defaults__ = ("default", chosen, SCREEN_ALONE)[: 3 if self.followed else 2]
-        flat = tyro.conf.arg(name="")
-        found.__annotations__ |= {"preset": choice, "config": Annotated[self.config, flat]}
-        if self.followed:
-            found.__annotations__["also"] = Annotated[FollowConfig, flat]
+        found, stands_for = followed if self.followed else alone, self.default_preset()
+        meaning = "" if stands_for == "default" else f'; "default" is "{stands_for}" on this machine'
         found.__doc__ = (
             f"{help_}\n\nArgs:\n"
             f"    preset: which defaults the other options start from{meaning}.\n"
