@@ -10,7 +10,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The suite compiles more than it computes, so it runs in WORKERS processes, each with one BLAS thread.
 WORKERS ?= 2
-PYTEST = OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Rooms to test, such as ROOM="theory records"; all where it is empty.
+ROOM ?=
+PYTEST = OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(addprefix tests/,$(ROOM))
 OPTIONS = --preset $(PRESET) $(if $(OUT),--out "$(OUT)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 # A newer Python than that of .venv, for test-latest; the newest that runs.
@@ -25,6 +27,7 @@ help:  ## show this list
 	@echo 'lplr-jax: which hypotheses of local Polyak-Lojasiewicz theory hold on a training run'
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 	@echo '  variables: PRESET=smoke|default|paper  OUT=folder  DATA=file-or-folder  ARGS="--width 256 ..."'
+	@echo '  of tests:  ROOM="theory records" (folders under tests/)  WORKERS=2'
 
 setup: $(STAMP)  ## make .venv from requirements.lock
 
@@ -54,7 +57,7 @@ cifar: $(STAMP)  ## CIFAR-10, five classes: residual network, SGD, three seeds, 
 bench: $(STAMP)  ## time the kernel engine against its peers; tables to benchmarks/results/ (minutes to hours)
 	@$(BIN)/python benchmarks/ntk.py $(ARGS)
 
-test: $(STAMP)  ## the quick test suite
+test: $(STAMP)  ## the quick test suite, or that of some rooms: make test ROOM=theory
 	@$(PYTEST)
 
 test-all: $(STAMP)  ## the whole test suite, slow tests included

@@ -35,6 +35,11 @@ def test_the_documents_show_the_same_rooms():
         assert re.search(rf"^    {room.name} +{room.wing} +{re.escape(room.holds)}$", lplr_jax.__doc__, re.MULTILINE)
 
 
+def test_tests_lie_by_room():
+    found = {path.name for path in (ROOT / "tests").iterdir() if any(path.glob("test_*.py"))}
+    assert found <= {room.name for room in rooms.ROOMS} | {"house", "bad_input"}
+
+
 def resolve(name):
     """The object of a dotted name below the package."""
     found = lplr_jax
