@@ -190,6 +190,13 @@ class KernelProbe:
                 largest_vector=arrays["hessian_largest"],
             )
 
+    def forget(self, epoch: int) -> None:
+        """Drop what the probes from an epoch on kept."""
+        for kept in (self._points, self._kernels, self._spectra):
+            for later in [at for at in kept if at >= epoch]:
+                del kept[later]
+        self.untrusted = {at: why for at, why in self.untrusted.items() if not at.isdecimal() or int(at) < epoch}
+
     def close(self, arrays: Mapping[str, np.ndarray], *, search_steps: int, seed: int) -> dict[str, np.ndarray]:
         """Return what only the whole run can tell, by names in the record: spectra, pairs of probes, bounds of L_Θ, R*.
 
