@@ -52,7 +52,7 @@ def haiku_case(x, c):
 
 def bare_case(x, c):
     params = {"w": jnp.asarray(np.random.default_rng(1).normal(size=(D, c)), jnp.float32), "b": jnp.zeros(c)}
-    return lambda p, x: x @ p["w"] + p["b"], params
+    return lambda p, x: x @ p["w"] + p["b"][None], params
 
 
 FRAMEWORKS = {"linen": linen_case, "nnx": nnx_case, "equinox": equinox_case, "haiku": haiku_case, "bare": bare_case}
@@ -78,7 +78,8 @@ def loop(problem, optimizer, look, steps=STEPS, handed=False, donate=True):
 
     def step(params, state, x, y):
         _, grads = gradient(params, x, y)
-        updates, state = optimizer.update(grads, state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax's schedules and moments rely on it
+            updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     step = jax.jit(step, donate_argnums=(0,) if donate else ())
@@ -113,7 +114,7 @@ def test_every_framework(framework):
     assert not theory.any_inconsistent(theory.verify(record))
 
 
-@pytest.mark.parametrize(("method", "handed"), itertools.product(METHODS, (False, True)))
+@pytest.mark.parametrize(("method", "handed"), list(itertools.product(METHODS, (False, True))))
 def test_every_method(method, handed):
     """A linear model has L_Θ = 0, so gradient descent of a fixed small step is proved and nothing else may be."""
     x, y = data()
@@ -166,7 +167,9 @@ def test_outputs_inputs_and_scales(form, scale):
         # Twelve steps in float32 on numbers of order one.
         assert record["loss"][t] == pytest.approx(float(np.sum(r**2)) / (2 * s), rel=1e-5)
         theta = theta - eta * x.T @ r / s
-    assert next(v for v in theory.verify(record) if v.claim == "consistency").outcome == "proved"
+    # No bound is known on the rounding of a kernel of several inputs.
+    whole = next(v for v in theory.verify(record) if v.claim == "consistency").outcome
+    assert whole == ("not refuted" if form == "pytree of inputs" else "proved")
 
 
 def test_every_kth_step_sees_the_one_after_it():
