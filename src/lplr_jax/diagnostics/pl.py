@@ -1,6 +1,6 @@
 """The Polyak-Łojasiewicz ratio: what is known of it when L* is not, and its identity with the kernel."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from lplr_jax import checks
 from lplr_jax.curves.pl import pl_bracket
 from lplr_jax.losses import LossScale, Objective
 from lplr_jax.ntk import checks as probes
-from lplr_jax.ntk.empirical import cast_floating, precision_scope
+from lplr_jax.ntk.empirical import cast_floating, cast_parameters, of_theta, precision_scope
 from lplr_jax.types import ApplyFn, Params
 
 
@@ -83,8 +83,10 @@ def evaluate_point(apply_fn: ApplyFn, params: Params, x: Any, y: Any, *, loss_sc
     if not (hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.number) and np.isfinite(np.asarray(y)).all()):
         raise ValueError(f"y must be an array (n, c) of finite numbers, got {checks.shown(y)}")
     with precision_scope("float64"):
-        probes.inputs(params, x)
-        probes.deterministic(apply_fn, *cast_floating((params, x), "float64"))
-        params, x, y = cast_floating((params, x, y), "float64")
+        split = cast_parameters(probes.inputs(params, x), "float64")
+        x, y = cast_floating((x, y), "float64")
+        probes.deterministic(apply_fn, split, x)
+        apply_fn, params = of_theta(apply_fn, split, x)
+        objective = replace(objective, apply_fn=apply_fn)
         loss, grad_sq_norm, residual = jax.device_get(_at_point(params, x, y, objective=objective))
     return PointDiagnostics(float(loss), float(grad_sq_norm), residual, float(objective.scale(residual.shape[0])))

@@ -22,6 +22,7 @@ from lplr_jax.losses import LossScale, Objective
 from lplr_jax.measurement.probe import KernelProbe
 from lplr_jax.models import ResNet
 from lplr_jax.ntk.empirical import check_kernel_name
+from lplr_jax.parameters import count_parameters
 from lplr_jax.records import Record
 from lplr_jax.runs.checkpoint import Checkpoints
 from lplr_jax.runs.environment import describe_environment, peak_memory_bytes
@@ -38,7 +39,7 @@ from lplr_jax.runs.loop import (
 )
 from lplr_jax.runs.session import Follow, Observer, Say, unfollowed
 from lplr_jax.training import batches_of, init_shuffled
-from lplr_jax.types import Params, count_parameters
+from lplr_jax.types import Params
 
 
 @dataclass(frozen=True)

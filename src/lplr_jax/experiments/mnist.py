@@ -19,13 +19,14 @@ from lplr_jax.losses import LossScale, Objective
 from lplr_jax.measurement.probe import KernelProbe
 from lplr_jax.models import ACTIVATIONS, INITS, MLP
 from lplr_jax.ntk.empirical import Precision, check_kernel_name
+from lplr_jax.parameters import count_parameters
 from lplr_jax.records import Record
 from lplr_jax.runs.checkpoint import Checkpoints
 from lplr_jax.runs.environment import describe_environment, peak_memory_bytes
 from lplr_jax.runs.loop import MOST, check_learning_rate, check_memory, probe_epochs, run_training, spread
 from lplr_jax.runs.session import Observer
 from lplr_jax.training import EpochMetrics, TrainState, evaluate, init_state, train_epochs
-from lplr_jax.types import Params, count_parameters
+from lplr_jax.types import Params
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ import numpy as np
 
 from lplr_jax import checks
 from lplr_jax.ntk.memory import bytes_of, total_memory
+from lplr_jax.parameters import count_parameters
 from lplr_jax.runs import interrupt
 from lplr_jax.runs.checkpoint import Checkpoints
 from lplr_jax.runs.environment import describe_environment
 from lplr_jax.runs.session import Judging, Observer, Silent
 from lplr_jax.theory import Verdict
 from lplr_jax.training import EpochMetrics, ExactMetrics, ShuffledState, TrainState
-from lplr_jax.types import Params, count_parameters
+from lplr_jax.types import Params
 
 _LOG = logging.getLogger(__name__)
 
