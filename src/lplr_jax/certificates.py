@@ -51,6 +51,13 @@ def down(x: float) -> float:
     return math.nextafter(x, -math.inf)
 
 
+def any_denormal(array: np.ndarray) -> bool:
+    """Return whether an entry is neither zero nor a normal number, read off its bits: comparisons may flush it."""
+    flat = np.ascontiguousarray(array, np.float64).reshape(-1).view(np.uint64)
+    one, most = np.uint64(1), np.uint64(2**53 - 1)
+    return any(bool((((bits << one) - one) < most).any()) for bits in np.split(flat, range(2**20, flat.size, 2**20)))
+
+
 def sum_up(terms: np.ndarray) -> float:
     """Return an upper bound of a sum of exact doubles; `fsum` rounds once."""
     return up(math.fsum(terms.tolist()))

@@ -30,9 +30,10 @@ class Ritz:
     Attributes:
         least: least Ritz value, an upper bound of λ_min up to rounding.
         largest: largest Ritz value, a lower bound of λ_max up to rounding.
-        least_residual: ‖A x - λ x‖ of the least pair, x of unit length; some eigenvalue lies this close to `least`.
+        least_residual: ‖A x - λ x‖ of the least pair, x of unit length, with k ε ‖A‖ for the rounding of k products
+            and sums; some eigenvalue lies this close to `least`.
         largest_residual: the same of the largest pair.
-        converged: whether both residuals are at most the tolerance times max(|least|, |largest|).
+        converged: whether both residuals, rounding left out, are at most the tolerance times max(|least|, |largest|).
         num_matvecs: operator products used.
         least_vector: unit Ritz vector, shape (p,), on the host.
         largest_vector: the same of the largest pair.
@@ -62,6 +63,9 @@ def _tridiagonalise(matvec: Matvec, num_matvecs: int, vector: Any, args: tuple[A
 @jax.jit
 def _combine(basis: Any, weights: Float[Array, "r k"]) -> Float[Array, "r p"]:
     """Return weighted sums of the basis vectors, flat and of unit length."""
+    # Vectors behind an exhausted subspace are no numbers, and no part of the sums.
+    used = jnp.any(weights != 0, axis=0)
+    basis = jax.tree.map(lambda q: jnp.where(used.reshape(-1, *[1] * (q.ndim - 1)), q, jnp.zeros_like(q)), basis)
     sums = jax.vmap(lambda w: ravel_pytree(jax.tree.map(lambda q: jnp.tensordot(w, q, 1), basis))[0])(weights)
     return sums / jnp.linalg.norm(sums, axis=1, keepdims=True)
 
@@ -146,7 +150,7 @@ def extreme_ritz(
     vector = np.random.default_rng(seed).standard_normal(p)
     vector /= np.linalg.norm(vector)
     # Vectors of a result that is no number would make every later one like it.
-    if start is not None and np.isfinite(start.least + start.largest):
+    if start is not None and np.isfinite(start.least_vector).all() and np.isfinite(start.largest_vector).all():
         if start.least_vector.shape != (p,):
             raise ValueError(f"start holds vectors of shape {start.least_vector.shape}, but the operator needs ({p},)")
         # A random part stays, or directions orthogonal to the old vectors would never be seen.
@@ -168,6 +172,8 @@ def extreme_ritz(
         converged = all(residual <= tolerance * scale for _, residual, _ in best)
         vector = best[0][2] + best[1][2]
     (least, least_residual, least_vector), (largest, largest_residual, largest_vector) = best
+    rounding = k * float(jnp.finfo(dtype).eps) * max(abs(least), abs(largest))
+    least_residual, largest_residual = least_residual + rounding, largest_residual + rounding
     return Ritz(
         least=least,
         largest=largest,

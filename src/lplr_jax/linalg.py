@@ -138,6 +138,9 @@ def min_eig(
         raise TypeError(f"assumptions must be a tuple of texts, got {checks.shown(assumptions)}")
     a, asymmetry = _checked(matrix)
     exponent = _exponent(a)
+    # Denormal entries may be read as zeros, and a matrix of them as zero; that takes less than η from each.
+    small = exponent < -certificates.MAX_EXPONENT or exponent == 0
+    denormal = a.shape[0] * certificates.TINY if small and certificates.any_denormal(a) else 0.0
     if abs(exponent) > certificates.MAX_EXPONENT:
         # In two steps, as 2**-exponent itself may overflow; entries that underflow lose at most η each.
         half = exponent // 2
@@ -154,8 +157,12 @@ def min_eig(
         lower, upper = certificates.down(lower - scaled_error), certificates.up(upper + scaled_error)
     if exponent:
         value = _times_power(value, exponent)
+        # The result is rounded once more, and what is below η may be lost.
+        denormal += certificates.TINY
         lower = certificates.down(_times_power(lower, exponent))
         upper = certificates.up(_times_power(upper, exponent))
+    if denormal:
+        lower, upper = certificates.down(lower - denormal), certificates.up(upper + denormal)
     if factor_error:
         lower, upper = _with_factor_error(lower, upper, factor_error)
     proved = certificates.arithmetic_holds()

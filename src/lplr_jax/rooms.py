@@ -29,7 +29,10 @@ ROOMS = (
     Room("theory", "right", "claims, evidence, verdicts"),
     Room("plotting", "right", "a record to a figure"),
     Room("types", "left", "what is called a parameter tree and a network"),
+    Room("parameters", "left", "which leaves of a parameter tree are θ"),
     Room("layouts", "left", "convolutions as XLA's CPU likes them"),
+    Room("closures", "left", "what a function reads beside its arguments"),
+    Room("programs", "left", "traced functions, told apart by what they compute"),
     Room("certificates", "left", "bounds on rounding in linear algebra"),
     Room("lanczos", "left", "extreme Ritz values of an operator"),
     Room("linalg", "left", "eigenvalues with their quality"),
@@ -94,7 +97,12 @@ DOORS = {
         "spectrum_and_energy": "lplr_jax.measurement.kernel",
         "verify_point": "lplr_jax.runs.point",
     },
-    "lplr_jax.models": {"ApplyFn": "lplr_jax.types", "Params": "lplr_jax.types", "count_parameters": "lplr_jax.types"},
+    "lplr_jax.models": {
+        "ApplyFn": "lplr_jax.types",
+        "Params": "lplr_jax.types",
+        "count_parameters": "lplr_jax.parameters",
+    },
+    "lplr_jax.types": {"count_parameters": "lplr_jax.parameters"},
     "lplr_jax.training": {"LossScale": "lplr_jax.losses", "Objective": "lplr_jax.losses"},
 }
 """Names that a module gives out lazily from another one: the face, names from above it, names that lay in it before.

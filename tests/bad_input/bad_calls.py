@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from bad_input import Case
-from lplr_jax import data, diagnostics, linalg, losses, models, ntk, plotting, records, theory, training, types
+from lplr_jax import data, diagnostics, linalg, losses, models, ntk, plotting, records, theory, training
 from lplr_jax.data import DataError, Dataset
 from lplr_jax.experiments import ablation, boundary, cifar, initialisation, mnist, trust
 from lplr_jax.records import Record, RecordError
@@ -114,7 +114,7 @@ def model_cases():
         *each("MLP inputs", lambda v: small.init(key, v), (np.float32(1), np.ones((2, 0), np.float32), "x", None, X.astype(str), X.astype(object)),
               r"x must be .*\(n, ...\).*got", EITHER),
         *each("MLP apply on other features", lambda v: small.apply(variables, v), (X[:, :2], np.ones((4, 3, 3), np.float32)), r"x has \d features a sample.*3"),
-        *each("count_parameters", types.count_parameters, ("text", [object()]), r"params must be a pytree of arrays, got", EITHER),
+        *each("count_parameters", parameters.count_parameters, ("text", [object()]), r"params must be a pytree of arrays, got", EITHER),
     ]  # fmt: skip
 
 

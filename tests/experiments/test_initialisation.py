@@ -16,7 +16,7 @@ from lplr_jax.experiments import initialisation, mnist
 from lplr_jax.losses import Objective
 from lplr_jax.models import INITS, MLP
 from lplr_jax.ntk import empirical_ntk
-from lplr_jax.types import count_parameters
+from lplr_jax.parameters import count_parameters
 
 
 def layers(params):

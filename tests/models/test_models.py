@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lplr_jax.models import MLP, ResNet
 from lplr_jax.ntk import checks
-from lplr_jax.types import count_parameters
+from lplr_jax.parameters import count_parameters
 
 
 @pytest.mark.parametrize(("width", "expected"), [(128, 150_145), (256, 398_593), (512, 1_190_401), (1024, 3_953_665)])

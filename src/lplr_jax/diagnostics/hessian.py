@@ -10,11 +10,14 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from lplr_jax import checks
+from lplr_jax import checks, parameters, programs
 from lplr_jax.lanczos import Matvec, Ritz, extreme_ritz
-from lplr_jax.ntk import checks as probes
-from lplr_jax.ntk.empirical import Precision, cast_floating, precision_scope
+from lplr_jax.ntk.empirical import Precision, cast_floating, cast_parameters, point, precision_scope
+from lplr_jax.parameters import Trainable
 from lplr_jax.types import ApplyFn, Params
+
+Loss = Callable[..., Any]
+"""(θ, arrays, *data) -> scalar, θ and arrays lists."""
 
 Reduction = Literal["sum", "mean"]
 
@@ -35,36 +38,36 @@ class Extremes(Ritz):
     batch_size: int | None = None
 
 
-@lru_cache(maxsize=64)
-def _hessian_product(loss_fn: Callable[..., Any]) -> Matvec:
-    """Return (v, params, data) -> ∇²L v; one object per loss, so that compiled code is found again."""
+def _hessian_product(loss: Loss) -> Matvec:
+    """Return (v, θ, arrays, data) -> ∇²L v."""
 
-    def product(vector: Params, params: Params, data: tuple[Any, ...]) -> Params:
-        gradient = jax.grad(lambda q: loss_fn(q, *data))
-        return jax.jvp(gradient, (params,), (vector,))[1]
+    def product(vector: Any, theta: Any, arrays: Any, data: tuple[Any, ...]) -> Any:
+        gradient = jax.grad(lambda q: loss(q, arrays, *data))
+        return jax.jvp(gradient, (theta,), (vector,))[1]
 
     return product
 
 
-@lru_cache(maxsize=64)
-def _accumulated_product(loss_fn: Callable[..., Any], reduction: str, batch_size: int) -> Matvec:
-    """Return the same product as a sum over micro-batches; the last one may be smaller."""
-    product = _hessian_product(loss_fn)
+def _over_batches(function: Callable[..., Any], reduction: str, batch_size: int) -> Callable[..., Any]:
+    """Return a function of (..., data) as its sum or mean over micro-batches; the last one may be smaller."""
 
-    def accumulated(vector: Params, params: Params, data: tuple[Any, ...]) -> Params:
+    def accumulated(*args: Any) -> Any:
+        *rest_of, data = args
         n = jax.tree.leaves(data)[0].shape[0]
         full, rest = divmod(n, batch_size)
 
-        def add(total: Params, batch: tuple[Any, ...], samples: int) -> Params:
+        def add(total: Any, batch: tuple[Any, ...], samples: int) -> Any:
             weight = samples / n if reduction == "mean" else 1.0
-            return jax.tree.map(lambda t, h: t + weight * h, total, product(vector, params, batch))
+            return jax.tree.map(lambda t, h: t + weight * h, total, function(*rest_of, batch))
 
-        def body(total: Params, index: Any) -> tuple[Params, None]:
+        def body(total: Any, index: Any) -> tuple[Any, None]:
             start = index * batch_size
             batch = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, batch_size), data)
             return add(total, batch, batch_size), None
 
-        total, _ = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, vector), jnp.arange(full))
+        first = jax.tree.map(lambda leaf: leaf[:batch_size], data)
+        zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(function, *rest_of, first))
+        total, _ = jax.lax.scan(body, zeros, jnp.arange(full))
         return add(total, jax.tree.map(lambda leaf: leaf[full * batch_size :], data), rest) if rest else total
 
     return accumulated
@@ -79,13 +82,13 @@ def _intermediate_bytes(jaxpr: Any) -> int:
     return total
 
 
-def _batch_size(loss_fn: Callable[..., Any], params: Params, data: tuple[Any, ...], budget: int) -> int | None:
+def _batch_size(loss: Loss, theta: Any, arrays: Any, data: tuple[Any, ...], budget: int) -> int | None:
     """Return the samples whose product fits into the budget, or None if all do."""
     n = jax.tree.leaves(data)[0].shape[0]
 
     def size(batch: int) -> int:
         part = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype), data)
-        return _intermediate_bytes(jax.make_jaxpr(_hessian_product(loss_fn))(params, params, part).jaxpr)
+        return _intermediate_bytes(jax.make_jaxpr(_hessian_product(loss))(theta, theta, arrays, part).jaxpr)
 
     if n < 2:
         return None
@@ -94,27 +97,65 @@ def _batch_size(loss_fn: Callable[..., Any], params: Params, data: tuple[Any, ..
 
 
 def _check_reduction(
-    loss_fn: Callable[..., Any], params: Params, data: tuple[Any, ...], reduction: str, batch_size: int
+    loss: Loss, theta: Any, arrays: Any, data: tuple[Any, ...], reduction: str, batch_size: int, budget: int
 ) -> None:
-    """Raise where the loss of two batches is not the sum or the mean that the caller declared."""
-    n = jax.tree.leaves(data)[0].shape[0]
-    half = min(batch_size, n // 2)
-    first, second, both = (
-        float(loss_fn(params, *jax.tree.map(lambda leaf, a=a, b=b: leaf[a:b], data)))
-        for a, b in ((0, half), (half, 2 * half), (0, 2 * half))
+    """Raise where the loss over micro-batches, or its second derivative, is not that of all data.
+
+    Loss, slope and curvature along one random direction are taken of both: forward over forward, which keeps no
+    activations; of a loss without a forward mode, one product, where all data do not need too much memory for it.
+    """
+    rng = np.random.default_rng(0)
+    direction = [jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype) for leaf in theta]
+
+    def along(theta: Any, arrays: Any, data: tuple[Any, ...]) -> Any:
+        def slope(q: Any) -> tuple[Any, Any]:
+            return jax.jvp(lambda r: loss(r, arrays, *data), (q,), (direction,))
+
+        (value, first), (_, second) = jax.jvp(slope, (theta,), (direction,))
+        return {"the loss": value, "its slope along a direction": first, "its curvature along a direction": second}
+
+    def product(theta: Any, arrays: Any, data: tuple[Any, ...]) -> Any:
+        image = _hessian_product(loss)(direction, theta, arrays, data)
+        form = sum(jnp.vdot(v, h) for v, h in zip(direction, image, strict=True))
+        return {"the loss": loss(theta, arrays, *data), "its curvature along a direction": form}
+
+    def values(theta: Any, arrays: Any, data: tuple[Any, ...]) -> Any:
+        return {"the loss": loss(theta, arrays, *data)}
+
+    whole = None
+    for function in (along, product, values):
+        try:
+            closed = jax.make_jaxpr(function)(theta, arrays, data)
+            programs.refuse_missing_mode(closed)
+        except Exception:  # JAX says in several ways that a mode is missing
+            continue
+        if function is product and _intermediate_bytes(closed.jaxpr) > 16 * budget:
+            continue
+        whole = function
+        break
+    if whole is None:
+        return
+    moduli = _over_batches(lambda *args: jax.tree.map(jnp.abs, whole(*args)), reduction, batch_size)
+    found, parts, scale = (
+        jax.device_get(jax.jit(function)(theta, arrays, data))
+        for function in (whole, _over_batches(whole, reduction, batch_size), moduli)
     )
-    expected = first + second if reduction == "sum" else 0.5 * (first + second)
-    # Rounding of three losses, generously; a wrong declaration is off by a factor of about two.
-    if abs(both - expected) > 1e-3 * (abs(first) + abs(second)):
-        raise ValueError(
-            f'reduction="{reduction}" does not describe the loss: on two batches it gives {first:.6g} and '
-            f"{second:.6g}, on both together {both:.6g}; declare the right one, or leave it out to take all at once"
-        )
+    narrow = programs.narrowing(closed, [True] * len(closed.jaxpr.invars), theta[0].dtype)
+    eps = max(float(jnp.finfo(theta[0].dtype).eps), 0.0 if narrow is None else narrow.eps)
+    for name, value in found.items():
+        # Roundings of sums in another order; 1e4 leave room for sums of 1e8 terms.
+        if not abs(value - parts[name]) <= min(1e4 * eps, 0.1) * scale[name]:
+            raise ValueError(
+                f'reduction="{reduction}" does not describe the loss: over micro-batches of {batch_size} samples '
+                f"{name} is {float(parts[name]):.6g}, of all data {float(value):.6g} (weights, masks or labels "
+                "normalised over the batch, or a penalty that each batch repeats, make them differ); declare the right "
+                "one, move such parts out of the loss, or leave reduction out to take all data at once"
+            )
 
 
-def _check_scalar(loss_fn: Callable[..., Any], params: Params, data: tuple[Any, ...]) -> None:
+def _check_scalar(loss: Loss, theta: Any, arrays: Any, data: tuple[Any, ...]) -> None:
     try:
-        value = jax.eval_shape(loss_fn, params, *data)
+        value = jax.eval_shape(loss, theta, arrays, *data)
     except Exception as error:  # whatever the caller's function raises
         raise ValueError(
             f"loss_fn fails on these parameters and data ({type(error).__name__}: {error}); it must take "
@@ -138,6 +179,7 @@ def hessian_extremes(
     tolerance: float = 1e-6,
     seed: int = 0,
     start: Extremes | None = None,
+    trainable: Trainable = None,
 ) -> Extremes:
     """Measure the least and the largest algebraic eigenvalue of the full-data Hessian ∇²L(θ).
 
@@ -145,11 +187,12 @@ def hessian_extremes(
     sharpness is under-estimated and the curvature's least value over-estimated until the residuals say otherwise.
 
     Args:
-        loss_fn: (params, *data) -> scalar; pass the same function object again to reuse compiled code.
-        params: θ, a pytree of floating arrays.
+        loss_fn: (params, *data) -> scalar.
+        params: pytree of parameters; which of its leaves are θ is said in `parameters`.
         *data: pytrees of arrays; with `reduction`, all with the samples on the leading axis.
         reduction: "sum" or "mean" if the loss is that of a per-sample loss over the leading axis of the data; products
-            are then accumulated over micro-batches. None takes all data at once.
+            are then accumulated over micro-batches, whose loss and curvature along one direction are first held
+            against those of all data. None takes all data at once.
         memory_budget: bytes for the intermediate values of a product; sets the micro-batch where `reduction` is given.
         dtype: precision, in a local scope; parameters and data are cast to it.
         num_matvecs: products per Lanczos cycle; about twice as many vectors of p numbers are held.
@@ -157,13 +200,14 @@ def hessian_extremes(
         tolerance: residual at which it stops, relative to the larger eigenvalue's modulus.
         seed: of the start vector.
         start: result at a nearby θ, to start from its eigenvectors.
+        trainable: as for `ntk.empirical_ntk`.
 
     Returns:
         Both eigenvalues with residuals, in units of the loss per squared parameter; NaN and unconverged where a product
         is not finite.
 
     Raises:
-        TypeError: for parameters that are not floating.
+        TypeError: for parameters that are complex, or anything that JAX is tracing.
         ValueError: for a setting out of range, a loss that is no scalar or not what `reduction` declares.
 
     Example:
@@ -176,36 +220,43 @@ def hessian_extremes(
     if reduction is not None:
         checks.one_of("reduction", reduction, get_args(Reduction))
     checks.whole("memory_budget", memory_budget, least=1)
-    for name, tree in (("params", params), ("data", data)):
-        for leaf in jax.tree.leaves(tree):
+    programs.refuse_tracers(jax.tree.leaves((params, data)))
+    split = parameters.split(params, trainable)
+    for name, leaves in (("params", split.values), ("data", jax.tree.leaves(data))):
+        for leaf in leaves:
             array = checks.as_array(leaf)
             if array is None or array.dtype.kind in "OUSMm":
                 raise TypeError(f"{name} must hold arrays of numbers, got a leaf {checks.shown(leaf)}")
-            if np.issubdtype(array.dtype, np.inexact) and not np.isfinite(array).all():
+            if jnp.issubdtype(array.dtype, np.inexact) and not np.isfinite(array).all():
                 raise ValueError(f"{name} must be finite, got {checks.shown(array)} with NaN or infinity; clean it")
-    for leaf in jax.tree.leaves(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(f"parameters must be floating arrays, got a leaf of dtype {jnp.result_type(leaf)}")
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(data)}
     if reduction is not None and (len(lengths) != 1 or lengths <= {(), (0,)}):
         raise ValueError(
             f"with reduction, all data must share their leading axis of samples; the leading axes are {sorted(lengths)}"
         )
     with precision_scope(dtype):
-        params, data = cast_floating((params, data), dtype)
-        _check_scalar(loss_fn, params, data)
+        split, data = cast_parameters(split, dtype), cast_floating(data, dtype)
+        loss, theta, arrays = parameters.on_theta(loss_fn, split), split.values, list(split.arrays)
+        _check_scalar(loss, theta, arrays, data)
         batch_size = None
-        matvec = _hessian_product(loss_fn)
+        product = _hessian_product(loss)
         if reduction is not None:
-            batch_size = _batch_size(loss_fn, params, data, memory_budget)
+            batch_size = _batch_size(loss, theta, arrays, data, memory_budget)
             if batch_size is not None:
-                _check_reduction(loss_fn, params, data, reduction, batch_size)
-                matvec = _accumulated_product(loss_fn, reduction, batch_size)
-        ritz = extreme_ritz(
-            matvec,
-            params,
-            params,
-            data,
+                _check_reduction(loss, theta, arrays, data, reduction, batch_size, memory_budget)
+
+                def with_vector_last(theta: Any, arrays: Any, vector: Any, data: Any) -> Any:
+                    return _hessian_product(loss)(vector, theta, arrays, data)
+
+                summed = _over_batches(with_vector_last, reduction, batch_size)
+
+                def product(vector: Any, theta: Any, arrays: Any, data: Any) -> Any:
+                    return summed(theta, arrays, vector, data)
+
+        ritz = _extremes(
+            product,
+            theta,
+            (theta, arrays, data),
             num_matvecs=num_matvecs,
             max_matvecs=max_matvecs,
             tolerance=tolerance,
@@ -215,16 +266,46 @@ def hessian_extremes(
     return Extremes(**vars(ritz), batch_size=batch_size)
 
 
+def _extremes(product: Matvec, like: Any, args: tuple[Any, ...], **settings: Any) -> Ritz:
+    """Search both ends of an operator's spectrum; its product is traced anew and its compiled code found again."""
+    with jax.default_matmul_precision("highest"):
+        function, consts = programs.find(product, like, *args)
+    return extreme_ritz(_with_consts_behind(function), like, consts, *args, **settings)
+
+
 @lru_cache(maxsize=64)
-def _kernel_product(apply_fn: ApplyFn) -> Matvec:
-    def product(vector: Any, params: Params, x: Any) -> Any:
-        def outputs(q: Params) -> Any:
-            return apply_fn(q, x)
+def _with_consts_behind(function: Callable[..., Any]) -> Matvec:
+    return lambda vector, consts, *args: function(consts, vector, *args)
 
-        (cotangent,) = jax.vjp(outputs, params)[1](vector)
-        return jax.jvp(outputs, (params,), (cotangent,))[1]
 
-    return product
+def _kernel_product(outputs_of: Callable[..., Any], theta: Any, arrays: Any, x: Any) -> tuple[Matvec, Any]:
+    """Return (v, θ, arrays, x) -> J (Jᵀ v), and what v looks like."""
+
+    def forward(vector: Any, theta: Any, arrays: Any, x: Any) -> Any:
+        outputs, pull = jax.vjp(lambda q: outputs_of(q, arrays, x), theta)
+        del outputs
+        return jax.jvp(lambda q: outputs_of(q, arrays, x), (theta,), pull(vector))[1]
+
+    def reverse(vector: Any, theta: Any, arrays: Any, x: Any) -> Any:
+        # J u is the derivative of v -> ⟨Jᵀ v, u⟩: reverse mode twice, for functions that have no other.
+        pull = jax.vjp(lambda q: outputs_of(q, arrays, x), theta)[1]
+        (cotangent,), again = jax.vjp(pull, jnp.zeros_like(vector))
+        del cotangent
+        return again(pull(vector))[0]
+
+    like = jax.eval_shape(outputs_of, theta, arrays, x)
+    zeros, failed = jnp.zeros(like.shape, like.dtype), None
+    for product in (forward, reverse):
+        try:
+            programs.refuse_missing_mode(jax.make_jaxpr(product)(zeros, theta, arrays, x))
+        except Exception as error:  # JAX says in several ways that a mode is missing
+            failed = error
+        else:
+            return product, zeros
+    raise ValueError(
+        f"apply_fn has no derivative in reverse mode ({type(failed).__name__}: {failed}), which products with its "
+        "kernel need; `ntk.empirical_ntk` assembles the kernel in forward mode"
+    ) from failed
 
 
 def ntk_extremes(
@@ -237,6 +318,7 @@ def ntk_extremes(
     max_matvecs: int = 240,
     tolerance: float = 1e-6,
     seed: int = 0,
+    trainable: Trainable = None,
 ) -> Ritz:
     """Estimate both ends of the kernel's spectrum from products Θ v = J (Jᵀ v), for kernels too large to assemble.
 
@@ -245,13 +327,14 @@ def ntk_extremes(
 
     Args:
         apply_fn: pure function from parameters and inputs (n, ...) to outputs (n, c) or (n,).
-        params: pytree of floating arrays.
+        params: pytree of parameters; which of its leaves are θ is said in `parameters`.
         x: inputs with leading axis n; one product holds the activations of all of them.
         dtype: precision, in a local scope.
         num_matvecs: products per Lanczos cycle.
         max_matvecs: products after which it stops unconverged.
         tolerance: residual at which it stops, relative to λ_max.
         seed: of the start vector.
+        trainable: as for `ntk.empirical_ntk`.
 
     Returns:
         The Ritz values at both ends with their residuals.
@@ -262,16 +345,13 @@ def ntk_extremes(
     """
     checks.function("apply_fn", apply_fn, "(params, x) -> outputs (n, c)")
     with precision_scope(dtype):
-        probes.inputs(params, x)
-        params, x = cast_floating((params, x), dtype)
-        probes.deterministic(apply_fn, params, x)
-        like = jax.eval_shape(apply_fn, params, x)
-        zeros = jnp.zeros(like.shape, like.dtype)
-        return extreme_ritz(
-            _kernel_product(apply_fn),
-            zeros,
-            params,
-            x,
+        at = point(apply_fn, params, x, dtype=dtype, trainable=trainable, coupling=False)
+        theta, arrays = at.params.values, list(at.params.arrays)
+        product, like = _kernel_product(parameters.on_theta(apply_fn, at.params), theta, arrays, at.x)
+        return _extremes(
+            product,
+            like,
+            (theta, arrays, at.x),
             num_matvecs=num_matvecs,
             max_matvecs=max_matvecs,
             tolerance=tolerance,

@@ -1,5 +1,6 @@
 """The smallest eigenvalue of the empirical kernel, for notebooks and for runs."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -7,23 +8,44 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from lplr_jax import checks, linalg
-from lplr_jax.ntk.empirical import empirical_ntk
+from lplr_jax import certificates, checks, linalg, parameters
+from lplr_jax.ntk import engine
+from lplr_jax.ntk.empirical import (
+    Point,
+    at_point,
+    cast_floating,
+    cast_parameters,
+    check_settings,
+    point,
+    precision_scope,
+    without_gradient,
+)
+from lplr_jax.parameters import Trainable
+from lplr_jax.programs import Narrow
 from lplr_jax.proofs.assembly import assembly_bound
 from lplr_jax.types import ApplyFn, Params
 
 
 def empirical_ntk_min_eig(
-    apply_fn: ApplyFn, params: Params, x: Any, *, kernel: str = "auto", memory_budget: int | None = None
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    *,
+    kernel: str = "auto",
+    memory_budget: int | None = None,
+    trainable: Trainable = None,
 ) -> linalg.MinEig:
     """Compute λ_min of the full (n c, n c) empirical kernel in float64, whatever the global float64 flag.
 
+    Where there are more rows n c than parameters, λ_min = 0 by counting, and no kernel is formed.
+
     Args:
         apply_fn: pure function from parameters and inputs (n, ...) to outputs (n, c) or (n,).
-        params: pytree of floating arrays.
+        params: pytree of parameters; which of its leaves are θ is said in `parameters`.
         x: inputs with leading axis n.
         kernel: one of `lplr_jax.ntk.KERNELS`.
         memory_budget: bytes for the assembly beside the kernel itself.
+        trainable: as for `ntk.empirical_ntk`.
 
     Returns:
         The eigenvalue, in squared units of the output per squared unit of the parameters, with its interval; see
@@ -38,33 +60,76 @@ def empirical_ntk_min_eig(
         >>> float(empirical_ntk_min_eig(lambda w, x: x @ w, jnp.ones((2, 1)), jnp.array([[1.0, 0.0], [0.0, 2.0]])))
         1.0
     """
-    theta = empirical_ntk(apply_fn, params, x, kernel=kernel, memory_budget=memory_budget)
-    return certified_min_eig(apply_fn, params, x, np.asarray(theta))
+    check_settings(apply_fn, kernel=kernel, memory_budget=memory_budget)
+    with precision_scope("float64"):
+        at = point(apply_fn, params, x, dtype="float64", trainable=trainable)
+        without_gradient(at)
+        rows = jax.tree.leaves(at.x)[0].shape[0] * at.traced.c
+        if rows > at.params.size:
+            return _by_counting(rows, at.params.size)
+        theta = np.asarray(at_point(apply_fn, at, kernel=kernel, memory_budget=memory_budget))
+        return _certified(apply_fn, at, x, theta)
 
 
-def certified_min_eig(apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np.ndarray, "nc nc"]) -> linalg.MinEig:
+def certified_min_eig(
+    apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np.ndarray, "nc nc"], *, trainable: Trainable = None
+) -> linalg.MinEig:
     """Compute λ_min of an assembled kernel, in an interval that holds that of the exact kernel where one is known.
 
     Args:
         apply_fn: the function whose kernel it is.
-        params: pytree of floating arrays.
+        params: pytree of parameters.
         x: inputs with leading axis n.
         theta: its full kernel, (n c, n c), in float64.
+        trainable: as for `ntk.empirical_ntk`.
 
     Returns:
         For networks of dense and convolutional layers, average pooling and softplus, tanh or relu, a proved interval
         for the exact kernel. For any other the interval is about the computed kernel alone: `proved` is False and
-        `reason` says so.
+        `reason` says so. Where the function rounds to a narrower type than float64 inside, the interval is widened by
+        an estimate of what that does to the kernel, and `reason` names the operation. With more rows than parameters
+        the exact λ_min is 0, proved, whatever the function.
     """
     n = jax.tree.leaves(x)[0].shape[0]
     if linalg.as_symmetric(theta).shape[0] % n:
         raise ValueError(f"theta must be the full kernel, ({n} c, {n} c) for {n} samples, got shape {theta.shape}")
-    bound = assembly_bound(apply_fn, params, x, theta)
+    with precision_scope("float64"):
+        split = cast_parameters(parameters.split(params, trainable), "float64")
+        wide = cast_floating(x, "float64")
+        return _certified(apply_fn, Point(split, wide, engine.trace(apply_fn, split, wide)), x, theta)
+
+
+def _certified(apply_fn: ApplyFn, at: Point, x: Any, theta: Float[np.ndarray, "nc nc"]) -> linalg.MinEig:
+    bound = assembly_bound(apply_fn, at.params, x, theta)
+    if theta.shape[0] > at.params.size:
+        known = {} if bound is None else {"assembly_error": bound.assembly_error, "factor_error": bound.factor_error}
+        return replace(_by_counting(theta.shape[0], at.params.size), **known)
     if bound is not None:
         return linalg.min_eig(theta, **vars(bound))
-    alone = linalg.min_eig(theta)
     reason = "no bound on the assembly of this network's kernel is known, so the interval is about the computed kernel"
-    return replace(alone, proved=False, assumptions=(), reason="; ".join(filter(None, (reason, alone.reason))))
+    narrow, error = at.traced.narrow, 0.0
+    if narrow is not None:
+        error = _narrowing_error(narrow, theta)
+        reason = f"{engine.widening(narrow)}; the interval is widened by an estimate of that rounding"
+    found = linalg.min_eig(theta, assembly_error=error)
+    return replace(found, proved=False, assumptions=(), reason="; ".join(filter(None, (reason, found.reason))))
+
+
+def _by_counting(rows: int, p: int) -> linalg.MinEig:
+    """λ_min of a kernel with more rows than parameters."""
+    counted = f"the kernel is J Jᵀ with J of shape ({rows}, {p}): more rows than parameters, so its rank is at most {p}"
+    return linalg.MinEig(
+        value=0.0, lower=0.0, upper=0.0, proved=True, converged=True, assembly_error=math.inf, assumptions=(counted,)
+    )
+
+
+def _narrowing_error(narrow: Narrow, theta: Float[np.ndarray, "nc nc"]) -> float:
+    """Estimate what rounding inside a function does to its kernel, in spectral norm.
+
+    Each of k roundings on the way to the outputs, and as many on the way back, moves the rows of J by ε relative to
+    their size, to first order and for steps that do not amplify: J by 2 k ε ‖J‖, Θ by 4 k ε ‖Θ‖.
+    """
+    return 4.0 * narrow.roundings * narrow.eps * certificates.row_sum_bound(theta)
 
 
 def effective_rank(theta: Float[np.ndarray, "nc nc"]) -> float:

@@ -1,6 +1,6 @@
 """The Polyak-Łojasiewicz ratio: what is known of it when L* is not, and its identity with the kernel."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from lplr_jax import checks
 from lplr_jax.curves.pl import pl_bracket
 from lplr_jax.losses import Loss, Objective, Scale, as_loss
 from lplr_jax.ntk import checks as probes
-from lplr_jax.ntk.empirical import cast_floating, precision_scope
+from lplr_jax.ntk.empirical import cast_floating, cast_parameters, of_theta, precision_scope
 from lplr_jax.types import ApplyFn, Params
 
 
@@ -97,12 +97,14 @@ def evaluate_point(
     if not (hasattr(y, "dtype") and jnp.issubdtype(y.dtype, jnp.number) and np.isfinite(np.asarray(y)).all()):
         raise ValueError(f"y must be an array (n, c) of finite numbers, got {checks.shown(y)}")
     with precision_scope("float64"):
-        probes.inputs(params, x)
-        probes.deterministic(apply_fn, *cast_floating((params, x), "float64"))
-        params, x, y = cast_floating((params, x, y), "float64")
-        outputs = jax.eval_shape(apply_fn, params, x)
+        split = cast_parameters(probes.inputs(params, x), "float64")
+        x, y = cast_floating((x, y), "float64")
+        probes.deterministic(apply_fn, split, x)
+        apply_fn, theta = of_theta(apply_fn, split, x)
+        outputs = jax.eval_shape(apply_fn, theta, x)
         y = objective.loss.targets(y, outputs.shape, outputs.dtype)
-        found = jax.device_get(_at_point(params, x, y, objective=objective))
+        objective = replace(objective, apply_fn=apply_fn)
+        found = jax.device_get(_at_point(theta, x, y, objective=objective))
     return PointDiagnostics(
         loss=float(found["loss"]),
         grad_sq_norm=float(found["grad_sq_norm"]),

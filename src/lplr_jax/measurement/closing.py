@@ -19,9 +19,10 @@ from lplr_jax.measurement.search import pair_shifts, search_ball
 from lplr_jax.measurement.spacing import parameter_eps, parameter_spacing
 from lplr_jax.ntk import precision_scope
 from lplr_jax.ntk.empirical import cast_floating
+from lplr_jax.parameters import count_parameters, split
 from lplr_jax.proofs.affine import is_affine
 from lplr_jax.proofs.ball import anchor, certified_radius
-from lplr_jax.types import Params, count_parameters
+from lplr_jax.types import Params
 
 _COLUMNS = 4096
 """Parameters of all points that are held in float64 at a time, so that they stay in a core's cache."""
@@ -53,7 +54,7 @@ def _output_gradient(params: Params, x: Any, y: Any, *, objective: Objective) ->
 
 def flat_parameters(params: Params) -> Float[np.ndarray, " p"]:
     """Return the leaves of a pytree as one vector in float64, in the order of `jax.tree.leaves`."""
-    return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in jax.tree.leaves(params)])
+    return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in split(params).values])
 
 
 def closing_arrays(

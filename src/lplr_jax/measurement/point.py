@@ -10,9 +10,10 @@ from lplr_jax.losses import Loss, Scale
 from lplr_jax.measurement.kernel import kernel_values, spectrum_and_energy
 from lplr_jax.measurement.spacing import parameter_eps, parameter_spacing
 from lplr_jax.ntk import empirical_ntk
+from lplr_jax.parameters import count_parameters
 from lplr_jax.proofs.affine import is_affine
 from lplr_jax.schema import KERNEL_LOST
-from lplr_jax.types import ApplyFn, Params, count_parameters
+from lplr_jax.types import ApplyFn, Params
 
 
 def point_arrays(

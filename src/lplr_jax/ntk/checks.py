@@ -15,9 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from lplr_jax import layouts, parameters, programs
 from lplr_jax.checks import shown
 from lplr_jax.linalg import UntrustedError
-from lplr_jax.ntk.trees import Static, arrays_of, is_array, joined
+from lplr_jax.ntk import engine
+from lplr_jax.ntk.engine import Traced
+from lplr_jax.parameters import Parameters, is_array
 
 ApplyFn = Callable[[Any, Any], Any]
 
@@ -25,27 +28,24 @@ ApplyFn = Callable[[Any, Any], Any]
 _PROBE = 4
 
 
-def inputs(params: Any, x: Any) -> None:
+def inputs(params: Any, x: Any) -> Parameters:
     """Checks parameters and samples.
 
     Args:
-        params: Pytree of parameters.
-        x: Array (n, ...) or pytree of such arrays.
+        params: Pytree of parameters, or `Parameters`.
+        x: Array (n, ...) or pytree of such arrays. Infinite entries are data, as those of an additive mask.
+
+    Returns:
+        The parameters, taken apart.
 
     Raises:
-        ValueError: If x has no arrays, no samples or leading axes that differ, if x or params hold NaN or infinity, or
-            params no floating array.
-        TypeError: If a parameter is complex, a leaf of x is no array, or an array holds text or objects.
+        ValueError: If x has no arrays, no samples or leading axes that differ, if x holds NaN, θ NaN or infinity, or
+            there is no θ.
+        TypeError: If a parameter is complex, a leaf of x is no array, an array holds text or objects, or JAX is
+            tracing one of them.
     """
-    for name, tree in (("x", x), ("params", params)):
-        for path, leaf in tree_flatten_with_path(tree)[0]:
-            if is_array(leaf) and getattr(leaf.dtype, "kind", "") in tuple("OUSMm"):
-                raise TypeError(f"{name}{keystr(path)} must hold numbers, got dtype {leaf.dtype}; convert it")
-    if not any(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in arrays_of(params)):
-        raise ValueError(
-            "params hold no floating array, so there is nothing to differentiate by; pass the pytree that apply_fn "
-            f"takes first, got {shown(params)}"
-        )
+    programs.refuse_tracers(jax.tree.leaves((params.arrays if isinstance(params, Parameters) else params, x)))
+    split = parameters.split(params)
     leaves = tree_flatten_with_path(x)[0]
     if not leaves:
         raise ValueError("x holds no arrays; pass an array (n, ...) or a pytree of arrays with one leading axis n")
@@ -53,6 +53,8 @@ def inputs(params: Any, x: Any) -> None:
     for path, leaf in leaves:
         if not is_array(leaf):
             raise TypeError(f"x{keystr(path)} must be an array, got {shown(leaf)}; convert it with jnp.asarray")
+        if getattr(leaf.dtype, "kind", "") in tuple("OUSMm"):
+            raise TypeError(f"x{keystr(path)} must hold numbers, got dtype {leaf.dtype}; convert it")
         if leaf.ndim == 0:
             raise ValueError(f"x{keystr(path)} is a scalar; every array in x needs a leading axis of samples")
         sizes[f"x{keystr(path)}"] = leaf.shape[0]
@@ -61,9 +63,11 @@ def inputs(params: Any, x: Any) -> None:
         raise ValueError(f"all arrays in x must have the same number of samples in front, but {listed}")
     if 0 in sizes.values():
         raise ValueError("x holds no samples (leading axis 0); the kernel needs at least one")
-    for name, tree in (("x", x), ("params", params)):
-        for path, leaf in tree_flatten_with_path(tree)[0]:
-            _check_finite(f"{name}{keystr(path)}", leaf, is_param=name == "params")
+    for path, leaf in leaves:
+        _check_samples(f"x{keystr(path)}", leaf)
+    for i in split.theta:
+        _check_finite(f"params{split.paths[i]}", split.arrays[i])
+    return split
 
 
 def alike(x1: Any, x2: Any) -> None:
@@ -84,48 +88,145 @@ def alike(x1: Any, x2: Any) -> None:
             )
 
 
-def deterministic(apply_fn: ApplyFn, params: Any, x: Any) -> None:
-    """Traces the function twice and evaluates it twice on one sample, and refuses any difference.
+def function(apply_fn: ApplyFn, params: Parameters, x: Any, *, coupling: bool) -> Traced:
+    """Trace a function, and refuse one that is no deterministic function of each sample alone.
+
+    Two traces must agree, and two evaluations where the program calls back into Python; outputs must be finite. With
+    `coupling`, on up to four samples: the derivative of the other outputs along a change of one sample must be exactly
+    zero (only zeros enter it, so no rounding can disturb this); and when one sample is replaced by another, or a sample
+    stands alone, outputs must stay, up to rounding. Dependence below the rounding level of the outputs is not seen.
+
+    Args:
+        apply_fn: The function.
+        params: Parameters, in the precision of the computation.
+        x: Samples, likewise.
+        coupling: Whether a sample's output may not depend on the other samples.
+
+    Returns:
+        The function as a program.
 
     Raises:
-        UntrustedError: If a result is not finite.
-        ValueError: If the two results differ, or the function asks for a random key it was not given.
+        UntrustedError: If the output for the first samples is not finite.
+        ValueError: If outputs differ or are coupled, do not have one row for each sample, or the function asks for a
+            random key that it was not given.
     """
-    probe = probe_of(apply_fn, params, x)
-    first, second = (_explained(probe.one, params, x) for _ in range(2))
-    if not (np.all(np.isfinite(first)) and np.all(np.isfinite(second))):
-        raise UntrustedError(
-            "apply_fn gives NaN or infinite outputs for the first sample; check params and the scale of x"
-        )
-    if not np.array_equal(first, second) or not _explained(probe.traced_alike, params, x):
+    traced = explained(lambda: engine.trace(apply_fn, params, x), x)
+    name = (traced.key, tuple(programs.digest(value) for value in traced.consts), len(_first(x)[0]))
+    probe = _probes.get(name, lambda: explained(lambda: Probe(apply_fn, params, x, traced), x))
+
+    def evaluate() -> Coupling | np.ndarray:
+        return probe.coupling(apply_fn, params, x) if coupling else probe.outputs(apply_fn, params, x)
+
+    found = explained(evaluate, x)
+    outputs = (found.whole if isinstance(found, Coupling) else found)[: len(_first(x)[0])]
+    finite(outputs, x)
+    if probe.unlike or (
+        traced.has_callbacks and not np.array_equal(outputs, probe.outputs(apply_fn, params, x)[: len(outputs)])
+    ):
         raise ValueError(
             "apply_fn gave two different outputs for the same params and x, so its kernel is not defined; switch "
             "dropout and other noise off (train=False, deterministic=True), or fix the random key inside apply_fn"
         )
+    if isinstance(found, Coupling):
+        _refuse_coupled(found, traced)
+    return traced
 
 
-def sample_coupling(apply_fn: ApplyFn, params: Any, x: Any) -> None:
-    """Refuses a function whose output for one sample depends on another sample.
+def deterministic(apply_fn: ApplyFn, params: Any, x: Any) -> Traced:
+    """Check that a function is deterministic and finite; samples may depend on each other, `params` be any pytree."""
+    split = parameters.split(params)
+    return function(apply_fn, split, x, coupling=False)
 
-    On up to four samples: the derivative of the other outputs along a change of one sample must be exactly zero (only
-    zeros enter it, so no rounding can disturb this); and when one sample is replaced by another, or a sample stands
-    alone, the other outputs must stay, up to rounding. Dependence below the rounding level of the outputs is not seen.
+
+def sample_coupling(apply_fn: ApplyFn, params: Any, x: Any) -> Traced:
+    """Check that a function is one of each sample alone, besides; see `function`."""
+    split = parameters.split(params)
+    return function(apply_fn, split, x, coupling=True)
+
+
+def finite(outputs: np.ndarray, x: Any) -> None:
+    """Refuse outputs of the first samples that are not finite.
 
     Raises:
-        ValueError: If outputs are coupled, or do not have one row for each sample.
+        UntrustedError: If there are any; it names the samples.
     """
-    found = _explained(probe_of(apply_fn, params, x).coupling, params, x)
+    if np.isfinite(outputs).all():
+        return
+    bad = np.flatnonzero(~np.isfinite(outputs.reshape(len(outputs), -1)).all(axis=1))
+    infinite = any(np.isinf(np.asarray(leaf[:_PROBE])).any() for leaf in jax.tree.leaves(x) if _is_float(leaf))
+    raise UntrustedError(
+        f"apply_fn gives NaN or infinite outputs for {samples(bad)}; check params and the scale of x"
+        + (", which holds infinite entries" if infinite else "")
+    )
+
+
+def samples(numbers: Any) -> str:
+    """Name samples by their numbers, the first few of many."""
+    listed = ", ".join(str(int(i)) for i in numbers[:8]) + (", ..." if len(numbers) > 8 else "")
+    return f"sample{'s' * (len(numbers) != 1)} {listed}"
+
+
+def _refuse_coupled(found: "Coupling", traced: Traced) -> None:
     whole = found.whole
-    # Evaluations differ in the order of summation at most: 1e4 roundings leave room for sums of 1e8 terms.
-    tolerance = 1e4 * float(np.finfo(whole.dtype).eps) * _scale(whole, found.nearby)
+    # Evaluations differ in the order of summation at most: 1e4 roundings leave room for sums of 1e8 terms. Where the
+    # function rounds to half precision inside, a quarter is all that can be asked for.
+    eps = max(float(jnp.finfo(whole.dtype).eps), 0.0 if traced.coarse is None else traced.coarse.eps)
+    tolerance = min(1e4 * eps, 0.25) * _scale(whole, found.nearby)
     # Both ends are moved, since a causal model couples in one direction only.
     others = (slice(1, None), slice(0, -1))
-    if any(np.any(np.nan_to_num(moved[rest]) != 0) for moved, rest in zip(found.tangents, others, strict=True)):
+    if found.influence is not None and np.any(np.nan_to_num(found.influence) != 0):
         raise ValueError(_coupled("its derivative with respect to another sample is not zero"))
     if any(_differ(whole[rest], new[rest], tolerance) for new, rest in zip(found.replaced, others, strict=True)):
         raise ValueError(_coupled("it changes when another sample is replaced"))
-    if _differ(whole[:1], found.alone, tolerance):
+    if _differ(whole[:1], found.alone[:1], tolerance):
         raise ValueError(_coupled("it changes when the sample is evaluated alone"))
+    if _differ(whole[1:], found.alone[1:], tolerance):
+        raise ValueError(
+            "the output of apply_fn for one sample depends on its place in the batch, as under dropout or noise with a "
+            "fixed key, so Θ between samples is not defined; switch noise off (train=False, deterministic=True)"
+        )
+
+
+def kernel(theta: Any, rows: int, outputs: str, *, symmetric: bool) -> None:
+    """Refuse a kernel that is not finite; the features of a sample stand on its diagonal, or in its row or column.
+
+    Args:
+        theta: The kernel.
+        rows: Its rows for each sample.
+        outputs: "full", "trace" or "diagonal".
+        symmetric: Whether its columns are the samples of its rows.
+
+    Raises:
+        UntrustedError: If there are such entries; it names the samples.
+    """
+    if isinstance(theta, jax.core.Tracer) or not getattr(theta, "is_fully_addressable", True):
+        return
+    if on_host(theta):
+        theta = np.asarray(theta)
+    if outputs == "diagonal":
+        parts = {"sample": theta}
+    elif symmetric:
+        parts = {"sample": theta.diagonal()}
+    else:
+        parts = {"sample of x1": theta[:, :1], "sample of x2": theta[:1].T}
+    if all(bool(np.isfinite(np.asarray(part)).all()) for part in parts.values()):
+        return
+    bad = [np.isfinite(np.asarray(theta))] if not symmetric else [np.isfinite(np.asarray(parts["sample"]))]
+    if symmetric:
+        named = [samples(_rows_of(~bad[0].reshape(len(bad[0]), -1).all(axis=1), rows))]
+    else:
+        # A sample that is lost loses its whole row or column.
+        lost = (~bad[0].any(axis=1), ~bad[0].any(axis=0))
+        names = zip(("x1", "x2"), lost, strict=True)
+        named = [f"{samples(_rows_of(flags, rows))} of {name}" for name, flags in names if flags.any()]
+    raise UntrustedError(
+        f"the kernel is NaN or infinite at {' and '.join(named) or 'some pairs of samples'}: the derivative of "
+        "apply_fn by its parameters is not finite there, or too large; look for a square root, norm or division at zero"
+    )
+
+
+def _rows_of(flags: np.ndarray, rows: int) -> np.ndarray:
+    return np.unique(np.flatnonzero(flags) // rows)
 
 
 class Coupling(NamedTuple):
@@ -134,122 +235,124 @@ class Coupling(NamedTuple):
     whole: Any
     nearby: Any
     """The same at parameters moved by some 10 %."""
-    tangents: Any
-    """Derivatives along a change of the first and of the last sample, (2, k, c)."""
+    influence: Any
+    """Derivatives of outputs of some samples along inputs of others; None where the function has none."""
     replaced: Any
     """Outputs with the first replaced by the last, and the other way round, (2, k, c)."""
     alone: Any
-    """Output for the first sample alone."""
+    """Outputs for each sample alone."""
 
 
 class Probe:
     """A function on a few samples, compiled once: evaluated operation by operation, its first call takes seconds."""
 
-    def __init__(self, apply_fn: ApplyFn, treedef: Any, static: tuple[Any, ...], xdef: Any) -> None:
-        self._treedef, self._static, self._xdef = treedef, static, xdef
-        self._apply_fn = apply_fn
-        self._one = jax.jit(self._evaluate_one)
-        self._coupling = jax.jit(self._evaluate_coupling)
-        self._alike: set[Any] = set()
-
-    def one(self, params: Any, x: Any) -> np.ndarray:
-        """Evaluate the first sample."""
-        return np.asarray(self._one(*_arrays(params, x)))
-
-    def coupling(self, params: Any, x: Any) -> Coupling:
-        """Evaluate the first few samples and their changes."""
-        return jax.tree.map(np.asarray, self._coupling(*_arrays(params, x)))
-
-    def traced_alike(self, params: Any, x: Any) -> bool:
-        """Whether tracing the function once more gives the same program, or at least one with the same outputs."""
-        arrays = _arrays(params, x)
-        shapes = tuple((a.shape, a.dtype) for a in jax.tree.leaves(arrays))
-        if shapes in self._alike:
-            return True
-        # Each trace is of a function of its own: JAX would remember that of one it has seen.
-        first, second = (jax.make_jaxpr(lambda a, b: self._evaluate_one(a, b))(*arrays) for _ in range(2))
-        alike = _text(first) == _text(second) and all(
-            np.array_equal(a, b, equal_nan=True) for a, b in zip(first.consts, second.consts, strict=True)
+    def __init__(self, apply_fn: ApplyFn, params: Parameters, x: Any, traced: Traced) -> None:
+        again = engine.trace(apply_fn, params, x, anew=True)
+        self.unlike = again.key != traced.key or any(
+            programs.digest(one) != programs.digest(two) for one, two in zip(again.consts, traced.consts, strict=True)
         )
-        if not alike:
-            again = np.asarray(jax.jit(lambda a, b: self._evaluate_one(a, b))(*arrays))
-            alike = np.array_equal(again, self.one(params, x), equal_nan=True)
-        if alike:
-            self._alike.add(shapes)
-        return alike
+        self._outputs: Any = None
+        self._coupling: Any = None
 
-    def _call(self, arrays: list[Any], samples: list[Any]) -> Any:
-        params = joined(self._treedef, self._static, arrays)
-        out = self._apply_fn(params, jax.tree.unflatten(self._xdef, samples))
+    def outputs(self, apply_fn: ApplyFn, params: Parameters, x: Any) -> np.ndarray:
+        """Evaluate the first few samples."""
+        arrays, first = list(params.arrays), _first(x)
+        if self._outputs is None:
+            self._outputs = _compiled(_Few(apply_fn, params, x).outputs, arrays, first)
+        return np.asarray(self._outputs(arrays, first))
+
+    def coupling(self, apply_fn: ApplyFn, params: Parameters, x: Any) -> Coupling:
+        """Evaluate the first few samples and their changes."""
+        arrays, first = list(params.arrays), _first(x)
+        if self._coupling is None:
+            self._coupling = _Few(apply_fn, params, x).compile_coupling(arrays, first)
+        return jax.tree.map(np.asarray, self._coupling(arrays, first))
+
+
+class _Few:
+    """A function of the arrays of parameters and of a few samples."""
+
+    def __init__(self, apply_fn: ApplyFn, params: Parameters, x: Any) -> None:
+        self._apply_fn, self._params, self._xdef = apply_fn, params, jax.tree.structure(x)
+
+    def compile_coupling(self, arrays: list[Any], first: list[Any]) -> Any:
+        """Compile what is evaluated of the function and its derivative across samples."""
+        # A program may have a derivative in one mode only: forward through a loop, reverse by a rule of its own.
+        failed: Exception | None = None
+        for mode in (self._forward, self._reverse, None):
+            try:
+                return _compiled(functools.partial(self._coupling, mode), arrays, first)
+            except Exception as error:  # JAX says in several ways that a derivative is missing
+                failed = failed or error
+        raise failed or AssertionError
+
+    def outputs(self, arrays: list[Any], samples: list[Any]) -> Any:
+        """Evaluate the function."""
+        out = self._apply_fn(self._params.join(arrays), jax.tree.unflatten(self._xdef, samples))
         if not is_array(out):
             raise ValueError(f"apply_fn must return one array (n, c) or (n,), got {type(out).__name__}")
-        if not jnp.issubdtype(out.dtype, jnp.floating):
-            raise ValueError(f"apply_fn must return real floating-point outputs, got dtype {out.dtype}; cast them")
         count = samples[0].shape[0]
         if out.ndim not in (1, 2) or out.shape[0] != count:
             raise ValueError(f"apply_fn must return (n, c) or (n,); for {count} samples it gave shape {out.shape}")
         return out
 
-    def _evaluate_one(self, arrays: list[Any], samples: list[Any]) -> Any:
-        return self._call(arrays, [a[:1] for a in samples])
+    def _coupling(self, mode: Any, arrays: list[Any], samples: list[Any]) -> Coupling:
+        batch = samples if samples[0].shape[0] > 1 else [_with_neighbour(a) for a in samples]
+        replaced = [[a.at[row].set(a[-1 - row]) for a in batch] for row in (0, -1)]
+        variants = jax.tree.map(lambda *parts: jnp.stack(parts), batch, *replaced)
+        values = jax.vmap(lambda variant: self.outputs(arrays, variant))(variants)
+        alone = jax.vmap(lambda sample: self.outputs(arrays, [a[None] for a in sample])[0])(batch)
+        moved = [leaf for leaf in batch if _is_float(leaf)]
+        influence = None if mode is None or not moved else mode(arrays, batch)
+        moving = [_nearby(number, a) if _is_float(a) else a for number, a in enumerate(arrays)]
+        return Coupling(values[0], self.outputs(moving, batch), influence, values[1:], alone)
 
-    def _evaluate_coupling(self, arrays: list[Any], samples: list[Any]) -> Coupling:
-        n = samples[0].shape[0]
-        batch = [a[:_PROBE] for a in samples] if n > 1 else [_with_neighbour(a) for a in samples]
+    def _of_floats(self, arrays: list[Any], batch: list[Any]) -> tuple[Callable[..., Any], list[Any]]:
         floats = [i for i, leaf in enumerate(batch) if _is_float(leaf)]
 
-        def outputs(moving: list[Any], other: list[Any]) -> Any:
-            every = list(other)
+        def outputs(moving: list[Any]) -> Any:
+            every = list(batch)
             for i, value in zip(floats, moving, strict=True):
                 every[i] = value
-            return self._call(arrays, every)
+            return self.outputs(arrays, every)
 
-        def along(variant: list[Any], direction: list[Any]) -> tuple[Any, Any]:
-            moving = [variant[i] for i in floats]
-            if not moving:
-                out = outputs([], variant)
-                return out, jnp.zeros_like(out)
-            return jax.jvp(lambda values: outputs(values, variant), (moving,), (direction,))
+        return outputs, [batch[i] for i in floats]
 
-        # A direction without symmetry: a constant shift would be invisible to normalisations that subtract a mean.
-        drawn = [_uneven(batch[i].shape[1:], batch[i].dtype, number) for number, i in enumerate(floats)]
-        moved = [
-            [jnp.zeros_like(batch[i]).at[row].set(d) for i, d in zip(floats, drawn, strict=True)] for row in (0, -1)
-        ]
-        still = [jnp.zeros_like(batch[i]) for i in floats]
-        replaced = [[a.at[row].set(a[-1 - row]) for a in batch] for row in (0, -1)]
-        stack = functools.partial(jax.tree.map, lambda *parts: jnp.stack(parts))
-        values, tangents = jax.vmap(along)(stack(batch, batch, *replaced), stack(*moved, still, still))
-        return Coupling(
-            values[0],
-            self._call(_nearby(arrays), batch),
-            tangents[:2],
-            values[2:],
-            self._call(arrays, [a[:1] for a in batch]),
-        )
+    def _forward(self, arrays: list[Any], batch: list[Any]) -> list[Any]:
+        """Derivatives of the other outputs along a change of the first sample, and of the last."""
+        outputs, moving = self._of_floats(arrays, batch)
+        # Infinite entries are switches, not numbers to be moved.
+        drawn = [jnp.where(jnp.isfinite(a), _uneven(a.shape, a.dtype, number), 0) for number, a in enumerate(moving)]
+        ends = [[jnp.zeros_like(d).at[row].set(d[row]) for d in drawn] for row in (0, -1)]
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *ends)
+        tangents = jax.vmap(lambda direction: jax.jvp(outputs, (moving,), (direction,))[1])(stacked)
+        return [tangents[0, 1:], tangents[1, :-1]]
+
+    def _reverse(self, arrays: list[Any], batch: list[Any]) -> list[Any]:
+        """Derivatives by the first sample of a weighted sum of the other outputs, and the same of the last."""
+        outputs, moving = self._of_floats(arrays, batch)
+        out, pull = jax.vjp(outputs, moving)
+        weight = _uneven(out.shape, out.dtype, 0)
+        first, last = (pull(weight.at[row].set(0))[0] for row in (0, -1))
+        return [leaf[0] for leaf in first] + [leaf[-1] for leaf in last]
 
 
-def probe_of(apply_fn: ApplyFn, params: Any, x: Any) -> Probe:
-    """Return the compiled probe of a function, the one made before where there is one."""
-    leaves, treedef = jax.tree.flatten(params)
-    key = (apply_fn, treedef, tuple(None if is_array(leaf) else Static(leaf) for leaf in leaves))
-    xdef = jax.tree.structure(x)
-    try:
-        return _remembered(*key, xdef)
-    except TypeError:  # something that cannot be hashed
-        return Probe(*key, xdef)
+_probes = programs.Kept(64)
 
 
-_remembered = functools.lru_cache(maxsize=64)(Probe)
+def _first(x: Any) -> list[Any]:
+    """The first few samples of every array."""
+    return [leaf[:_PROBE] for leaf in jax.tree.leaves(x)]
 
 
-def _arrays(params: Any, x: Any) -> tuple[list[Any], list[Any]]:
-    return arrays_of(params), list(jax.tree.leaves(x))
-
-
-def _text(closed: Any) -> str:
-    """A program as text, without the addresses of functions in it."""
-    return re.sub(r"0x[0-9a-f]+", "", str(closed))
+def _compiled(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    """Trace a function and compile what was traced."""
+    with jax.default_matmul_precision("highest"):
+        closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
+    programs.refuse_missing_mode(closed)
+    tree = jax.tree.structure(out)
+    run = jax.jit(lambda *flat: layouts.evaluate(closed, flat))
+    return lambda *values: jax.tree.unflatten(tree, run(*jax.tree.leaves(values)))
 
 
 def _coupled(how: str) -> str:
@@ -267,19 +370,25 @@ def on_host(leaf: Any) -> bool:
     return not isinstance(leaf, jax.core.Tracer) and all(device.platform == "cpu" for device in leaf.devices())
 
 
-def _check_finite(name: str, leaf: Any, *, is_param: bool) -> None:
-    if not is_array(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+def _check_samples(name: str, leaf: Any) -> None:
+    if not _is_float(leaf):
         return
-    if is_param and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        raise TypeError(f"{name} is complex; J Jᵀ is defined for real parameters: keep real and imaginary parts apart")
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return
+    bad = np.isnan(np.asarray(leaf)) if on_host(leaf) else jnp.isnan(leaf)
+    if bool(bad.any()):
+        bad = ~np.isfinite(np.asarray(leaf))
+        rows = np.flatnonzero(bad.reshape(leaf.shape[0], -1).any(axis=1))
+        raise UntrustedError(
+            f"{name} has {int(bad.sum())} NaN or infinite entries of {leaf.size}, in {samples(rows)}; clean the data"
+        )
+
+
+def _check_finite(name: str, leaf: Any) -> None:
     # On the host there is nothing to compile for every shape.
     finite = np.isfinite(np.asarray(leaf)) if on_host(leaf) else jnp.isfinite(leaf)
     if not bool(finite.all()):
         bad = int((~finite).sum())
         raise UntrustedError(
-            f"{name} has {bad} NaN or infinite entries of {leaf.size}; clean the data or check the training run"
+            f"{name} has {bad} NaN or infinite entries of {leaf.size}; check the training run it comes from"
         )
 
 
@@ -293,14 +402,26 @@ def _with_neighbour(leaf: Any) -> jax.Array:
 
 
 def _is_float(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _explained(evaluate: Callable[[Any, Any], Any], params: Any, x: Any) -> Any:
+# What functions say of arguments whose shapes do not fit.
+_OF_SHAPES = re.compile(r"shape|dimension|rank|broadcast|contract|axis|axes|size|incompatible", re.IGNORECASE)
+
+
+def explained(evaluate: Callable[[], Any], x: Any) -> Any:
+    """Evaluate, and say of what the user's function raises where it comes from.
+
+    Raises:
+        ValueError: With the function's error as its cause, and the way out where the function asks for a random key or
+            the shapes of x do not fit.
+    """
     try:
-        return evaluate(params, x)
+        return evaluate()
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith("apply_fn must return"):
+            raise
+        if isinstance(error, TypeError) and str(error).startswith("kernels and spectra are"):
             raise
         if "InvalidRngError" in type(error).__name__ or "needs PRNG for" in str(error):
             raise ValueError(
@@ -308,21 +429,25 @@ def _explained(evaluate: Callable[[Any, Any], Any], params: Any, x: Any) -> Any:
                 "(deterministic=True, train=False): the kernel is that of a deterministic function"
             ) from error
         shapes = ", ".join(str((1, *np.shape(leaf)[1:])) for leaf in jax.tree.leaves(x))
+        if "sharding" in str(error).lower():
+            raise ValueError(
+                f"apply_fn constrains the sharding of its arrays, which one sample of shape {shapes} cannot meet "
+                f"({type(error).__name__}: {error}); leave with_sharding_constraint out of it: mesh= shards the rows"
+            ) from error
+        about_shapes = isinstance(error, TypeError | ValueError | IndexError) or "Shape" in type(error).__name__
+        if about_shapes and _OF_SHAPES.search(f"{type(error).__name__} {error}"):
+            raise ValueError(
+                f"apply_fn fails on samples of shape {shapes} ({type(error).__name__}: {error}); x needs the shape "
+                "(n, ...) that apply_fn expects, and a single sample needs a leading axis: x[None]"
+            ) from error
         raise ValueError(
-            f"apply_fn fails on samples of shape {shapes} ({type(error).__name__}: {error}); x needs the shape "
-            "(n, ...) that apply_fn expects, and a single sample needs a leading axis: x[None]"
+            f"apply_fn fails on samples of shape {shapes} with an error of its own ({type(error).__name__}: {error})"
         ) from error
 
 
-def _nearby(params: list[Any]) -> list[Any]:
+def _nearby(number: int, leaf: Any) -> Any:
     """Parameters moved by some 10 %: outputs that cancel at `params`, as in a paired network, do not cancel there."""
-
-    def move(number: int, leaf: Any) -> Any:
-        if not (is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)):
-            return leaf
-        return leaf + jnp.asarray(0.1, leaf.dtype) * leaf * _uneven(leaf.shape, leaf.dtype, number)
-
-    return [move(number, leaf) for number, leaf in enumerate(params)]
+    return leaf + jnp.asarray(0.1, leaf.dtype) * leaf * _uneven(leaf.shape, leaf.dtype, number)
 
 
 def _uneven(shape: tuple[int, ...], dtype: Any, number: int) -> jax.Array:
@@ -334,8 +459,8 @@ def _uneven(shape: tuple[int, ...], dtype: Any, number: int) -> jax.Array:
 def _scale(*outputs: np.ndarray) -> float:
     """The largest finite modulus, which rounding errors are relative to."""
     sizes = [np.max(np.abs(np.nan_to_num(out, posinf=0.0, neginf=0.0)), initial=0.0) for out in outputs]
-    return max(float(np.max(sizes)), float(np.finfo(outputs[0].dtype).tiny))
+    return max(float(np.max(sizes)), float(jnp.finfo(outputs[0].dtype).tiny))
 
 
 def _differ(one: np.ndarray, two: np.ndarray, tolerance: float) -> bool:
-    return bool(np.max(np.abs(one - two), initial=0.0) > tolerance)
+    return bool(np.max(np.abs(one.astype(np.float64) - two.astype(np.float64)), initial=0.0) > tolerance)

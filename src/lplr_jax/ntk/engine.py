@@ -7,8 +7,7 @@ are mirrored.
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -19,16 +18,18 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Inexact
 
-from lplr_jax import layouts
+from lplr_jax import closures, layouts, parameters, programs
 from lplr_jax.ntk import sharded
 from lplr_jax.ntk.explain import Explanation, LeafExplanation
-from lplr_jax.ntk.jaxpr import Program, flatten
+from lplr_jax.ntk.jaxpr import Program, contains, flatten
 from lplr_jax.ntk.memory import Group, budget, bytes_of, even, make_groups, sweep_bytes
 from lplr_jax.ntk.plan import Plan, Workload, make_plan
 from lplr_jax.ntk.result import DeviceResult, HostResult, Span, blocks, cut, result
-from lplr_jax.ntk.trees import Static, arrays_of, is_array, joined
+from lplr_jax.parameters import Parameters
 
 Outputs = Literal["full", "trace", "diagonal"]
+_Where = tuple[list[jax.Array], list[jax.Array]]
+"""Arrays of the parameters, and arrays that the function captures."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,19 +38,40 @@ class Traced:
 
     Attributes:
         program: Flat program; its parameters are the array leaves.
-        arrays: Positions of the array leaves among all leaves.
-        leaves: Indices among the array leaves of those that are differentiated (inexact dtype).
+        leaves: Indices among the array leaves of those that are θ.
         c: Outputs per sample.
-        dtype: Dtype of the outputs.
+        dtype: Dtype in which the kernel is formed: that of the outputs or of θ, whichever is wider, at least float32.
         paths: Name of each array leaf.
+        narrow: What the program rounds to a narrower type than that of θ, None where it does not.
+        coarse: The same for all that depends on θ or x.
+        has_callbacks: Whether it calls back into Python, which may give another answer each time.
+        key: What the program computes; compiled code is found again by it.
     """
 
     program: Program
-    arrays: tuple[int, ...]
     leaves: tuple[int, ...]
     c: int
     dtype: np.dtype
     paths: tuple[str, ...]
+    narrow: programs.Narrow | None
+    coarse: programs.Narrow | None
+    has_callbacks: bool
+    key: Hashable
+
+    @property
+    def consts(self) -> list[Any]:
+        """Arrays that the function captures."""
+        return [value for _, value in self.program.consts]
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Paths of the leaves of θ by which the output has no gradient."""
+        slots, reached = {self.program.output}, set()
+        for op in reversed(self.program.ops):
+            if slots.intersection(op.outs) and op.name != "stop_gradient":
+                slots.update(atom for atom in op.ins if isinstance(atom, int))
+        reached = {i for i in self.leaves if self.program.params[i] in slots}
+        return tuple(self.paths[i] for i in self.leaves if i not in reached)
 
 
 def kernel(
@@ -62,11 +84,11 @@ def kernel(
     memory_budget: int | None = None,
     mesh: Mesh | None = None,
 ) -> Inexact[Array, "..."]:
-    """The empirical NTK of `apply_fn` at `params`, undivided, in the dtype of its outputs.
+    """The empirical NTK of `apply_fn` at `params`, undivided, in the wider of the dtypes of its outputs and of θ.
 
     Args:
         apply_fn: Pure function; `apply_fn(params, x)` has shape (n, c) or (n,), and row i depends on sample i alone.
-        params: Pytree of parameters; leaves that are not inexact arrays are left out.
+        params: Pytree of parameters, or `Parameters`; leaves that are not θ are left out.
         x1: Samples: an array (n1, ...) or a pytree of such arrays.
         x2: Samples of the other axis, or None for x1; then the result is exactly symmetric.
         outputs: "full" for (n1 c, n2 c), sample-major; "trace" for (n1, n2), the sum over outputs; "diagonal" for
@@ -81,7 +103,22 @@ def kernel(
     Raises:
         ValueError: If the output does not have one row for each sample, or the budget is too small for two samples.
     """
-    leaves, treedef = jax.tree.flatten(params)
+    split = parameters.split(params)
+    traced = trace(apply_fn, split, x1)
+    return evaluate(traced, split, x1, x2, outputs=outputs, memory_budget=memory_budget, mesh=mesh)
+
+
+def evaluate(
+    traced: Traced,
+    params: Parameters,
+    x1: Any,
+    x2: Any = None,
+    *,
+    outputs: Outputs = "full",
+    memory_budget: int | None = None,
+    mesh: Mesh | None = None,
+) -> Inexact[Array, "..."]:
+    """The empirical NTK of a function that has been traced; arguments as for `kernel`."""
     first, xdef = jax.tree.flatten(x1)
     second, xdef2 = (first, xdef) if x2 is None else jax.tree.flatten(x2)
     if xdef2 != xdef:
@@ -90,28 +127,23 @@ def kernel(
     n2 = n1 if x2 is None else int(np.shape(second[0])[0])
     if outputs == "diagonal" and n1 != n2:
         raise ValueError(f'outputs="diagonal" pairs sample i of x1 with sample i of x2; got {n1} and {n2} samples')
-    shapes = tuple((np.shape(a)[1:], jnp.result_type(a)) for a in first)
     call = _Call(
-        apply_fn=apply_fn,
-        treedef=treedef,
-        leaves=tuple(_describe(leaf) for leaf in leaves),
-        xdef=xdef,
-        samples=shapes,
+        key=(traced.key, traced.leaves, traced.dtype),
         n1=n1,
         n2=None if x2 is None else n2,
         outputs=outputs,
         budget=budget(memory_budget),
         mesh=sharded.default_mesh(min(n1, n2)) if mesh is None else mesh,
-        x64=jax.dtypes.canonicalize_dtype(np.float64) == np.float64,
     )
-    run = _cached(call) if _hashable(call) else _Run(call)
-    arrays = [jnp.asarray(leaf) for leaf in arrays_of(leaves)]
+    run = _runs.get(call, lambda: _Run(call, traced))
+    arrays = [jnp.asarray(leaf) for leaf in params.arrays]
     first = [jnp.asarray(a) for a in first]
-    return run(arrays, first, None if x2 is None else [jnp.asarray(a) for a in second])
+    consts = [jnp.asarray(value) for value in traced.consts]
+    return run(arrays, consts, first, None if x2 is None else [jnp.asarray(a) for a in second])
 
 
 def explain(
-    apply_fn: Callable[[Any, Any], Any],
+    apply_fn: Callable[[Any, Any], Any] | Traced,
     params: Any,
     x: Any,
     *,
@@ -121,7 +153,7 @@ def explain(
     """Which rule serves each leaf, at what cost, and why a leaf fell back to its Jacobian; nothing is computed.
 
     Args:
-        apply_fn: As for `kernel`.
+        apply_fn: As for `kernel`, or the function as `trace` gave it.
         params: As for `kernel`.
         x: As `x1` for `kernel`.
         outputs: As for `kernel`; the choice of rules depends on it.
@@ -130,7 +162,8 @@ def explain(
     Returns:
         The explanation; print it.
     """
-    traced = trace(apply_fn, params, x)
+    split = parameters.split(params)
+    traced = apply_fn if isinstance(apply_fn, Traced) else trace(apply_fn, split, x)
     n = int(np.shape(jax.tree.leaves(x)[0])[0])
     plan, _, groups = prepare(traced, outputs, (n,), budget(memory_budget))
     leaves = []
@@ -139,7 +172,24 @@ def explain(
         path = traced.paths[part.leaf]
         cost, size = part.multiply_adds, part.bytes_per_sample * n
         leaves.append(LeafExplanation(path, shape, part.rule, cost, size, part.reason))
-    return Explanation(tuple(leaves), outputs, n, traced.c, tuple(min(group.held * group.tile, n) for group in groups))
+    return Explanation(
+        leaves=tuple(leaves),
+        outputs=outputs,
+        n=n,
+        c=traced.c,
+        blocks=tuple(min(group.held * group.tile, n) for group in groups),
+        carried=tuple((leaf.path, leaf.reason) for leaf in split.leaves if not leaf.is_theta),
+        narrow="" if traced.narrow is None else widening(traced.narrow),
+    )
+
+
+def widening(narrow: programs.Narrow) -> str:
+    """Say in one sentence where a function rounds, and how to have it computed in full."""
+    return (
+        f"apply_fn rounds to a unit of {narrow.eps:.1g} inside, first in {narrow.operation}, whatever dtype is asked "
+        "for: the kernel is exact up to that rounding alone; give the network the wider type (dtype=None or float64 in "
+        "its layers, no astype or preferred_element_type to a narrower one)"
+    )
 
 
 def prepare(
@@ -171,69 +221,86 @@ def prepare(
     return plan, features, groups
 
 
-def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any) -> Traced:
-    """Traces `apply_fn` for one sample of x.
+def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any, *, anew: bool = False) -> Traced:
+    """Traces `apply_fn` for one sample of x, or finds it traced.
+
+    It is found only where all that it reads beside its arguments is known not to have changed.
+
+    Args:
+        apply_fn: As for `kernel`.
+        params: As for `kernel`.
+        x: As `x1` for `kernel`.
+        anew: Whether to trace in any case.
 
     Raises:
+        TypeError: If it captures a value that JAX is tracing.
         ValueError: If the output for one sample is not an array (1,) or (1, c).
     """
-    leaves, treedef = jax.tree.flatten(params)
+    split = parameters.split(params)
+
+    def name() -> Hashable | None:
+        known = closures.fingerprint((apply_fn, split.static))
+        arrays = tuple((np.shape(a), jnp.result_type(a)) for a in split.arrays)
+        samples = tuple((np.shape(a)[1:], jnp.result_type(a)) for a in jax.tree.leaves(x))
+        config = tuple(getattr(jax.config, option) for option in _OPTIONS)
+        places = (programs.identity(split.treedef), split.theta, jax.tree.structure(x))
+        return known and (known, arrays, samples, config, places)
+
+    before = None if anew else name()
+    if before in _traces:
+        return _traces[before]
+    traced = _trace(apply_fn, split, x)
+    # What the function itself has written, such as a count of its calls, is no change from outside.
+    after = name()
+    if after is not None:
+        _traces.put(after, traced)
+    return traced
+
+
+def _trace(apply_fn: Callable[[Any, Any], Any], split: Parameters, x: Any) -> Traced:
+    specs = [jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in split.arrays]
     samples, xdef = jax.tree.flatten(x)
-    specs = tuple((np.shape(a)[1:], jnp.result_type(a)) for a in samples)
-    return _trace(apply_fn, treedef, tuple(_describe(leaf) for leaf in leaves), xdef, specs)
+    xs = [jax.ShapeDtypeStruct((1, *np.shape(a)[1:]), jnp.result_type(a)) for a in samples]
 
+    def flat(values: list[Any], inputs: list[Any]) -> Any:
+        return apply_fn(split.join(values), jax.tree.unflatten(xdef, inputs))
 
-def _describe(leaf: Any) -> Any:
-    """Shape and dtype of an array leaf; any other leaf itself."""
-    return (tuple(leaf.shape), leaf.dtype) if is_array(leaf) else Static(leaf)
+    with jax.default_matmul_precision("highest"):
+        closed, out = jax.make_jaxpr(flat, return_shape=True)(specs, xs)
+    programs.refuse_tracers(closed.consts)
+    if not isinstance(out, jax.ShapeDtypeStruct):
+        raise ValueError(f"apply_fn must return one array (n, c) or (n,), got {jax.tree.structure(out)}")
+    if out.shape[:1] != (1,) or len(out.shape) > 2:
+        raise ValueError(f"apply_fn must return (n, c) or (n,), one row per sample; for one sample it gave {out.shape}")
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise ValueError(f"apply_fn must return real floating-point outputs, got dtype {out.dtype}; cast them")
+    c = 1 if len(out.shape) == 1 else out.shape[1]
+    wide = programs.widest(*(specs[i].dtype for i in split.theta))
+    of_theta = [i in split.theta for i in range(len(specs))] + [False] * len(xs)
+    program = flatten(closed, len(specs))
+    return Traced(
+        program=program,
+        leaves=split.theta,
+        c=c,
+        dtype=programs.widest(out.dtype, wide, np.float32),
+        paths=split.paths,
+        narrow=programs.narrowing(closed, of_theta, wide),
+        coarse=programs.narrowing(closed, [True] * len(of_theta), wide),
+        has_callbacks=any(contains(op.eqn, "callback") for op in program.ops),
+        key=program.key(),
+    )
 
 
 @dataclass(frozen=True)
 class _Call:
     """All that a compiled kernel depends on."""
 
-    apply_fn: Callable[[Any, Any], Any]
-    treedef: Any
-    leaves: tuple[Any, ...]
-    xdef: Any
-    samples: tuple[Any, ...]
+    key: Hashable
     n1: int
     n2: int | None
     outputs: Outputs
     budget: int
     mesh: Mesh | None
-    x64: bool
-
-
-def _hashable(call: Hashable) -> bool:
-    try:
-        hash(call)
-    except TypeError:
-        return False
-    return True
-
-
-def _trace(apply_fn: Any, treedef: Any, leaves: tuple[Any, ...], xdef: Any, samples: tuple[Any, ...]) -> Traced:
-    arrays = tuple(i for i, leaf in enumerate(leaves) if not isinstance(leaf, Static))
-    specs = [jax.ShapeDtypeStruct(*leaves[i]) for i in arrays]
-    xs = [jax.ShapeDtypeStruct((1, *shape), dtype) for shape, dtype in samples]
-
-    def flat(values: list[Any], inputs: list[Any]) -> Any:
-        return apply_fn(joined(treedef, leaves, values), jax.tree.unflatten(xdef, inputs))
-
-    with jax.default_matmul_precision("highest"):
-        closed, out = jax.make_jaxpr(flat, return_shape=True)(specs, xs)
-    if not isinstance(out, jax.ShapeDtypeStruct):
-        raise ValueError(f"apply_fn must return one array (n, c) or (n,), got {jax.tree.structure(out)}")
-    if out.shape[:1] != (1,) or len(out.shape) > 2:
-        raise ValueError(f"apply_fn must return one row per sample, (n, c) or (n,); for one sample it gave {out.shape}")
-    if not jnp.issubdtype(out.dtype, jnp.floating):
-        raise ValueError(f"apply_fn must return real floating-point outputs, got dtype {out.dtype}")
-    inexact = tuple(i for i, spec in enumerate(specs) if jnp.issubdtype(spec.dtype, jnp.inexact))
-    names = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(treedef, list(range(len(leaves)))))[0]
-    paths = tuple(jax.tree_util.keystr(names[i][0]) for i in arrays)
-    c = 1 if len(out.shape) == 1 else out.shape[1]
-    return Traced(flatten(closed, len(arrays)), arrays, inexact, c, np.dtype(out.dtype), paths)
 
 
 def sample_features(traced: Traced, plan: Plan, chosen: tuple[int, ...]) -> Callable[..., tuple[Any, ...]]:
@@ -262,7 +329,9 @@ def sample_features(traced: Traced, plan: Plan, chosen: tuple[int, ...]) -> Call
         if forward:
             jacobian = jax.jacfwd(lambda moving: outputs({}, moving)[0])
             gradients = {**gradients, **jacobian({leaf: arrays[leaf] for leaf in forward})}
-        return tuple(plan.terms[t].features(env, deltas, gradients) for t in chosen)
+        found = tuple(plan.terms[t].features(env, deltas, gradients) for t in chosen)
+        # What is narrow was rounded by the function; products of it are formed in full.
+        return jax.tree.map(lambda a: a.astype(traced.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, found)
 
     return features
 
@@ -302,11 +371,12 @@ class SampleFeatures:
 class _Run:
     """A compiled kernel: traced once, called with arrays of the shapes it was made for."""
 
-    def __init__(self, call: _Call):
+    def __init__(self, call: _Call, traced: Traced):
         self.call = call
-        self.traced = _trace(call.apply_fn, call.treedef, call.leaves, call.xdef, call.samples)
+        # Captured arrays are arguments of every call, and none of them is kept.
+        nothing = tuple((slot, None) for slot, _ in traced.program.consts)
+        self.traced = replace(traced, program=replace(traced.program, consts=nothing))
         self.sides = (call.n1,) if call.n2 is None else (call.n1, call.n2)
-        self.consts = [jnp.asarray(value) for _, value in self.traced.program.consts]
         self.dtype = self.traced.dtype
         self.rows = self.traced.c if call.outputs == "full" else 1
         self.plan, self.whole_features, self.groups = prepare(
@@ -319,12 +389,14 @@ class _Run:
         self._tile = jax.jit(self.tile, static_argnums=0)
         self._diagonal = jax.jit(self.diagonal, static_argnums=0)
 
-    def __call__(self, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
+    def __call__(
+        self, arrays: list[jax.Array], consts: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None
+    ) -> jax.Array:
         if self.call.mesh is not None:
-            return sharded.kernel(self, arrays, first, second)
+            return sharded.kernel(self, arrays, consts, first, second)
         if self.call.outputs == "diagonal":
-            return self._run_diagonal(arrays, first, second)
-        return self._run_tiles(arrays, first, second)
+            return self._run_diagonal((arrays, consts), first, second)
+        return self._run_tiles((arrays, consts), first, second)
 
     def features(self, group: Group, arrays: Any, consts: Any, samples: Any) -> Any:
         """Features of some samples, in chunks of the group's size."""
@@ -341,17 +413,17 @@ class _Run:
         block = [lax.dynamic_slice_in_dim(a, start, size) if a.shape[0] > size else a for a in samples]
         return self.features(group, arrays, consts, block)
 
-    def _run_tiles(self, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
+    def _run_tiles(self, where: _Where, first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
         shape = (self.sides[0] * self.rows, self.sides[-1] * self.rows)
         theta: HostResult | DeviceResult | None = None
         for number, group in enumerate(self.groups):
-            for rows, cols, tile in self._tiles(group, arrays, first, second):
+            for rows, cols, tile in self._tiles(group, where, first, second):
                 theta = theta or result(shape, tile)
                 theta.add(tile, self._entries(rows), self._entries(cols), mirror=second is None, first=number == 0)
         return jnp.zeros(shape, self.dtype) if theta is None else theta.finish()
 
     def _tiles(
-        self, group: Group, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None
+        self, group: Group, where: _Where, first: list[jax.Array], second: list[jax.Array] | None
     ) -> Iterator[tuple[Span, Span, jax.Array]]:
         """Rows, columns and tile of a group's share; without x2 those on and below the diagonal.
 
@@ -363,7 +435,7 @@ class _Run:
 
         def make(samples: list[jax.Array], span: Span) -> Any:
             size = span.stop - span.start
-            return self._features(group, size, arrays, self.consts, samples, np.int32(span.start))
+            return self._features(group, size, *where, samples, np.int32(span.start))
 
         if group.at_once:  # a CPU takes many samples on all its cores, and few on one
             held = cut(make(first, Span(0, 0, self.sides[0])), rows)
@@ -387,16 +459,14 @@ class _Run:
         """Rows of Θ of some samples."""
         return Span(span.start * self.rows, span.own * self.rows, span.stop * self.rows)
 
-    def _run_diagonal(
-        self, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None
-    ) -> jax.Array:
+    def _run_diagonal(self, where: _Where, first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
         total = jnp.zeros((self.sides[0], self.traced.c), self.dtype)
         for group in self.groups:
             parts = []
             for span in blocks(self.sides[0], group.tile):
-                where = (span.stop - span.start, arrays, self.consts)
-                one = self._features(group, *where, first, np.int32(span.start))
-                two = one if second is None else self._features(group, *where, second, np.int32(span.start))
+                size = span.stop - span.start
+                one = self._features(group, size, *where, first, np.int32(span.start))
+                two = one if second is None else self._features(group, size, *where, second, np.int32(span.start))
                 parts.append(self._diagonal(group, one, two)[span.own - span.start :])
             total = total + jnp.concatenate(parts)
         return total
@@ -416,7 +486,10 @@ class _Run:
         return jnp.asarray(total)
 
 
-_cached = lru_cache(maxsize=32)(_Run)
+_runs = programs.Kept(32)
+_traces = programs.Kept(32)
+# Settings of JAX that change what is traced.
+_OPTIONS = ("jax_enable_x64", "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion", "jax_default_prng_impl")
 
 
 def workload(outputs: str, c: int, sides: tuple[int, ...]) -> Workload:

@@ -29,11 +29,13 @@ class Explanation:
     """The plan of a kernel; `str()` prints it leaf by leaf.
 
     Attributes:
-        leaves: One entry for each differentiable leaf.
+        leaves: One entry for each leaf of θ.
         outputs: "full", "trace" or "diagonal".
         n: Samples.
         c: Outputs per sample.
         blocks: Of each group of leaves that is computed together, the samples whose features are held at once.
+        carried: Path of each leaf that is no part of θ, and why.
+        narrow: Where the function rounds to a narrower type than asked for, in a sentence; empty where it does not.
     """
 
     leaves: tuple[LeafExplanation, ...]
@@ -41,6 +43,8 @@ class Explanation:
     n: int
     c: int
     blocks: tuple[int, ...]
+    carried: tuple[tuple[str, str], ...] = ()
+    narrow: str = ""
 
     @property
     def multiply_adds(self) -> int:
@@ -76,7 +80,8 @@ class Explanation:
                 for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             ]
             lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+        lines += [f"not θ: {path or '(the only leaf)'}, {why}" for path, why in self.carried]
+        return "\n".join([*lines, self.narrow] if self.narrow else lines)
 
 
 def _bytes(count: int) -> str:

@@ -7,7 +7,7 @@ derivative rule (`custom_jvp`, `custom_vjp`) and control flow stay whole: inlini
 Only `jax.make_jaxpr` and `jax.extend.core` are used.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,12 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from lplr_jax import layouts
+from lplr_jax import layouts, programs
 
 # Calls whose body means exactly what the call means, for values and for derivatives.
 _TRANSPARENT_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"})
+# Operations that return their operand: where its entries lie is not for a program of one sample to say.
+_IDENTITIES = frozenset({"sharding_constraint"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +71,23 @@ class Program:
     uses: Mapping[int, tuple[tuple[Op, int], ...]]
     on_x: frozenset[int]
 
+    def key(self) -> Hashable:
+        """Return what the program computes, whatever the captured arrays hold, as something to look it up by."""
+        slots = {slot: number for number, slot in enumerate((*self.params, *self.inputs, *(s for s, _ in self.consts)))}
+        parts: list[Hashable] = [tuple((self.avals[slot].shape, self.avals[slot].dtype) for slot in slots)]
+        parts.append((len(self.params), len(self.inputs)))
+
+        def name(atom: Any) -> Hashable:
+            return slots[atom] if isinstance(atom, int) else (jnp.result_type(atom.val), programs.digest(atom.val))
+
+        for op in self.ops:
+            ins = tuple(name(atom) for atom in op.ins)
+            for slot in op.outs:
+                slots[slot] = len(slots)
+            outs = tuple((self.avals[slot].shape, self.avals[slot].dtype) for slot in op.outs)
+            parts.append((op.name, ins, outs, programs.equation_key(op.eqn, rules=True)))
+        return (*parts, name(self.output))
+
     def run(
         self,
         params: Sequence[Any],
@@ -92,8 +111,8 @@ def read(env: Mapping[int, Any], atom: Any) -> Any:
 
 
 def contains(eqn: Any, primitive: str) -> bool:
-    """Whether the equation is the named primitive or holds it in a body, at any depth."""
-    if eqn.primitive.name == primitive:
+    """Whether the equation is a primitive with this in its name or holds one in a body, at any depth."""
+    if primitive in eqn.primitive.name:
         return True
     return any(contains(inner, primitive) for body in jex.jaxprs_in_params(eqn.params) for inner in body.eqns)
 
@@ -132,6 +151,9 @@ def flatten(closed: Any, num_params: int) -> Program:
             if eqn.primitive.name in _TRANSPARENT_CALLS and body is not None:
                 closed_body = body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, ())
                 env.update(zip(eqn.outvars, inline(closed_body.jaxpr, closed_body.consts, ins), strict=True))
+                continue
+            if eqn.primitive.name in _IDENTITIES:
+                env.update(zip(eqn.outvars, ins, strict=True))
                 continue
             outs = [new(var.aval) for var in eqn.outvars]
             env.update(zip(eqn.outvars, outs, strict=True))

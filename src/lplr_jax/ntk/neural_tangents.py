@@ -15,7 +15,6 @@ import math
 import sys
 import threading
 import types
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +26,11 @@ import numpy as np
 from jax.extend import core as extend_core
 from jax.extend import linear_util
 from jax.interpreters import ad
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, PyTree
+
+from lplr_jax import parameters, programs
+from lplr_jax.ntk import engine
+from lplr_jax.parameters import Parameters
 
 IMPLEMENTATIONS = ("jacobian", "ntvp", "structured", "auto")
 """Jacobian contraction, NTK-vector products, structured derivatives, and the cheapest of the three."""
@@ -45,7 +48,7 @@ _MEMBERS = {
 _INSTALL = "`pip install --no-deps neural-tangents==0.6.5 frozendict`, or the [nt] extra of lplr-jax, installs it"
 _LOCK = threading.Lock()
 _MAX_CACHED = 16
-_cache: OrderedDict[Any, tuple[Any, Any]] = OrderedDict()
+_kept = programs.Kept(_MAX_CACHED)
 
 
 def available() -> str | None:
@@ -64,8 +67,8 @@ def available() -> str | None:
 def kernel(
     apply_fn: Callable[[Any, Any], Any],
     params: PyTree,
-    x1: Shaped[Array, "n1 ..."],
-    x2: Shaped[Array, "n2 ..."] | None,
+    x1: PyTree,
+    x2: PyTree | None = None,
     *,
     implementation: str = "structured",
     outputs: str = "full",
@@ -74,13 +77,14 @@ def kernel(
     """Compute the empirical NTK Θ = J(x1) J(x2)ᵀ with neural-tangents, divided by nothing.
 
     The precision is that of `params` and the inputs; matrix products ask for the highest that the device has. Compiled
-    kernels are kept for the last few `apply_fn`, known by identity, so that probes of one model compile once.
+    kernels are kept for the last few programs, so that probes of one model compile once.
 
     Args:
         apply_fn: pure function from parameters and inputs (n, ...) to outputs (n, c) or (n,), each sample on its own.
-        params: pytree of arrays; floating leaves are θ, others are passed through.
-        x1: inputs of the rows, (n1, ...).
-        x2: inputs of the columns, (n2, ...); None stands for x1 and makes full and trace kernels exactly symmetric.
+        params: pytree of parameters, or `Parameters`.
+        x1: inputs of the rows, an array (n1, ...) or a pytree of such arrays.
+        x2: inputs of the columns, likewise (n2, ...); None stands for x1 and makes full and trace kernels exactly
+            symmetric.
         implementation: one of `IMPLEMENTATIONS`. "auto" compiles all three and takes the one with the fewest
             floating-point operations by the compiler's count, which says little about time on CPUs and GPUs.
         outputs: "full", "trace" or "diagonal".
@@ -106,40 +110,46 @@ def kernel(
         raise ValueError('outputs="diagonal" compares each sample with itself; leave x2 out')
     if memory_budget is not None and memory_budget <= 0:
         raise ValueError(f"memory_budget must be a positive number of bytes or None, got {memory_budget}")
-    function = _jitted(apply_fn, implementation, outputs)
+    split = parameters.split(params)
+    traced = engine.trace(apply_fn, split, x1)
+    n = _length(x1)
     # Layers promote dtypes and ranks silently (Flax's GroupNorm does), which the caller may have forbidden.
     with (
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
         jax.default_matmul_precision("highest"),
     ):
-        shape = jax.eval_shape(apply_fn, params, x1).shape
-        if len(shape) not in (1, 2) or shape[0] != len(x1):
-            raise ValueError(f"apply_fn must return outputs (n, c) or (n,) with n = {len(x1)}, got shape {shape}")
-        return _in_blocks(function, params, x1, x2, diagonal=outputs == "diagonal", budget=memory_budget)
+        shape = jax.eval_shape(lambda arrays, x: apply_fn(split.join(arrays), x), list(split.arrays), x1).shape
+        if len(shape) not in (1, 2) or shape[0] != n:
+            raise ValueError(f"apply_fn must return outputs (n, c) or (n,) with n = {n}, got shape {shape}")
+        sizes = (n, x2 is None or _length(x2), memory_budget)
+        function = _jitted(apply_fn, split, traced, sizes, implementation, outputs)
+        settings = {"diagonal": outputs == "diagonal", "budget": memory_budget}
+        return _in_blocks(function, list(split.arrays), x1, x2, **settings)
 
 
 # Evaluation: one jitted function per model and kind of kernel, whole or block by block.
 
 
-def _jitted(apply_fn: Any, implementation: str, outputs: str) -> Any:
-    """Return the jitted kernel (params, x1, x2) -> block, from the cache where `apply_fn` is the same object."""
-    # `model.apply` is a new object at every access: what it is bound to identifies it.
-    bound = isinstance(apply_fn, types.MethodType)
-    identity = (id(apply_fn.__self__), id(apply_fn.__func__)) if bound else (id(apply_fn),)
-    key = (identity, implementation, outputs)
+def _length(x: Any) -> int:
+    return int(np.shape(jax.tree.leaves(x)[0])[0])
+
+
+def _jitted(
+    apply_fn: Any, split: Parameters, traced: engine.Traced, sizes: Any, implementation: str, outputs: str
+) -> Any:
+    """Return the jitted kernel (arrays, x1, x2) -> block, the one made before where the same program was traced."""
+    # It is traced for blocks of these sizes alone, hence within the call that makes it.
+    consts = tuple(programs.digest(value) for value in traced.consts)
+    key = (traced.key, consts, split.theta, sizes, implementation, outputs)
     neural_tangents = _load()
     with _LOCK:
-        if key not in _cache:
-            function = jax.jit(_kernel_function(neural_tangents, apply_fn, implementation, outputs))
-            _cache[key] = (apply_fn, function)  # holding apply_fn keeps its id from being given to another
-        _cache.move_to_end(key)
-        if len(_cache) > _MAX_CACHED:
-            _cache.popitem(last=False)
-        return _cache[key][1]
+        return _kept.get(
+            key, lambda: jax.jit(_kernel_function(neural_tangents, apply_fn, split, implementation, outputs))
+        )
 
 
-def _kernel_function(neural_tangents: Any, apply_fn: Any, implementation: str, outputs: str) -> Any:
+def _kernel_function(neural_tangents: Any, apply_fn: Any, split: Parameters, implementation: str, outputs: str) -> Any:
     """Wrap neural-tangents' kernel function in this module's conventions."""
     # Outputs have axes (sample, output); the diagonal kernel is taken one sample at a time.
     axes = {
@@ -147,18 +157,15 @@ def _kernel_function(neural_tangents: Any, apply_fn: Any, implementation: str, o
         "trace": {"trace_axes": (1,), "diagonal_axes": ()},
         "diagonal": {"trace_axes": (), "diagonal_axes": (1,)},
     }[outputs]
+    structure = split.cast(lambda _: None)
 
-    def function(params: Any, x1: Any, x2: Any) -> Any:
-        leaves, treedef = jax.tree.flatten(params)
-        is_theta = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
-        theta = tuple(leaf for leaf, free in zip(leaves, is_theta, strict=True) if free)
+    def function(arrays: Any, x1: Any, x2: Any) -> Any:
+        theta = tuple(arrays[i] for i in structure.theta)
         # A list: neural-tangents splits a keyword argument that is a pair between x1 and x2.
-        fixed = [leaf for leaf, free in zip(leaves, is_theta, strict=True) if not free]
+        fixed = [None if i in structure.theta else leaf for i, leaf in enumerate(arrays)]
 
         def two_axes(theta: Any, x: Any, fixed: Any) -> Any:
-            free, rest = iter(theta), iter(fixed)
-            merged = treedef.unflatten([next(free if is_free else rest) for is_free in is_theta])
-            return apply_fn(merged, x).reshape(len(x), -1)
+            return apply_fn(structure.with_theta(theta, fixed), x).reshape(_length(x), -1)
 
         ntk = neural_tangents.empirical_ntk_fn(
             two_axes,
@@ -168,7 +175,7 @@ def _kernel_function(neural_tangents: Any, apply_fn: Any, implementation: str, o
         )
         try:
             if outputs == "diagonal":
-                return jax.vmap(lambda x: ntk(x[None], None, theta, fixed=fixed)[0, 0])(x1)
+                return jax.vmap(lambda x: ntk(jax.tree.map(lambda a: a[None], x), None, theta, fixed=fixed)[0, 0])(x1)
             block = ntk(x1, x2, theta, fixed=fixed)
         except Exception as error:
             if implementation == "jacobian":
@@ -203,23 +210,23 @@ def _in_blocks(function: Any, params: Any, x1: Any, x2: Any, *, diagonal: bool, 
         return _symmetrised(whole) if symmetric else whole
 
     columns = x1 if x2 is None else x2
-    n1, n2 = len(x1), 1 if diagonal else len(columns)
+    n1, n2 = _length(x1), 1 if diagonal else _length(columns)
     size, width1, width2 = max(n1, n2), n1, n2
     while needed > limit and size > 1:
         size = max(1, min(size // 2, size * limit // needed))
         width1, width2 = (math.ceil(n / math.ceil(n / size)) for n in (n1, n2))
-        needed = _bytes_needed(function, params, x1[:width1], None if diagonal else columns[:width2])
+        needed = _bytes_needed(function, params, _rows(x1, 0, width1), None if diagonal else _rows(columns, 0, width2))
     if needed > limit and budget is not None:
         raise ValueError(f"memory_budget of {budget} bytes is below the {needed} that one pair of samples needs")
 
     starts1, starts2 = ([min(i, n - w) for i in range(0, n, w)] for n, w in ((n1, width1), (n2, width2)))
     theta = None
     for i in starts1:
-        rows = jax.lax.dynamic_slice_in_dim(x1, i, width1)
+        rows = _rows(x1, i, width1)
         for j in starts2:
             if symmetric and j > i:
                 break
-            other = None if diagonal else jax.lax.dynamic_slice_in_dim(columns, j, width2)
+            other = None if diagonal else _rows(columns, j, width2)
             # Waiting for each block keeps two of them from being in memory at once.
             block = jax.block_until_ready(function(params, rows, other))
             c1, c2 = block.shape[0] // width1, block.shape[1] // width2
@@ -229,6 +236,10 @@ def _in_blocks(function: Any, params: Any, x1: Any, x2: Any, *, diagonal: bool, 
             if symmetric and j < i:
                 theta = _insert(theta, block.T, (j * c2, i * c1))
     return _symmetrised(theta) if symmetric else theta
+
+
+def _rows(x: Any, start: int, size: int) -> Any:
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), x)
 
 
 _insert = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)

@@ -12,6 +12,7 @@ from lplr_jax.ntk.geometry import Geometry, geometry, row_lookup
 from lplr_jax.ntk.jaxpr import Program
 from lplr_jax.ntk.rules import Outer, Positions, Rows, Term
 from lplr_jax.ntk.walk import Use, before_while, follow
+from lplr_jax.programs import widest
 
 # Leaves with at most this many entries share one matrix of per-example gradients: fewer, larger products.
 _SMALL = 8192
@@ -265,6 +266,9 @@ def _row_maker(program: Program, use: Use, form: Geometry | None) -> Callable[..
         delta = deltas[use.cut]
         h = _scaled_operand(use, form)(env)  # (b, s, k)
         delta = jax.vmap(lambda one: form.cotangent(use.cotangent(program, one)))(delta)  # (c, b, s, m)
+        # What a narrow function rounds is multiplied in the width of the leaf.
+        wide = widest(program.avals[use.source].dtype, h.dtype, delta.dtype)
+        h, delta = h.astype(wide), delta.astype(wide)
         # Outputs and free entries lead the product, whose rows are those of the gradients: nothing is moved behind it.
         return jnp.einsum("obsm,bsk->bomk", delta, h, precision=jax.lax.Precision.HIGHEST).swapaxes(0, 1)
 

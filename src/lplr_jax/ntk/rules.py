@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lplr_jax import programs
+
 Env = Mapping[int, Any]
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -52,7 +54,9 @@ class Rows:
     def features(self, env: Env, deltas: Env, gradients: Env) -> jax.Array:
         """Gradients (c, p) of one sample."""
         parts = [make(env, deltas, gradients) for make in self.gradient_of]
-        parts = [part.reshape(part.shape[0], -1) for part in parts]
+        # A function may compute with leaves of several widths.
+        wide = programs.widest(*(part.dtype for part in parts))
+        parts = [part.reshape(part.shape[0], -1).astype(wide) for part in parts]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
     def full(self, first: jax.Array, second: jax.Array) -> jax.Array:

@@ -33,12 +33,15 @@ def share(n: int, mesh: Mesh) -> int:
     return ceil(n / mesh.size)
 
 
-def kernel(run: Any, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
+def kernel(
+    run: Any, arrays: list[jax.Array], consts: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None
+) -> jax.Array:
     """Runs the compiled kernel of a mesh.
 
     Args:
         run: The engine's compiled call; it has a mesh.
         arrays: Array leaves of the parameters, the same in every process.
+        consts: Arrays that the function captures.
         first: Leaves of x1, the same in every process.
         second: Leaves of x2 or None.
 
@@ -49,8 +52,8 @@ def kernel(run: Any, arrays: list[jax.Array], first: list[jax.Array], second: li
     rows = [_place(mesh, _pad(a, mesh.size), P(mesh.axis_names)) for a in first]
     cols = None if second is None else [_place(mesh, _pad(a, mesh.size), P(mesh.axis_names)) for a in second]
     whole = [_place(mesh, a, P()) for a in arrays]
-    consts = [_place(mesh, a, P()) for a in run.consts]
-    return run.whole(whole, consts, rows, cols)
+    captured = [_place(mesh, a, P()) for a in consts]
+    return run.whole(whole, captured, rows, cols)
 
 
 def compile_kernel(run: Any) -> Callable[..., jax.Array]:

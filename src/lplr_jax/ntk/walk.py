@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lplr_jax.ntk.jaxpr import Op, Program, contains, read
+from lplr_jax.programs import vjp_of_equation
 
 # Primitives linear in one operand, with the positions at which a leaf may stand.
 LINEAR: Mapping[str, tuple[int, ...]] = {
@@ -200,9 +201,20 @@ def _settle(program: Program, slot: int) -> tuple[int, tuple[Op, ...]]:
 
 
 def before_while(program: Program) -> frozenset[int]:
-    """Slots on which a `while` loop depends: reverse mode cannot pass the loop, so they have no cotangents."""
+    """Slots on which a `while` loop depends that reverse mode cannot pass, so they have no cotangents."""
     slots: set[int] = set()
     for op in reversed(program.ops):
-        if slots.intersection(op.outs) or contains(op.eqn, "while"):
+        if slots.intersection(op.outs) or _irreversible(op):
             slots.update(atom for atom in op.ins if isinstance(atom, int))
     return frozenset(slots)
+
+
+def _irreversible(op: Op) -> bool:
+    """Whether an operation holds a loop that has no reverse mode; a derivative rule of its own may provide one."""
+    if not contains(op.eqn, "while"):
+        return False
+    try:
+        vjp_of_equation(op.eqn)
+    except Exception:  # JAX says it in several ways
+        return True
+    return False

@@ -27,16 +27,18 @@ no bound.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
+from lplr_jax import parameters
 from lplr_jax.certificates import UNIT, gamma
 from lplr_jax.ntk import engine
 from lplr_jax.ntk.jaxpr import Op, Program
+from lplr_jax.parameters import Trainable, is_array
 from lplr_jax.proofs.assembly_conv import conv_bound
 from lplr_jax.proofs.rounding import (
     ASSUMPTIONS,
@@ -46,6 +48,7 @@ from lplr_jax.proofs.rounding import (
     Activation,
     AssemblyBound,
     frobenius_bound,
+    in_float64,
     match_activation,
     row_norms,
     spectral_norm_bound,
@@ -96,22 +99,23 @@ class _Layer:
 
 
 def assembly_bound(
-    apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np.ndarray, "nc nc"]
+    apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np.ndarray, "nc nc"], *, trainable: Trainable = None
 ) -> AssemblyBound | None:
     """Bound the distance between a computed kernel and the exact kernel of a network.
 
     Args:
         apply_fn: pure function (params, x) -> (n, c) or (n,).
-        params: pytree of arrays; the kernel is that of their values in float64.
+        params: pytree of parameters; the kernel is that of the values of θ in float64.
         x: inputs (n, ...), taken in float64.
         theta: the computed full kernel, (n c, n c), sample-major, in float64.
+        trainable: as for `ntk.empirical_ntk`.
 
     Returns:
         The bound; None where the program has a step without one (anything but dense and convolutional layers, biases,
         moves and sums of entries, scaling by a constant, sums of branches, softplus, tanh and relu), where a relu is
         within rounding of its kink, or where a number overflows.
     """
-    read = _trace(apply_fn, params, x)
+    read = _trace(apply_fn, params, x, trainable)
     if read is None:
         return None
     program, leaves, inputs, c = read
@@ -127,7 +131,7 @@ def assembly_bound(
     return bound
 
 
-def kernel_factors(apply_fn: ApplyFn, params: Params, x: Any) -> list[Factor] | None:
+def kernel_factors(apply_fn: ApplyFn, params: Params, x: Any, *, trainable: Trainable = None) -> list[Factor] | None:
     """Return h and δ of every layer in float64 with bounds of their row errors, last layer first.
 
     Θ is the sum over layers of (h hᵀ + 1) ∘ (δ δᵀ), rows of h repeated for each output, the 1 where there is a bias.
@@ -135,7 +139,7 @@ def kernel_factors(apply_fn: ApplyFn, params: Params, x: Any) -> list[Factor] | 
     Returns:
         The factors; None where `assembly_bound` has no bound because of the program or a relu.
     """
-    read = _read(apply_fn, params, x)
+    read = _read(apply_fn, params, x, trainable)
     return None if read is None else _propagate(*read)
 
 
@@ -173,9 +177,11 @@ def dense_layers(apply_fn: ApplyFn, params: Params, x: Any) -> list[DenseLayer] 
     ]
 
 
-def _read(apply_fn: ApplyFn, params: Params, x: Any) -> tuple[list[_Layer], list[np.ndarray], np.ndarray, int] | None:
+def _read(
+    apply_fn: ApplyFn, params: Params, x: Any, trainable: Trainable = None
+) -> tuple[list[_Layer], list[np.ndarray], np.ndarray, int] | None:
     """Return layers, leaves and inputs (n, d) in float64, and c; None where the program is not fully connected."""
-    read = _trace(apply_fn, params, x)
+    read = _trace(apply_fn, params, x, trainable)
     if read is None:
         return None
     program, leaves, inputs, c = read
@@ -183,25 +189,31 @@ def _read(apply_fn: ApplyFn, params: Params, x: Any) -> tuple[list[_Layer], list
     return None if layers is None else (layers, leaves, inputs, c)
 
 
-def _trace(apply_fn: ApplyFn, params: Params, x: Any) -> tuple[Program, list[np.ndarray], np.ndarray, int] | None:
-    """Return the program for one sample, leaves and inputs (n, d) in float64, and c; None unless all are floating."""
-    if not all(_is_floating(leaf) for leaf in (x, *jax.tree.leaves(params))):
+def _trace(
+    apply_fn: ApplyFn, params: Params, x: Any, trainable: Trainable = None
+) -> tuple[Program, list[np.ndarray], np.ndarray, int] | None:
+    """Return the program for one sample, leaves and inputs (n, d) in float64, and c.
+
+    None unless x is one floating array and no array beside θ enters the program.
+    """
+    if not (is_array(x) and jax.numpy.issubdtype(x.dtype, np.floating)):
         return None
+    split = parameters.split(params, trainable)
     with jax.enable_x64(True):
-        leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
-        wide = jax.tree.unflatten(jax.tree.structure(params), leaves)
+        wide = split.cast(lambda a: np.asarray(a, np.float64) if jax.numpy.issubdtype(a.dtype, np.floating) else a)
         inputs = np.asarray(x, np.float64)
         traced = engine.trace(apply_fn, wide, inputs)
-    return traced.program, leaves, inputs.reshape(inputs.shape[0], -1), traced.c
-
-
-def _is_floating(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and jax.numpy.issubdtype(leaf.dtype, np.floating)
+    program = traced.program
+    beside = [slot for i, slot in enumerate(program.params) if i not in split.theta]
+    if traced.narrow is not None or any(slot in program.uses or slot == program.output for slot in beside):
+        return None
+    program = replace(program, params=tuple(program.params[i] for i in split.theta))
+    return program, wide.values, inputs.reshape(inputs.shape[0], -1), traced.c
 
 
 def _read_layers(program: Program) -> list[_Layer] | None:
     """Return the dense layers of the program in order, or None if it does anything else."""
-    if len(program.inputs) != 1 or program.consts:
+    if len(program.inputs) != 1 or program.consts or not in_float64(program):
         return None
     place = {slot: i for i, slot in enumerate(program.params) if len(program.uses.get(slot, ())) == 1}
     now = program.inputs[0]
@@ -322,7 +334,7 @@ def _compare(rows: list[Factor], c: int, theta: np.ndarray) -> AssemblyBound:
         roundings = part.h.shape[1] + part.delta.shape[1] + 2 + len(rows)
         rounding += gamma(roundings) * float((h * np.square(delta)).sum()) * INFLATE
         largest = max(largest, float(h.max()), float(np.square(delta).max()))
-    rounding += theta.shape[0] * UNDERFLOW * largest**2
+    rounding += theta.shape[0] * UNDERFLOW * largest * largest
     distance = _distance(rows, c, theta) * INFLATE
     return AssemblyBound(
         assembly_error=(rounding + distance) * INFLATE, factor_error=math.sqrt(squared_distance) * INFLATE

@@ -129,7 +129,7 @@ def _compare(parts: Iterator[Part], theta: np.ndarray) -> AssemblyBound:
     # |Θ̂ - K̂ K̂ᵀ| <= Σ γ |K̂_l||K̂_l|ᵀ entry by entry, in spectral norm at most Σ γ ‖K̂_l‖_F²: the inner products of a
     # piece, the sum over pieces of a block, and the sum over blocks.
     rounding = sum(gamma(terms + additions) * square for terms, square in inner) * INFLATE
-    rounding += rows * UNDERFLOW * largest**2
+    rounding += rows * UNDERFLOW * largest * largest
     formed -= theta
     distance = math.sqrt(float(np.einsum("ij,ij->", formed, formed))) * INFLATE + rows * UNDERFLOW
     return AssemblyBound(

@@ -19,6 +19,7 @@ from lplr_jax.proofs.rounding import (
     UNDERFLOW,
     Activation,
     frobenius_bound,
+    in_float64,
     match_activation,
     row_norms,
     spectral_norm_bound,
@@ -272,7 +273,7 @@ def _times(patches: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 def read_steps(program: Program, leaves: list[np.ndarray]) -> list[Step] | None:
     """Return the steps of the program in order; None if it does anything else than the module lists."""
-    if len(program.inputs) != 1 or program.consts or program.output not in program.on_x:
+    if len(program.inputs) != 1 or program.consts or program.output not in program.on_x or not in_float64(program):
         return None
     # For every slot that holds entries of one leaf: the leaf, and where in it the entries lie.
     held = {
@@ -282,8 +283,6 @@ def read_steps(program: Program, leaves: list[np.ndarray]) -> list[Step] | None:
     steps: list[Step] = []
     for op in program.ops:
         slots = [atom for atom in op.ins if isinstance(atom, int)]
-        if len(op.outs) != 1 or any(program.avals[slot].dtype != np.float64 for slot in (*slots, *op.outs)):
-            return None
         if any(slot in held and len(program.uses[slot]) != 1 for slot in slots):
             return None
         if op.name in _MOVES and len(op.ins) == 1 and slots and slots[0] in held:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from lplr_jax import certificates, linalg
+from lplr_jax import certificates, linalg, programs
 from lplr_jax.certificates import TINY, UNIT, gamma
 from lplr_jax.ntk.jaxpr import Op, Program, flatten
 
@@ -81,21 +81,38 @@ _ACTIVATIONS = (
 )
 
 
+def in_float64(program: Program) -> bool:
+    """Return whether every step has one result, takes and gives float64, and multiplies without rounding before."""
+    for op in program.ops:
+        slots = [atom for atom in op.ins if isinstance(atom, int)]
+        if len(op.outs) != 1 or any(program.avals[slot].dtype != np.float64 for slot in (*slots, *op.outs)):
+            return False
+        if "_" in str(op.params.get("precision") or ""):  # an algorithm by name, such as BF16_BF16_F32
+            return False
+    return True
+
+
 def _signature(op: Op) -> tuple[Any, ...]:
-    """Return what an operation does: its name, its printed settings, its literal operands."""
-    settings = {key: str(value) for key, value in op.params.items() if not callable(value)}
+    """Return what an operation does: its name, its settings, its derivative rule, its literal operands."""
     literals = tuple(None if isinstance(atom, int) else float(atom.val) for atom in op.ins)
-    return op.name, tuple(sorted(settings.items())), literals
+    settings = programs.equation_key(op.eqn, rules=False)
+    # Two functions with one value may have two derivatives, so the rule is compared as a program.
+    rule = programs.traced_rule_key(op.eqn) if op.name in programs.CUSTOM_RULES else None
+    return op.name, settings, rule, literals
 
 
 def match_activation(op: Op, program: Program) -> Activation | None:
     """Return the activation that an operation is, or None."""
     spec = program.avals[op.outs[0]]
+    found = None
     for activation in _ACTIVATIONS:
         with jax.enable_x64(True):
             reference = flatten(jax.make_jaxpr(activation.reference)(spec), 0)
-        if len(reference.ops) == 1 and _signature(reference.ops[0]) == _signature(op):
-            return activation
+            if len(reference.ops) != 1 or reference.ops[0].name != op.name:
+                continue
+            found = found or _signature(op)
+            if _signature(reference.ops[0]) == found:
+                return activation
     return None
 
 

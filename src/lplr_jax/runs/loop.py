@@ -293,10 +293,10 @@ def train(
         **settings,
         "loss": problem.loss.name,
         "probes": probes.plain(),
-        "optimizer_checksum": optimizer_digest(optimizer, problem.params),
+        "optimizer_checksum": optimizer_digest(optimizer, problem.reduced.params),
         **problem.digest(),
     }
-    at = probes.steps(steps)
+    problem, at = problem.reduced, probes.steps(steps)
     objective, initial, batch = problem.objective, problem.params, problem.data
     state = init_state(initial, optimizer, seed=seed)
 

@@ -18,7 +18,7 @@ from lplr_jax.losses import Loss, Objective, Squared
 from lplr_jax.measurement.probe import KernelProbe
 from lplr_jax.ntk.empirical import Precision, check_kernel_name
 from lplr_jax.ntk.memory import bytes_of, total_memory
-from lplr_jax.types import ApplyFn, Params, count_parameters
+from lplr_jax.types import ApplyFn, Params
 
 MOST_PROBES = 10_000
 """Most kernel probes of a run; every pair of them is compared, so this is 800 MB. Calibrated."""
@@ -39,7 +39,7 @@ def check_memory(params: Params, width: int) -> None:
     needed, there = 4 * bytes_of(params), total_memory()
     if needed > there:
         raise ValueError(
-            f"width = {width} makes {count_parameters(params):,} parameters; training needs {needed / 2**30:,.0f} GiB, "
+            f"width = {width} makes {parameters.count_parameters(params):,} parameters; training needs {needed / 2**30:,.0f} GiB, "
             f"this machine has {there / 2**30:,.0f}: lower --width"
         )
 
@@ -105,7 +105,7 @@ class Problem:
         checks.function("apply_fn", self.apply_fn, "(params, x) -> outputs (n, c)")
         checks.instance("loss", self.loss, Loss, 'such as losses.Squared("mean")')
         checks.name("name", self.name)
-        count_parameters(self.params)
+        parameters.split(self.params)  # says what cannot be trained
         leaves = [leaf for leaf in jax.tree.leaves(self.x) if hasattr(leaf, "shape")]
         lengths = {leaf.shape[0] if leaf.shape else None for leaf in leaves}
         if len(lengths) != 1 or None in lengths:
@@ -142,6 +142,25 @@ class Problem:
         """Inputs and targets."""
         return self.x, self.y
 
+    @cached_property
+    def reduced(self) -> "Problem":
+        """The same problem in θ alone, a list of arrays, where `params` carry other leaves along; else itself."""
+        parts = parameters.split(self.params)
+        leaves = jax.tree.leaves(self.params)
+        if len(parts.theta) == len(leaves) and all(map(parameters.is_array, leaves)):
+            return self
+
+        def apply_fn(theta: Sequence[Any], x: Any) -> Any:
+            return self.apply_fn(parts.with_theta(theta), x)
+
+        return Problem(
+            apply_fn, [jnp.asarray(leaf) for leaf in parts.values], *self.data, loss=self.loss, name=self.name
+        )
+
+    def theta(self, params: Params) -> Params:
+        """Return what the parameters of `reduced` are in a tree of this problem's structure."""
+        return params if self.reduced is self else parameters.split(params).values
+
     @property
     def n(self) -> int:
         """Samples."""
@@ -156,7 +175,7 @@ class Problem:
     @cached_property
     def p(self) -> int:
         """Parameters."""
-        return count_parameters(self.params)
+        return parameters.count_parameters(self.params)
 
     @cached_property
     def s(self) -> float:

@@ -67,7 +67,8 @@ def series(problem: Problem, params: Params, initial: Params, next_params: Param
     Returns:
         Loss, ‖∇L‖² and drift at θ_t, and how the step lies to ∇L_t; scalars.
     """
-    loss, gradient = problem.objective.value_and_gradient(params, problem.x, problem.y)
+    params, initial, next_params = (problem.theta(one) for one in (params, initial, next_params))
+    loss, gradient = problem.reduced.objective.value_and_gradient(params, problem.x, problem.y)
     step = measure_step(params, gradient, next_params)
     drift = optax.tree.norm(jax.tree.map(jnp.subtract, params, initial))
     return Metrics(loss, optax.tree.norm(gradient, squared=True), drift, *step)
@@ -110,8 +111,9 @@ class Watch:
     ) -> None:
         checks.instance("problem", problem, Problem, "as lplr_jax.Problem makes one")
         checks.instance("probes", probes, Probes, "as lplr_jax.Probes makes one")
-        self._problem, self._probes, self._every = problem, probes, checks.whole("every", every, least=1)
-        self._initial, self._learning_rate = problem.params, learning_rate
+        self._whole, self._problem = problem, problem.reduced
+        self._probes, self._every = probes, checks.whole("every", every, least=1)
+        self._initial, self._learning_rate = self._problem.params, learning_rate
         self._form = _form(problem.params)
         self._config = {
             "every": every,
@@ -204,12 +206,14 @@ class Watch:
             raise ValueError(f"steps must ascend: got step {step} after step {self._last}")
         probing = self._is_probe(step)
         if not (probing or step % self._every == 0 or self._follows(step) or self._recorder is None):
-            self._latest, self._last = (step, params), step
+            self._latest, self._last = (step, params), step  # no copy: this must cost next to nothing
             return
         step = checks.whole("step", step, least=0)
         self._check(step, params)
         if (loss is None) != (grads is None):
             raise TypeError("loss and grads belong together: hand over both, or neither")
+        params = self._whole.theta(params)
+        grads = None if grads is None else self._gradient(grads)
         if self._recorder is None:
             self._begin(step, params)
         self._latest, self._last = (step, params), step
@@ -309,6 +313,16 @@ class Watch:
                 f"the parameters of step {step} differ in structure, shape or dtype from those of the problem: "
                 f"{_difference(self._form, form)}"
             )
+
+    def _gradient(self, grads: Params) -> Params:
+        """Return a gradient in the form of θ: shaped like the parameters, or like those of them that train."""
+        leaves, form = jax.tree.flatten(self._initial)
+        found = jax.tree.leaves(grads)
+        if len(found) != len(leaves):
+            found = jax.tree.leaves(self._whole.theta(grads))
+        if [np.shape(leaf) for leaf in found] != [np.shape(leaf) for leaf in leaves]:
+            raise ValueError("grads must have the structure and the shapes of the parameters, as jax.grad gives them")
+        return jax.tree.unflatten(form, found)
 
     def _begin(self, step: int, params: Params) -> None:
         """Make the recorder; go on from what was saved, or see to it that step 0 has an entry."""
@@ -442,6 +456,8 @@ class Watch:
         if self._diverged is None and self._latest is not None and self._latest[0] not in self._taken:
             step, params = self._latest
             alive = not any(isinstance(a, jax.Array) and a.is_deleted() for a in jax.tree.leaves(params))
+            if alive and jax.tree.structure(params) != jax.tree.structure(self._initial):
+                params = self._whole.theta(params)
             if not alive and self._kept is not None:
                 step, params, _ = self._kept
                 self._tell(f"the last parameters were deleted by the step that took them; the run ends at step {step}")

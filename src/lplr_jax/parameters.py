@@ -1,0 +1,317 @@
+"""Which leaves of a parameter tree are θ, and which are carried along: one definition for every function.
+
+θ is the floating leaves of the tree: arrays of JAX and NumPy, scalars of NumPy and Python among them (a Python float
+counts as a float64 array without axes). Integers, booleans, random keys, text and functions are carried along and
+never differentiated. A container that says what trains is believed: of Flax variables the collection `params`, of NNX
+modules and states the variables of type `nnx.Param`, of Equinox modules the floating arrays. `trainable` says it for
+any other tree.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, keystr
+
+from lplr_jax import checks
+from lplr_jax.types import Params
+
+Trainable = Any
+"""A pytree of booleans, whole or a prefix of the parameters, or a function from the path of a leaf to one."""
+
+# Names under which frameworks keep running statistics, which no gradient step moves.
+_STATISTICS = ("batch_stats", "running_mean", "running_var", "moving_mean", "moving_var", "moving_variance", "ema")
+
+
+class UntrainedLeafWarning(UserWarning):
+    """A leaf counts as θ although nothing seems to train it."""
+
+
+@dataclass(frozen=True)
+class Static:
+    """A leaf that is no array."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What one leaf is.
+
+    Attributes:
+        path: where it is in the tree, as JAX writes it.
+        reason: why it is carried along; empty for a leaf of θ.
+        index: its place among the arrays of the tree, None where it is no array.
+        size: numbers in it.
+    """
+
+    path: str
+    reason: str
+    index: int | None
+    size: int
+
+    @property
+    def is_theta(self) -> bool:
+        """Whether the leaf is part of θ."""
+        return not self.reason
+
+
+@dataclass(frozen=True, eq=False)
+class Parameters:
+    """A parameter tree taken apart.
+
+    Attributes:
+        treedef: its structure.
+        arrays: the leaves that are arrays, in order, θ and others.
+        static: for each leaf a `Static`, or None where an array goes.
+        leaves: what each leaf is.
+        theta: places of θ among `arrays`.
+    """
+
+    treedef: Any
+    arrays: tuple[Any, ...]
+    static: tuple[Static | None, ...]
+    leaves: tuple[Leaf, ...]
+    theta: tuple[int, ...]
+
+    @property
+    def values(self) -> list[Any]:
+        """The arrays of θ, in order."""
+        return [self.arrays[i] for i in self.theta]
+
+    @property
+    def size(self) -> int:
+        """p, the numbers in θ."""
+        return sum(leaf.size for leaf in self.leaves if leaf.is_theta)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Path of each array."""
+        return tuple(leaf.path for leaf in self.leaves if leaf.index is not None)
+
+    def join(self, arrays: Sequence[Any]) -> Params:
+        """Put the tree together again from all of its arrays."""
+        left = iter(arrays)
+        return jax.tree.unflatten(self.treedef, [next(left) if leaf is None else leaf.value for leaf in self.static])
+
+    def with_theta(self, theta: Sequence[Any], arrays: Sequence[Any] | None = None) -> Params:
+        """Put the tree together again with other values of θ, from other arrays than its own where they are given."""
+        every = list(self.arrays if arrays is None else arrays)
+        for i, value in zip(self.theta, theta, strict=True):
+            every[i] = value
+        return self.join(every)
+
+    def cast(self, convert: Callable[[Any], Any]) -> "Parameters":
+        """Return the same tree with its arrays converted."""
+        arrays = tuple(convert(array) for array in self.arrays)
+        return Parameters(self.treedef, arrays, self.static, self.leaves, self.theta)
+
+
+def is_array(leaf: Any) -> bool:
+    """Return whether a leaf is an array, or a scalar of NumPy."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def split(params: Params, trainable: Trainable = None) -> Parameters:
+    """Take a parameter tree apart into θ and what is carried along.
+
+    Args:
+        params: pytree of parameters, Flax variables, an NNX module or state, an Equinox module; or what this function
+            returned.
+        trainable: pytree of booleans (a prefix of `params` will do) or a function from the path of a leaf, a tuple of
+            keys such as ("dense_0", "kernel"), to a boolean; floating leaves without it are carried along. None: what
+            the container says, or else all floating leaves.
+
+    Raises:
+        TypeError: for a complex leaf that would be θ, an array of text or objects, or a `trainable` that is neither.
+        ValueError: for a tree of booleans that does not fit, or where no leaf is θ.
+
+    Example:
+        >>> split({"w": np.ones(2), "b": 0.5, "steps": 3}).size
+        3
+    """
+    if isinstance(params, Parameters):
+        return params
+    found = jax.tree_util.tree_flatten_with_path(params)
+    chosen = [""] * len(found[0]) if trainable is None else _filtered(params, found[0], trainable)
+    declared = _declared(params) if trainable is None else [""] * len(found[0])
+    arrays: list[Any] = []
+    static: list[Static | None] = []
+    leaves: list[Leaf] = []
+    theta: list[int] = []
+    for (path, leaf), filtered, said in zip(found[0], chosen, declared, strict=True):
+        name = keystr(path)
+        inexact, why = _kind(name, leaf)
+        why = why or filtered or said
+        # Of Equinox's modules a Python float is a setting, such as a dropout rate, as `equinox.filter_grad` has it.
+        loose = isinstance(leaf, float | complex) and not is_array(leaf)
+        if loose and not why:
+            leaf = np.asarray(leaf)
+        if not is_array(leaf):
+            static.append(Static(leaf))
+            leaves.append(Leaf(name, why, None, 0))
+            continue
+        if inexact and not why:
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                raise TypeError(
+                    f"params{name} is complex; J Jᵀ is defined for real parameters: keep real and imaginary parts apart"
+                )
+            theta.append(len(arrays))
+        leaves.append(Leaf(name, why, len(arrays), int(leaf.size)))
+        static.append(None)
+        arrays.append(leaf)
+    if not theta:
+        carried = "; ".join(sorted({leaf.reason for leaf in leaves}))
+        raise ValueError(
+            "params hold no floating array to train, so there is nothing to differentiate by; pass the pytree that "
+            f"apply_fn takes first, or say with trainable= what trains; got {checks.shown(params)}"
+            f"{f' ({carried})' if carried else ''}"
+        )
+    return Parameters(found[1], tuple(arrays), tuple(static), tuple(leaves), tuple(theta))
+
+
+def count_parameters(params: Params, trainable: Trainable = None) -> int:
+    """Return p, the number of scalars in θ.
+
+    Raises:
+        TypeError, ValueError: as `split`.
+    """
+    return split(params, trainable).size
+
+
+def on_theta(function: Callable[..., Any], params: Parameters) -> Callable[..., Any]:
+    """Return a function of (params, ...) as one of (θ, arrays, ...), both lists of arrays."""
+
+    def of_theta(theta: Sequence[Any], arrays: Sequence[Any], *args: Any) -> Any:
+        return function(params.with_theta(theta, arrays), *args)
+
+    return of_theta
+
+
+def warn_of_statistics(params: Parameters) -> None:
+    """Warn of leaves of θ whose names are those of running statistics."""
+    for leaf in params.leaves:
+        words = leaf.path.lower()
+        if leaf.is_theta and any(name in words for name in _STATISTICS):
+            warn(f"params{leaf.path} counts as θ, and its name is that of a running statistic")
+
+
+def warn_of_unused(paths: Sequence[str]) -> None:
+    """Warn of leaves of θ by which the outputs have no gradient."""
+    if paths:
+        names = ", ".join(f"params{path}" for path in paths)
+        warn(f"the outputs do not depend on {names}, yet such leaves count as θ")
+
+
+def warn(what: str) -> None:
+    """Warn of a leaf, with the way out."""
+    way = "leave out with trainable=, a pytree of booleans or a function of the path, what no gradient step moves"
+    # The caller of a public function is above the function, and that above this module.
+    warnings.warn(f"{what}; {way}", UntrainedLeafWarning, stacklevel=5)
+
+
+def _kind(name: str, leaf: Any) -> tuple[bool, str]:
+    """Return whether a leaf is inexact, and why it is carried along whatever the container says."""
+    if not is_array(leaf):
+        if isinstance(leaf, float | complex):
+            return True, ""
+        word = {bool: "boolean", int: "integer"}.get(type(leaf))
+        return False, word or ("function" if callable(leaf) else "no number")
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return False, "random key"
+    if getattr(leaf.dtype, "kind", "") in tuple("OUSMm"):
+        raise TypeError(f"params{name} must hold numbers, got dtype {leaf.dtype}; convert it")
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return True, ""
+    return False, "boolean" if leaf.dtype == bool else "integer"
+
+
+def _filtered(params: Any, found: list[tuple[Any, Any]], trainable: Any) -> list[str]:
+    """Return for each leaf why `trainable` leaves it out, empty where it does not."""
+    if callable(trainable) and not isinstance(trainable, type):
+        says = [trainable(keys_of(path)) for path, _ in found]
+    else:
+        try:
+            spread = jax.tree.map(lambda flag, part: jax.tree.map(lambda _: flag, part), trainable, params)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"trainable must be a pytree of booleans like params, or a prefix of it: {error}"
+            ) from None
+        says = jax.tree.leaves(spread)
+        if len(says) != len(found):
+            raise ValueError(
+                f"trainable must be a pytree of booleans like params, or a prefix of it, without None; it says "
+                f"something of {len(says)} of {len(found)} leaves"
+            )
+    for (path, _), said in zip(found, says, strict=True):
+        if not isinstance(said, bool | np.bool_):
+            raise TypeError(f"trainable must give True or False for params{keystr(path)}, got {checks.shown(said)}")
+    return ["" if said else "left out by trainable" for said in says]
+
+
+def keys_of(path: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the keys of a path in plain Python: names of fields and entries, numbers of positions."""
+
+    def key(part: Any) -> Any:
+        if isinstance(part, DictKey | FlattenedIndexKey):
+            return part.key
+        if isinstance(part, GetAttrKey):
+            return part.name
+        return part.idx if isinstance(part, SequenceKey) else str(part)
+
+    return tuple(key(part) for part in path)
+
+
+def _declared(params: Any) -> list[str]:
+    """Return for each leaf what its container says against its training, empty where it says nothing."""
+    if _is_variables(params):
+        reasons = [
+            "" if name == "params" else f"in the collection {name!r}, not in params" for name in _first_keys(params)
+        ]
+        return [reason or deeper for reason, deeper in zip(reasons, _by_type(params), strict=True)]
+    return list(_by_type(params))
+
+
+def _is_variables(params: Any) -> bool:
+    """Whether a tree is what Flax's `init` gives: a mapping of collections, `params` one of several."""
+    if not isinstance(params, Mapping) or len(params) < 2 or "params" not in params:
+        return False
+    return all(isinstance(collection, Mapping) for collection in params.values())
+
+
+def _first_keys(params: Any) -> list[Any]:
+    return [keys_of(path)[0] for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+
+
+def _by_type(params: Any) -> Iterator[str]:
+    """For each leaf, what the NNX variable or the Equinox module that holds it says."""
+    for node in jax.tree.leaves(params, is_leaf=lambda node: bool(_framework(type(node)))):
+        framework = _framework(type(node))
+        if framework == "nnx":
+            kind = getattr(node, "type", type(node))
+            kind = kind if isinstance(kind, type) else type(node)
+            said = "" if _inherits(kind, "Param", "flax.nnx") else f"nnx.{kind.__name__}, not nnx.Param"
+            yield from [said] * len(jax.tree.leaves(node))
+        elif framework == "equinox":
+            for leaf in jax.tree.leaves(node):
+                loose = isinstance(leaf, float | complex) and not is_array(leaf)
+                yield "number in an Equinox module, which trains arrays" if loose else ""
+        else:
+            yield ""
+
+
+@functools.cache
+def _framework(kind: type) -> str:
+    """Whose container a node is, told by names, so that nobody needs a framework who does not use it."""
+    if _inherits(kind, "Variable", "flax.nnx") or _inherits(kind, "VariableState", "flax.nnx"):
+        return "nnx"
+    return "equinox" if _inherits(kind, "Module", "equinox") else ""
+
+
+def _inherits(kind: type, name: str, package: str) -> bool:
+    return any(base.__name__ == name and base.__module__.startswith(package) for base in kind.__mro__)
