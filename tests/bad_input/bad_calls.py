@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from bad_input import Case
-from lplr_jax import data, diagnostics, linalg, losses, models, ntk, plotting, records, theory, training
+from lplr_jax import data, diagnostics, linalg, losses, models, ntk, parameters, plotting, records, theory, training
 from lplr_jax.data import DataError, Dataset
 from lplr_jax.experiments import ablation, boundary, cifar, initialisation, mnist, trust
 from lplr_jax.records import Record, RecordError

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lplr_jax import checks, diagnostics
+from lplr_jax import checks, diagnostics, parameters
 from lplr_jax.losses import Loss, Objective, Squared
 from lplr_jax.measurement.probe import KernelProbe
 from lplr_jax.ntk.empirical import Precision, check_kernel_name
@@ -39,8 +39,8 @@ def check_memory(params: Params, width: int) -> None:
     needed, there = 4 * bytes_of(params), total_memory()
     if needed > there:
         raise ValueError(
-            f"width = {width} makes {parameters.count_parameters(params):,} parameters; training needs {needed / 2**30:,.0f} GiB, "
-            f"this machine has {there / 2**30:,.0f}: lower --width"
+            f"width = {width} makes {parameters.count_parameters(params):,} parameters; training needs "
+            f"{needed / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}: lower --width"
         )
 
 

@@ -102,11 +102,11 @@ def measure(evidence: "Evidence") -> Method:
     if stays.any():
         _, step = at(stays, length)
         return method("other", f"θ does not move at step {step}, where ∇L is not 0")
-    slack = allowed / (1 - allowed)
-    low, high = np.where(resolved, size / (1 + slack), -np.inf), np.where(resolved, size / (1 - slack), np.inf)
+    places = np.flatnonzero(resolved)
+    low, high = size[places] * (1 - allowed[places]), size[places] / (1 - allowed[places])
     if low.max() <= high.min():
         return method("gradient descent", "every resolved step is -η ∇L with one η", fixed=True)
-    first, last = sorted((int(np.argmax(low)), int(np.argmin(high))))
+    first, last = sorted((int(places[np.argmax(low)]), int(places[np.argmin(high)])))
     moved = f"η moved from {size[first]:.4g} at step {evidence.steps[first]} to "
     return method("gradient descent", f"{moved}{size[last]:.4g} at step {evidence.steps[last]}")
 
@@ -121,7 +121,7 @@ def _stays(
 ) -> Bool[np.ndarray, " t"]:
     """Return where θ stays though a step of the usual η would be resolved, as in accumulated gradients."""
     # ½‖spacing(θ)‖ is the rounding of a step times its length.
-    spacing = float((rounding * size * length)[resolved].max())
+    spacing = float((rounding[resolved] * size[resolved] * length[resolved]).max())
     usual = float(np.median(size[resolved])) * length
     with np.errstate(divide="ignore", invalid="ignore"):
         return still & (spacing / usual + gradient < UNRESOLVED)

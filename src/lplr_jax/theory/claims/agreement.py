@@ -41,7 +41,7 @@ def agree(
     allowed = np.broadcast_to(np.asarray(allowed, np.float64), gap.shape)
     open_ = ~np.isfinite(allowed)
     holds = (gap <= allowed) | open_
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         excess = np.where(gap > 0, gap / allowed, np.where(gap <= 0, 0.0, np.inf))
     excess = np.where(holds, np.where(open_, 0.0, excess), np.maximum(np.nan_to_num(excess, nan=np.inf), 1.0))
     worst = np.unravel_index(int(np.argmax(np.where(holds, excess, np.inf))), gap.shape)

@@ -121,6 +121,14 @@ def _steps(evidence: Evidence) -> Iterator[Verdict | None]:
         gap = np.abs(recorded / method.sizes[kept] - 1)
         note = f"the recorded η = {recorded:.6g} is that of the steps, {method.eta:.6g}"
         yield agree("step_size", gap, allowed, evidence.steps[kept], units="1", note=note)
+        kept = kept & np.append(np.diff(evidence.steps) == 1, False) & np.append(evidence.seen[1:], False)
+        at = np.flatnonzero(kept)
+        drift, moved = evidence.series("drift"), method.sizes * np.sqrt(evidence.series("grad_sq_norm"))
+        gap = np.abs(drift[at + 1] - drift[at]) - moved[at]
+        sums = 4 * np.sqrt(evidence.number("p")) * max(evidence.unit, UNIT_64)
+        slack = sums * (drift[at + 1] + drift[at]) + method.allowed[at] * moved[at]
+        note = "no step changes the drift by more than its length η_t ‖∇L_t‖"
+        yield agree("drift", gap, slack, evidence.steps[at], units="parameter", note=note)
     if not (evidence.seen[:2].sum() == 2 and evidence.steps[1] == 1):
         return
     drift, gradient = evidence.series("drift")[1], evidence.series("grad_sq_norm")[0]

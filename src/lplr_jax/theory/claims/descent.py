@@ -28,7 +28,7 @@ def _judged(evidence: Evidence) -> tuple[Int[np.ndarray, " k"], Float[np.ndarray
     loss, gradient, noise = evidence.series("loss"), evidence.series("grad_sq_norm"), evidence.loss_noise
     # θ_{t+1} is itself rounded, which moves the loss by the gradient times the rounding of the parameters: as measured
     # on the step, or the spacing of θ_0.
-    with np.errstate(invalid="ignore"):  # a step that moved nothing: an infinite rounding of nothing
+    with np.errstate(invalid="ignore"):  # a step of length 0 has no relative rounding
         moved = evidence.series("step_rounding") * np.abs(evidence.series("step_size")) * np.sqrt(gradient)
     spacing = np.nan_to_num(evidence.number("parameter_spacing"), nan=0.0)
     rounded = np.where(np.isfinite(moved), moved, spacing)[at]
