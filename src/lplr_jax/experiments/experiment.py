@@ -25,15 +25,18 @@ from lplr_jax.runs.session import Follow, Observer, Say
 Config = TypeVar("Config", bound=FolderPart)
 Given = TypeVar("Given")
 Done = TypeVar("Done")
+_Config = TypeVar("_Config", bound=FolderPart, contravariant=True)
+_Given = TypeVar("_Given", contravariant=True)
+_Done = TypeVar("_Done", covariant=True)
 
 
 @runtime_checkable
-class Run(Protocol[Config, Given, Done]):
+class Run(Protocol[_Config, _Given, _Done]):
     """Runs a config in a folder that is locked for it; what is there already is read instead."""
 
     def __call__(
-        self, config: Config, folder: Path, given: Given, /, *, say: Say, follow: Follow, check: Callable[[], None]
-    ) -> Done:
+        self, config: _Config, folder: Path, given: _Given, /, *, say: Say, follow: Follow, check: Callable[[], None]
+    ) -> _Done:
         """Run.
 
         Args:
