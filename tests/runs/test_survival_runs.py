@@ -11,7 +11,7 @@ import pytest
 import survival
 from builders import cifar_like, write_batch
 from lplr_jax import records
-from lplr_jax.experiments import ablation, boundary, initialisation, mnist
+from lplr_jax.experiments import ablation, boundary, initialisation, mnist, step_size
 from lplr_jax.runs.checkpoint import Checkpoints
 
 
@@ -65,7 +65,7 @@ def test_a_group_with_a_seed_that_is_done_is_trained_as_a_whole(tmp_path, monkey
         raise Stop
 
     monkeypatch.setattr(ablation, "train_together", together)
-    monkeypatch.setattr(ablation, "initial_sharpness", lambda config: float(config.width))
+    monkeypatch.setattr(step_size, "initial_sharpness", lambda config: float(config.width))
     (tmp_path / "m4-seed0").mkdir()
     (tmp_path / "m4-seed0" / "record.npz").write_bytes(b"")
     with pytest.raises(Stop):
