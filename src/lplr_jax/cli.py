@@ -24,7 +24,6 @@ from lplr_jax.experiments import boundary as boundary_experiment
 from lplr_jax.experiments import cifar as cifar_experiment
 from lplr_jax.experiments import initialisation as initialisation_experiment
 from lplr_jax.experiments import mnist as mnist_experiment
-from lplr_jax.experiments.step_size import known_sharpness
 from lplr_jax.reports import follow, report, tables
 from lplr_jax.reports.exit_codes import (
     BAD_INPUT,
@@ -99,7 +98,7 @@ def _ablation(preset: Preset, config: ablation_experiment.AblationConfig, follow
     folder, figures = _places("ablation", preset, config.out)
     identity = ablation_experiment.identity(config)
     if not config.force:
-        known_sharpness(folder)  # a damaged file is refused before anything is written
+        ablation_experiment.known_sharpness(folder)  # a damaged file is refused before anything is written
     with run_folder.claimed(folder, "ablation", identity, force=config.force, say=say) as lock:
         done = ablation_experiment.run(config, folder, say=say, follow=following, check=lock.check)
         _tabulate(ablation_table.table(done), folder / "ablation")
@@ -138,7 +137,7 @@ def _initialisation(
     widths = initialisation_experiment.widths_of(beside)
     identity = initialisation_experiment.identity(config)
     if not config.force:
-        known_sharpness(folder)
+        ablation_experiment.known_sharpness(folder)
     with run_folder.claimed(folder, "initialisation", identity, force=config.force, say=say) as lock:
         done = initialisation_experiment.run(config, folder, say=say, follow=following, check=lock.check)
         _tabulate(initialisation_experiment.table(done), folder / "initialisation")
