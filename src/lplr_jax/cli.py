@@ -135,8 +135,18 @@ def _data(
     return OK
 
 
-GENERAL: dict[str, Callable[..., int]] = {"verify": _verify, "plot": _plot, "data": _data}
+GENERAL: dict[str, Callable[..., int]] = {
+    "verify": _verify,
+    "plot": _plot,
+    "data": _data,
+}
 """Commands that belong to no experiment."""
+
+OWN = {
+    "run": "Train a problem of your own: record, verdicts and figure, resumed bit for bit by the same command.",
+    "measure": "Measure checkpoints of a run of your own, and hold the theory against them.",
+}
+"""Commands of `lplr_jax.experiments.own`, and what they are for."""
 
 
 def _named(help_: str) -> Callable[..., int]:
@@ -146,10 +156,22 @@ def _named(help_: str) -> Callable[..., int]:
     return unchosen
 
 
-def _experiment(name: str, argv: Sequence[str]) -> Callable[..., int]:
+def _prepare() -> None:
+    """See to it that JAX and matplotlib can be used as they should."""
     _pass_over_backend()
     _use_compilation_cache()
     _check_devices()
+
+
+def _own(name: str) -> Callable[..., int]:
+    _prepare()
+    from lplr_jax.experiments import own
+
+    return getattr(own, name)
+
+
+def _experiment(name: str, argv: Sequence[str]) -> Callable[..., int]:
+    _prepare()
     return experiments.find(name).command(argv, experiments.REGISTRY[name].help)
 
 
@@ -159,6 +181,7 @@ def _parse_and_run(argv: Sequence[str]) -> int:
         name: _experiment(name, argv) if name == chosen else _named(listed.help)
         for name, listed in experiments.REGISTRY.items()
     }
+    commands |= {name: _own(name) if name == chosen else _named(help_) for name, help_ in OWN.items()}
     commands |= {
         name: command if name == chosen else _named(command.__doc__ or "") for name, command in GENERAL.items()
     }

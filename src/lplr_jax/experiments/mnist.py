@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from lplr_jax.experiments.experiment import Experiment, record_of
 from lplr_jax.experiments.parts import DataPart, FolderPart, LayersPart, LossPart, ProbePart, SeedPart, SpectrumPart
 from lplr_jax.losses import Squared
 from lplr_jax.models import INITS, MLP
-from lplr_jax.ntk.empirical import Precision
 from lplr_jax.records import Record
 from lplr_jax.runs.checkpoint import Checkpoints
 from lplr_jax.runs.loop import run_and_record
@@ -39,7 +38,7 @@ class MnistConfig(FolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedP
     """Step size η, in squared parameters per unit of loss. Calibrated."""
     hessian_probes: int = 9
     """Probes, evenly spread with both ends, at which the Hessian's extremes are measured; 0 for none. Calibrated."""
-    hessian_precision: Precision = "float64"
+    hessian_precision: Literal["float32", "float64"] = "float64"
     """Precision of the Hessian's products and eigenvalues; float32 agrees to about 1e-4 of the largest. Calibrated."""
     subset_size: int | None = None
     """Images of the random subset whose λ_min stands beside that of all [default: a fifth of them]. Calibrated."""
@@ -62,7 +61,7 @@ class MnistConfig(FolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedP
         checks.one_of("init", self.init, INITS)
         if self.init == "antisymmetric":
             MLP(self.width, self.depth, initialisation=self.init)  # which needs an even width
-        checks.one_of("hessian_precision", self.hessian_precision, get_args(Precision))
+        checks.one_of("hessian_precision", self.hessian_precision, ("float32", "float64"))
         for name, least in (("regime_start", 0), ("regime_stop", 1)):
             value = getattr(self, name)
             if value is not None and not least <= checks.whole(name, value) <= self.epochs + least:

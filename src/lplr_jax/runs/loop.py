@@ -252,6 +252,8 @@ def train(
     out: str | Path | None = None,
     observer: Observer | None = None,
     learning_rate: float = math.nan,
+    config: Mapping[str, Any] | None = None,
+    force: bool = False,
     say: Say = lambda line: None,
 ) -> Record:
     """Train a problem with any optax transformation, and record it.
@@ -267,6 +269,8 @@ def train(
         out: folder in which the run survives, and is resumed bit for bit by the same call.
         observer: told of every chunk and probe.
         learning_rate: η as the record is to say it; NaN leaves it to what is measured.
+        config: what else the record is to say of how it was made; part of the run's identity.
+        force: start afresh; the run that is in the folder is kept aside under another name.
         say: told one line at a time what becomes of the folder.
 
     Returns:
@@ -289,7 +293,8 @@ def train(
     size = problem.n if batch_size is None else checks.whole("batch_size", batch_size, least=1, most=problem.n, of="n")
     whole = batches_of(problem.n, size) == 1
     settings = {"steps": steps, "seed": seed, "batch_size": None if whole else size}
-    config = {
+    whole_config = {
+        **(config or {}),
         **settings,
         "loss": problem.loss.name,
         "probes": probes.plain(),
@@ -322,7 +327,7 @@ def train(
             advance=advance,
             evaluate=at_point,
             numbers={**samples, **problem.numbers(learning_rate)},
-            config=config,
+            config=whole_config,
             search_steps=probes.search,
             seed=probes.seed,
             observer=observer,
@@ -333,8 +338,8 @@ def train(
     if out is None:
         return make(None)
     path = checks.folder("out", Path(out))
-    with run_folder.claimed(path, problem.name, config, say=say) as lock:
-        return run_folder.read_or_make(path, problem.name, config, make, check=lock.check, say=say)
+    with run_folder.claimed(path, problem.name, whole_config, force=force, say=say) as lock:
+        return run_folder.read_or_make(path, problem.name, whole_config, make, check=lock.check, say=say)
 
 
 def optimizer_digest(optimizer: optax.GradientTransformation, params: Params) -> str:

@@ -3,6 +3,7 @@
 import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ def measure(
     snapshots: Mapping[int, Params] | str | Path | Sequence[str | Path],
     *,
     key: str | None = None,
-    probes: Probes | None = None,
+    probes: Probes = Probes(),  # noqa: B008  # a frozen value
     out: str | Path | None = None,
+    force: bool = False,
     observer: Observer | None = None,
 ) -> Record:
     """Measure parameters that were saved along a run, and record them.
@@ -40,8 +42,9 @@ def measure(
             integer in the name. A file is an npz or a safetensors file whose arrays are named by their paths in the
             tree, a folder one that orbax wrote. Nothing is ever unpickled.
         key: path of the parameters within what a file holds, such as "params" or "state.params".
-        probes: what is measured, and at which of the steps; None for all of them.
+        probes: what is measured, and at which of the steps: at all of them, unless it says otherwise.
         out: folder for the record.
+        force: start afresh; what is in the folder is kept aside under another name.
         observer: told of every probe.
 
     Raises:
@@ -65,8 +68,8 @@ def measure(
     if not ordered:
         raise ValueError("there is no snapshot to measure: name files, or give parameters by step")
     steps = [step for step, _ in ordered]
-    wanted = Probes(at=steps) if probes is None else probes
-    with Watch(problem, probes=wanted, out=out, observer=observer, last=steps[-1]) as watching:
+    wanted = replace(probes, at=steps) if probes.every is None and probes.at is None else probes
+    with Watch(problem, probes=wanted, out=out, force=force, observer=observer, last=steps[-1]) as watching:
         for step, params in ordered:
             watching(step, params() if callable(params) else params)
     return watching.record

@@ -108,6 +108,7 @@ class Watch:
         config: Mapping[str, Any] | None = None,
         learning_rate: float = math.nan,
         last: int | None = None,
+        force: bool = False,
     ) -> None:
         checks.instance("problem", problem, Problem, "as lplr_jax.Problem makes one")
         checks.instance("probes", probes, Probes, "as lplr_jax.Probes makes one")
@@ -138,15 +139,15 @@ class Watch:
         self._folder = None if out is None else checks.folder("out", Path(out))
         self._checkpoints: Checkpoints | None = None
         if self._folder is not None:
-            self._open(self._folder)
+            self._open(self._folder, force)
 
-    def _open(self, folder: Path) -> None:
-        if (folder / "record.npz").exists():
+    def _open(self, folder: Path, force: bool) -> None:
+        if not force and (folder / "record.npz").exists():
             run_folder.check_config(folder, self._problem.name, self._config)
             raise ValueError(
                 f"{folder} holds the finished record of this run: read it with lplr_jax.load, or name another folder"
             )
-        lock = self._stack.enter_context(run_folder.claimed(folder, self._problem.name, self._config))
+        lock = self._stack.enter_context(run_folder.claimed(folder, self._problem.name, self._config, force=force))
         self._checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, check=lock.check)
 
     @property
@@ -498,6 +499,7 @@ def watch(
     probes: Probes = Probes(),  # noqa: B008  # a frozen value
     out: str | Path | None = None,
     every: int = 1,
+    force: bool = False,
 ) -> Watch:
     """Watch a loop of your own: any framework, any optimiser, any schedule.
 
@@ -507,6 +509,7 @@ def watch(
         out: folder in which the run survives: what was measured is saved at every probe, and the record at the end.
         every: steps between entries of the series; with k > 1 the step after each is seen too, so that the update is
             measured.
+        force: start afresh; what is in the folder is kept aside under another name.
 
     Returns:
         The watch: call it with (step, params) before the step that moves or donates them, and `close` it, or use it as
@@ -528,7 +531,7 @@ def watch(
         >>> watching.record["probe_epoch"].tolist()
         [0, 1, 2, 3, 4, 6, 8]
     """
-    return Watch(problem, probes=probes, out=out, every=every)
+    return Watch(problem, probes=probes, out=out, every=every, force=force)
 
 
 def _form(params: Params) -> tuple[Any, tuple[tuple[tuple[int, ...], Any], ...]]:

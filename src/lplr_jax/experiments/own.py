@@ -1,0 +1,225 @@
+"""Runs and snapshots of a problem that a user's own file defines: what `lplr run` and `lplr measure` do."""
+
+import ast
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import optax
+import tyro
+
+from lplr_jax import checks, plotting, theory
+from lplr_jax.records import Record
+from lplr_jax.reports import output, report
+from lplr_jax.reports.exit_codes import DIVERGED, INCONSISTENT, OK
+from lplr_jax.reports.follow import FollowConfig, Following
+from lplr_jax.reports.screen import CONSOLE, say
+from lplr_jax.runs.loop import train
+from lplr_jax.runs.problem import Probes, Problem
+from lplr_jax.runs.snapshots import measure as measure_snapshots
+
+OPTIMIZERS = (
+    "sgd",
+    "noisy_sgd",
+    "sign_sgd",
+    "adam",
+    "adamw",
+    "nadam",
+    "amsgrad",
+    "radam",
+    "adamax",
+    "adagrad",
+    "adadelta",
+    "adafactor",
+    "rmsprop",
+    "lion",
+    "lamb",
+    "lars",
+    "yogi",
+)
+"""Optimisers of optax that `lplr run` knows by name; others are for `lplr_jax.train`."""
+
+
+def load_problem(place: str) -> Problem:
+    """Execute a Python file and return the problem that it defines.
+
+    Args:
+        place: FILE.py:NAME, where NAME is a `Problem`, or a function without arguments that makes one.
+
+    Raises:
+        ValueError: if there is no such file or name, or what it names is no problem.
+    """
+    file, _, name = place.rpartition(":")
+    path = Path(file)
+    if not file or not name.isidentifier():
+        raise ValueError(f"name the problem as FILE.py:NAME, got {checks.shown(place)}")
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; name the problem as FILE.py:NAME")
+    say(f"problem  {name} of {path}, which is executed")
+    spec = importlib.util.spec_from_file_location(f"_lplr_problem_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is no Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and pickles look for it
+    sys.path.insert(0, str(path.resolve().parent))  # what lies beside the file can be imported, as by `python FILE`
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, name):
+            there = ", ".join(key for key, value in vars(module).items() if isinstance(value, Problem)) or "none"
+            raise ValueError(f"{path} defines no {name}; problems there: {there}")
+        found = getattr(module, name)
+        if callable(found) and not isinstance(found, Problem):
+            found = found()
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    if not isinstance(found, Problem):
+        raise ValueError(f"{name} of {path} must be an lplr_jax.Problem or make one, got {checks.shown(found)}")
+    return found
+
+
+def make_optimizer(text: str) -> tuple[optax.GradientTransformation, float]:
+    """Return an optimiser of optax, and its step size, from text such as "sgd:0.05" or "sgd:0.05,momentum=0.9".
+
+    Raises:
+        ValueError: for a name that optax does not have, or settings that it does not take.
+
+    Example:
+        >>> make_optimizer("adam:0.001,b1=0.8")[1]
+        0.001
+    """
+    name, _, rest = text.partition(":")
+    if name not in OPTIMIZERS:
+        raise ValueError(f"--optimizer must begin with one of {', '.join(OPTIMIZERS)}, got {checks.shown(text)}")
+    settings: dict[str, object] = {}
+    for index, part in enumerate(filter(None, rest.split(","))):
+        key, equals, value = part.partition("=")
+        key, value = (key, value) if equals else ("learning_rate", key)
+        if not equals and index:
+            raise ValueError(f"--optimizer {text!r}: {part!r} wants a name, as in momentum=0.9")
+        try:
+            settings[key.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"--optimizer {text!r}: {value!r} is no number") from error
+    rate = settings.get("learning_rate")
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not (rate > 0 and math.isfinite(rate)):
+        raise ValueError(f"--optimizer {text!r} wants a step size > 0 after the name, as in sgd:0.05")
+    try:
+        return getattr(optax, name)(**settings), float(rate)
+    except TypeError as error:
+        raise ValueError(f"--optimizer {text!r}: {error}") from error
+
+
+def run(
+    problem: Annotated[str, tyro.conf.Positional],
+    /,
+    optimizer: str = "sgd:0.1",
+    steps: int = 1000,
+    batch_size: int | None = None,
+    seed: int = 0,
+    probe_every: int | None = None,
+    hessian_probes: int = 9,
+    search_steps: int = 6,
+    subset_size: int | None = None,
+    kernel: str = "auto",
+    out: Path | None = None,
+    force: bool = False,
+    log: Path | None = None,
+    tensorboard: Path | None = None,
+) -> int:
+    """Train a problem of your own: record, verdicts and figure, resumed bit for bit by the same command.
+
+    The file that is named is executed.
+
+    Args:
+        problem: FILE.py:NAME, where NAME is an lplr_jax.Problem, or a function that makes one.
+        optimizer: name of an optimiser of optax, its step size, and further settings: sgd:0.05,momentum=0.9.
+        steps: how many.
+        batch_size: samples of a shuffled mini-batch [default: all data in every step].
+        seed: of the order of mini-batches and of random subsets.
+        probe_every: steps between kernel probes [default: a fortieth of the run].
+        hessian_probes: probes, evenly spread, at which the Hessian's extremes are measured.
+        search_steps: power iterations of the search for a lower estimate of L_Θ; 0 for none.
+        subset_size: samples of a subset whose kernel is measured instead of that of all.
+        kernel: implementation: auto, engine, neural-tangents, or neural-tangents:NAME.
+        out: folder for record and figure [default: runs/NAME of the problem].
+        force: start afresh; the run that is in the folder is kept aside under another name.
+        log: file of JSON lines, one a chunk, a probe and a state of the verdicts.
+        tensorboard: folder for TensorBoard's scalars.
+    """
+    kept = {"hessian": hessian_probes, "search": search_steps, "subset": subset_size, "kernel": kernel, "seed": seed}
+    probes = Probes(probe_every, **kept)
+    update, rate = make_optimizer(optimizer)
+    what = load_problem(problem)
+    folder = checks.folder("--out", out or Path("runs") / what.name)
+    with Following(CONSOLE, FollowConfig(log, tensorboard)) as following, following(what.name, steps) as observer:
+        record = train(
+            what,
+            update,
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+            probes=probes,
+            out=folder,
+            observer=observer,
+            learning_rate=rate,
+            config={"optimizer": optimizer},
+            force=force,
+            say=say,
+        )
+        following.finished(what.name, theory.verify(record), diverged_at=record.diverged_at)
+    return _show(record, folder)
+
+
+def measure(
+    snapshots: Annotated[tuple[str, ...], tyro.conf.Positional],
+    /,
+    problem: str,
+    params: str | None = None,
+    hessian_probes: int = 9,
+    search_steps: int = 6,
+    subset_size: int | None = None,
+    kernel: str = "auto",
+    out: Path | None = None,
+    force: bool = False,
+    log: Path | None = None,
+) -> int:
+    """Measure checkpoints of a run of your own; what lies between them was not seen, which the verdicts say.
+
+    The file that defines the problem is executed; the checkpoints are read and never unpickled.
+
+    Args:
+        snapshots: a pattern such as 'ckpts/*', a folder, or files; the last integer in a name is its step.
+        problem: FILE.py:NAME, where NAME is an lplr_jax.Problem, or a function that makes one.
+        params: path of the parameters within what a checkpoint holds, such as state.params.
+        hessian_probes: snapshots, evenly spread, at which the Hessian's extremes are measured.
+        search_steps: power iterations of the search for a lower estimate of L_Θ; 0 for none.
+        subset_size: samples of a subset whose kernel is measured instead of that of all.
+        kernel: implementation: auto, engine, neural-tangents, or neural-tangents:NAME.
+        out: folder for record and figure [default: runs/NAME of the problem].
+        force: start afresh; what is in the folder is kept aside under another name.
+        log: file of JSON lines, one a probe.
+    """
+    probes = Probes(hessian=hessian_probes, search=search_steps, subset=subset_size, kernel=kernel)
+    what = load_problem(problem)
+    folder = checks.folder("--out", out or Path("runs") / what.name)
+    paths = snapshots[0] if len(snapshots) == 1 else list(snapshots)
+    with Following(CONSOLE, FollowConfig(log)) as following, following(what.name, 0) as observer:
+        settings = {"key": params, "probes": probes, "out": folder, "force": force}
+        record = measure_snapshots(what, paths, **settings, observer=observer)
+        following.finished(what.name, theory.verify(record), diverged_at=record.diverged_at)
+    return _show(record, folder)
+
+
+def _show(record: Record, folder: Path) -> int:
+    CONSOLE.print(report.summary_table(record))
+    say(f"record   {folder / 'record.npz'}")
+    diverged_at_once = record.diverged_at == 0
+    figure = "the run diverged at step 0" if diverged_at_once else plotting.plot(record)
+    output.draw(figure, folder / f"{record.experiment}.png")
+    verdicts = theory.verify(record)
+    report.print_verdicts(CONSOLE, verdicts)
+    if theory.any_inconsistent(verdicts):
+        return INCONSISTENT
+    return OK if record.diverged_at is None else DIVERGED
