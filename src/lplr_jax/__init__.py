@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # the names of `rooms.FACE` once more, for tools that read an
     from lplr_jax.runs.watch import series as series
     from lplr_jax.runs.watch import watch as watch
     from lplr_jax.theory import Verdict as Verdict
+    from lplr_jax.theory import Verdicts as Verdicts
     from lplr_jax.theory import verify as verify
 else:  # hidden from those tools, for which any name would exist otherwise
     __all__ = ["__version__", *rooms.FACE]

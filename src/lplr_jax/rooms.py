@@ -68,6 +68,7 @@ FACE = {
     "Record": "lplr_jax.records",
     "RecordError": "lplr_jax.records",
     "Verdict": "lplr_jax.theory",
+    "Verdicts": "lplr_jax.theory",
     "load": "lplr_jax.records",
     "verify": "lplr_jax.theory",
     "verify_point": "lplr_jax.runs.point",
@@ -95,6 +96,7 @@ DOORS = {
         "kernel_values": "lplr_jax.measurement.kernel",
         "min_eig_with_assembly": "lplr_jax.measurement.kernel",
         "spectrum_and_energy": "lplr_jax.measurement.kernel",
+        "verdict_html": "lplr_jax.reports.html",
         "verify_point": "lplr_jax.runs.point",
     },
     "lplr_jax.models": {

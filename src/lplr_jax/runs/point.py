@@ -5,7 +5,6 @@ from typing import Any
 from lplr_jax.losses import Loss, Scale, as_loss
 from lplr_jax.measurement.point import point_arrays
 from lplr_jax.records import Record
-from lplr_jax.theory.verdict import Verdict
 from lplr_jax.theory.verify import verify
 from lplr_jax.types import ApplyFn, Params
 
@@ -20,7 +19,7 @@ def verify_point(
     loss: Loss | None = None,
     kernel: str = "auto",
     memory_budget: int | None = None,
-) -> tuple[Verdict, ...]:
+) -> Verdicts:
     """Hold against one point what can be held there: identity, λ_min > 0 with its proof, pointwise PL, linearity.
 
     Args:

@@ -9,7 +9,7 @@ from lplr_jax import rooms
 from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
 from lplr_jax.theory.claims import CLAIMS
 from lplr_jax.theory.claims import ClaimId as Claim
-from lplr_jax.theory.verdict import Outcome, Verdict, any_inconsistent, as_json, flatten
+from lplr_jax.theory.verdict import Outcome, Verdict, Verdicts, any_inconsistent, as_json, flatten
 from lplr_jax.theory.verify import reading, verify
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Claim",
     "Outcome",
     "Verdict",
+    "Verdicts",
     "any_inconsistent",
     "as_json",
     "closing_arrays",

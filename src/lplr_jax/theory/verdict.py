@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from lplr_jax import rooms
+
 Outcome = Literal["proved", "not refuted", "refuted", "undecided", "not applicable"]
 
 MET: tuple[Outcome, ...] = ("proved", "not refuted")
@@ -72,6 +74,46 @@ class Verdict:
             if part.claim == f"{self.claim}.{name}":
                 return part
         raise KeyError(f"{self.claim} has no part {name!r}; it has {[p.claim for p in self.parts]}")
+
+
+class Verdicts(tuple[Verdict, ...]):
+    """The verdicts on one run, in the order of `CLAIMS`: a tuple that also finds a verdict by its claim.
+
+    Example:
+        >>> Verdicts([Verdict("weyl", "Lemma 5.3", "not refuted")])["weyl"].outcome
+        'not refuted'
+    """
+
+    __slots__ = ()
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return a verdict by its claim or its place, or several by a slice.
+
+        Raises:
+            KeyError: for a claim that there is none of.
+            IndexError: for a place that there is none at.
+        """
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        for verdict in self:
+            if verdict.claim == key:
+                return verdict
+        raise KeyError(f"there is no verdict on {key!r}; there are {', '.join(verdict.claim for verdict in self)}")
+
+    def __repr__(self) -> str:
+        width = max((len(verdict.claim) for verdict in self), default=0)
+        lines = (f"  {verdict.claim:{width}}  {verdict.outcome:14}  {_cut(verdict.note)}" for verdict in self)
+        return "\n".join(["<Verdicts", *(line.rstrip() for line in lines)]) + ">"
+
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook."""
+        # Reports stand above verdicts, so this door is opened when somebody goes through.
+        return rooms.through_door("lplr_jax.theory", "verdict_html")(self)
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 90 else f"{line[:89]}…"
 
 
 def factor(small: float, large: float) -> float:

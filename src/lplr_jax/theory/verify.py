@@ -7,10 +7,10 @@ from lplr_jax.curves.summary import check_record
 from lplr_jax.records import Record
 from lplr_jax.theory.claims import CLAIMS, REGISTRY
 from lplr_jax.theory.evidence import Evidence
-from lplr_jax.theory.verdict import Verdict
+from lplr_jax.theory.verdict import Verdict, Verdicts
 
 
-def verify(record: Record) -> tuple[Verdict, ...]:
+def verify(record: Record) -> Verdicts:
     """Hold every claim of the theory against a record; no model and no data are needed.
 
     Args:
@@ -28,11 +28,11 @@ def verify(record: Record) -> tuple[Verdict, ...]:
     evidence = Evidence(record)
     if not evidence.end:
         note = "diverged at epoch 0: loss, gradient or parameters are not finite at the initialisation"
-        return _undecided(CLAIMS, note)
+        return Verdicts(_undecided(CLAIMS, note))
     first = evidence.verdict("consistency")
     if first.inconsistent:
-        return (first, *_undecided(CLAIMS[1:], "not evaluated: the record contradicts itself"))
-    return tuple(evidence.verdict(claim) for claim in CLAIMS)
+        return Verdicts((first, *_undecided(CLAIMS[1:], "not evaluated: the record contradicts itself")))
+    return Verdicts(evidence.verdict(claim) for claim in CLAIMS)
 
 
 def _undecided(claims: Sequence[str], note: str) -> tuple[Verdict, ...]:

@@ -1,0 +1,209 @@
+"""Our own loop on any problem: closed forms, mini-batches by hand, resume bit for bit, and the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lplr_jax import cli, records
+from lplr_jax.experiments.own import load_problem, make_optimizer
+from lplr_jax.losses import Squared
+from lplr_jax.runs.loop import optimizer_digest, train
+from lplr_jax.runs.problem import Probes, Problem
+
+FEW = Probes(every=5, search=0, hessian=0)
+
+
+def linear(n=6, d=4, seed=0, loss=Squared("mean")):  # noqa: B008  # a frozen value
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(n, d)).astype(np.float32), rng.normal(size=(n, 1)).astype(np.float32)
+    return Problem(lambda w, x: x @ w, jnp.zeros((d, 1)), x, y, loss=loss, name="linear")
+
+
+def test_steps_on_all_data_follow_numpy():
+    problem = linear()
+    record = train(problem, optax.sgd(0.1), steps=10, probes=FEW)
+    theta = np.zeros((4, 1))
+    x, y = (np.asarray(part, np.float64) for part in problem.data)
+    for t in range(11):
+        r = x @ theta - y
+        assert record["loss"][t] == pytest.approx(np.sum(r**2) / 12, rel=1e-5)
+        assert record["drift"][t] == pytest.approx(np.linalg.norm(theta), rel=1e-5, abs=1e-7)
+        theta -= 0.1 * x.T @ r / 6
+    np.testing.assert_allclose(record["step_size"][:-1], 0.1, rtol=1e-5)
+
+
+def test_mini_batches_follow_numpy():
+    """Batches of 4 of 6 samples: two steps a pass, the second one the mean over the two that are left."""
+    problem = linear()
+    record = train(problem, optax.sgd(0.1), steps=7, batch_size=4, seed=3, probes=Probes(at=[0], search=0, hessian=0))
+    assert record["epoch"].tolist() == list(range(8))
+    theta = np.zeros((4, 1))
+    x, y = (np.asarray(part, np.float64) for part in problem.data)
+    for t in range(8):
+        r = x @ theta - y
+        assert record["loss"][t] == pytest.approx(np.sum(r**2) / 12, rel=1e-5)
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(jax.random.key(3), t // 2), 6))
+        rows = order[4 * (t % 2) : 4 * (t % 2) + 4]
+        step = 0.1 * x[rows].T @ (x[rows] @ theta - y[rows]) / len(rows)
+        if t < 7:
+            full = x.T @ r / 6
+            size = float(np.sum(step * full) / np.sum(full**2))
+            off = np.linalg.norm(step - size * full) / np.linalg.norm(step)
+            assert record["step_size"][t] == pytest.approx(size, rel=1e-4)
+            assert record["step_deviation"][t] == pytest.approx(off, rel=1e-3)
+        theta -= step
+
+
+def test_passes_are_seen_at_their_first_two_steps():
+    problem = linear(n=12)
+    record = train(problem, optax.sgd(0.1), steps=9, batch_size=3, probes=Probes(at=[0], search=0, hessian=0))
+    assert record["epoch"].tolist() == [0, 1, 4, 5, 8, 9]
+
+
+def test_other_leaves_are_carried_along():
+    problem = Problem(
+        lambda p, x: p["scale"] * (x @ p["w"]) + p["count"],
+        {"w": jnp.zeros((4, 1)), "scale": 1.0, "count": jnp.arange(1)},
+        *linear().data,
+    )
+    assert problem.p == 5
+    record = train(problem, optax.sgd(0.1), steps=5, probes=FEW)
+    assert float(record["p"]) == 5
+    np.testing.assert_allclose(record["step_size"][:-1], 0.1, rtol=1e-4)
+
+
+def test_an_optimiser_is_told_by_what_it_does():
+    params = {"w": jnp.zeros(3)}
+    digests = [
+        optimizer_digest(optimizer, params)
+        for optimizer in (optax.sgd(0.1), optax.sgd(0.1), optax.sgd(0.2), optax.sgd(0.1, momentum=0.9), optax.adam(0.1))
+    ]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 4
+
+
+def test_a_folder_holds_one_run(tmp_path):
+    problem = linear()
+    first = train(problem, optax.sgd(0.1), steps=10, probes=FEW, out=tmp_path / "run")
+    again = train(problem, optax.sgd(0.1), steps=10, probes=FEW, out=tmp_path / "run")
+    assert again.checksum() == first.checksum() == records.load(tmp_path / "run").checksum()
+    with pytest.raises(ValueError, match="optimizer_checksum"):
+        train(problem, optax.sgd(0.2), steps=10, probes=FEW, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="data_checksum"):
+        train(linear(seed=1), optax.sgd(0.1), steps=10, probes=FEW, out=tmp_path / "run")
+
+
+PROBLEM = """
+    import os, signal
+    import jax.numpy as jnp, numpy as np
+    import lplr_jax as lp
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 3)).astype("f4"), rng.normal(size=(8, 1)).astype("f4")
+    params = {"a": rng.normal(size=(3, 6)).astype("f4"), "b": rng.normal(size=(6, 1)).astype("f4")}
+
+    def make():
+        return lp.Problem(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, x, y, name="own")
+
+    ready = make()
+    number = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(textwrap.dedent(PROBLEM))
+    return path
+
+
+def options(file, out, *more):
+    quick = ["--steps", "12", "--probe-every", "4", "--search-steps", "0", "--hessian-probes", "0"]
+    return ["run", f"{file}:make", "--optimizer", "sgd:0.05", *quick, "--out", str(out), *more]
+
+
+def test_the_command_runs_a_file(file, tmp_path, capsys):
+    assert cli.main(options(file, tmp_path / "out", "--log", str(tmp_path / "log.jsonl"))) == cli.OK
+    said = capsys.readouterr().out
+    assert "is executed" in said
+    record = records.load(tmp_path / "out")
+    assert record.experiment == "own"
+    assert float(record["learning_rate"]) == 0.05
+    assert (tmp_path / "out" / "own.png").stat().st_size > 10_000
+    events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert events[-1] == "verdict"
+    assert cli.main(options(file, tmp_path / "out")) == cli.OK
+    assert "is there" in capsys.readouterr().out
+    assert cli.main(["verify", str(tmp_path / "out")]) == cli.OK
+    assert cli.main(["plot", str(tmp_path / "out"), "--out", str(tmp_path / "again.png")]) == cli.OK
+
+
+def test_the_command_measures_snapshots(file, tmp_path, capsys):
+    problem = load_problem(f"{file}:ready")
+    for t, scale in ((0, 1.0), (3, 0.9), (12, 0.8)):
+        arrays = {name: np.asarray(leaf) * np.float32(scale) for name, leaf in problem.params.items()}
+        (tmp_path / "ckpts").mkdir(exist_ok=True)
+        np.savez(tmp_path / "ckpts" / f"step-{t}.npz", **arrays)
+    arguments = ["measure", str(tmp_path / "ckpts" / "*"), "--problem", f"{file}:ready", "--out", str(tmp_path / "out")]
+    assert cli.main([*arguments, "--search-steps", "0", "--hessian-probes", "0"]) == cli.OK
+    assert records.load(tmp_path / "out")["epoch"].tolist() == [0, 3, 12]
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("mine.py", "FILE.py:NAME"),
+        ("absent.py:make", "there is no file"),
+        ("mine.py:other", "defines no other; problems there: ready"),
+        ("mine.py:number", "must be an lplr_jax.Problem or make one"),
+    ],
+)
+def test_mistakes_in_naming_a_problem(file, monkeypatch, place, words):
+    monkeypatch.chdir(file.parent)
+    with pytest.raises(ValueError, match=words):
+        load_problem(place)
+
+
+@pytest.mark.parametrize("text", ["magic:0.1", "sgd", "sgd:x", "sgd:-1", "sgd:0.1,0.9", "sgd:0.1,speed=3", "adam:nan"])
+def test_mistakes_in_naming_an_optimiser(text):
+    with pytest.raises(ValueError, match="--optimizer"):
+        make_optimizer(text)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(file, tmp_path):
+    """SIGKILL right after the checkpoint of step 4; the same command then ends with the record of a run left alone."""
+    killer = textwrap.dedent("""
+        import os, signal, sys
+        from lplr_jax import cli
+        from lplr_jax.runs import checkpoint
+        save = checkpoint.Checkpoints.save
+        def killed(self, epoch, *args, **kwargs):
+            save(self, epoch, *args, **kwargs)
+            if epoch == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+        checkpoint.Checkpoints.save = killed
+        cli.main(sys.argv[1:])
+    """)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", killer, *options(file, tmp_path / "a")],
+        env=environment,
+        check=False,
+        capture_output=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert cli.main(options(file, tmp_path / "a")) == cli.OK
+    assert cli.main(options(file, tmp_path / "b")) == cli.OK
+    a, b = records.load(tmp_path / "a"), records.load(tmp_path / "b")
+    assert a.provenance["resumed_at"] == [4]
+    assert a.checksum() == b.checksum()
