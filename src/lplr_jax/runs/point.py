@@ -5,6 +5,7 @@ from typing import Any
 from lplr_jax.losses import Loss, Scale, as_loss
 from lplr_jax.measurement.point import point_arrays
 from lplr_jax.records import Record
+from lplr_jax.theory.verdict import Verdicts
 from lplr_jax.theory.verify import verify
 from lplr_jax.types import ApplyFn, Params
 
