@@ -10,8 +10,8 @@ from typing import get_args
 
 import numpy as np
 import pytest
-
 from controls import by_claim, replaced, scaled, tampered
+
 from lplr_jax import schema, theory
 from lplr_jax.records import RecordError
 from lplr_jax.theory import claims
@@ -89,7 +89,7 @@ def test_a_claim_is_judged_once(monkeypatch):
 
 
 def test_ids_follow_from_the_registry():
-    assert theory.CLAIMS == tuple(claims.REGISTRY)
+    assert tuple(claims.REGISTRY) == theory.CLAIMS
     assert get_args(theory.Claim) == theory.CLAIMS
     assert theory.CLAIMS[:9] == (
         *("consistency", "ntk_positive", "ntk_lipschitz", "compatibility", "weyl"),
@@ -113,8 +113,8 @@ def test_a_claim_for_another_loss_is_not_applicable():
 @pytest.mark.parametrize("scale", [1.5, 3.0, 1e-3, 1e6])
 def test_any_number_is_a_scale(scale):
     """L divided by s and η multiplied by it is the same run; no value of s is special."""
-    per = {name: 1 / scale for name in ("loss", "probe_loss", "sharpness", "curvature_min", "smoothness_upper")}
-    per |= {name: 1 / scale**2 for name in ("grad_sq_norm", "probe_grad_sq_norm")}
+    per = dict.fromkeys(("loss", "probe_loss", "sharpness", "curvature_min", "smoothness_upper"), 1 / scale)
+    per |= dict.fromkeys(("grad_sq_norm", "probe_grad_sq_norm"), 1 / scale**2)
     per |= {"lqcr_inner": 1 / scale, "step_size": scale, "learning_rate": scale, "loss_scale": scale}
     record = tampered(linear_regression(), **{name: scaled(factor) for name, factor in per.items()})
     # Half of the samples' own loss, were it of a subset, is said by probe_loss_scale.

@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import optax
 import pytest
-
 from controls import by_claim, replaced, tampered
+from test_method import EPOCHS, ETA, run
+
 from lplr_jax import theory
 from lplr_jax.records import Record
 from lplr_jax.theory.claims.example import linear_regression
 from lplr_jax.theory.evidence import Evidence
 from lplr_jax.theory.verdict import MET
-from test_method import EPOCHS, ETA, run
 
 SERIES = ("loss", "grad_sq_norm", "drift", "step_size", "step_deviation", "step_rounding", "seen")
 

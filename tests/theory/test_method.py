@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import optax
 import pytest
-
 from controls import by_claim, step_arrays, tampered
+
 from lplr_jax.records import Record
 from lplr_jax.theory.evidence import Evidence
 from lplr_jax.theory.verdict import MET
