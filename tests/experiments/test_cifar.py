@@ -110,27 +110,16 @@ def test_kernel_of_the_subset_is_that_of_the_jacobian(tiny):
 def test_verdicts_claim_no_more_than_a_subset_can_tell(tiny):
     for record in tiny[1].values():
         by = {verdict.claim: verdict for verdict in theory.verify(record)}
-        assert by["consistency"].outcome == "not refuted"
+        # Several steps an epoch, so the first epoch is not η ‖∇L_0‖ long; only steps that were seen tell why.
+        assert by["consistency"].outcome == ("not refuted" if "step_size" in record else "undecided")
         assert "5 of 20 samples" in by["consistency"].note
         assert by["ntk_positive"].outcome in ("not refuted", "undecided")
-        assert by["linear_rate"].outcome == "not applicable"
-        assert "momentum" in by["linear_rate"].note
+        assert by["linear_rate"].outcome == ("not applicable" if "step_size" in record else "undecided")
         assert not theory.any_inconsistent(by.values())
         assert all(verdict.outcome != "proved" for verdict in by.values())
     record = tiny[1][0]
     tampered = {**record.arrays, "probe_loss": record["probe_loss"] * 1.01}
     assert theory.verify(dataclasses.replace(record, arrays=tampered))[0].inconsistent
-
-
-@pytest.mark.parametrize(
-    ("changes", "word"),
-    [({"momentum": 0.9}, "momentum"), ({"batch_size": 2}, "batch_size = 2 of 4"), ({"schedule": "cosine"}, "schedule")],
-)
-def test_each_departure_from_gradient_descent_is_named(changes, word):
-    record = dataclasses.replace(make(), config={"width": 3, "seed": 0, **changes})
-    rate = {verdict.claim: verdict for verdict in theory.verify(record)}["linear_rate"]
-    assert rate.outcome == "not applicable"
-    assert word in rate.note
 
 
 def test_envelope_of_all_data_is_not_held_against_a_subset():

@@ -56,7 +56,8 @@ def _form(evidence: Evidence) -> Verdict:
         bad.append("epoch does not ascend from 0")
     for name in ("loss", "grad_sq_norm", "drift"):
         series = evidence.series(name)[evidence.claimed]
-        if not (np.isfinite(series).all() and (series >= 0).all()):
+        signed = name == "loss" and evidence.loss != "squared"  # other losses may fall below 0
+        if not (np.isfinite(series).all() and (signed or (series >= 0).all())):
             bad.append(f"{name} is negative or not finite")
     for name in ("step_deviation", "step_rounding"):
         if (evidence.series(name) < 0).any():
