@@ -34,8 +34,8 @@ SQUARED = "squared"
 """Name of the loss ½‖f_i - y_i‖², the only one of files of schema 1."""
 
 # The loss of the run is an array of its own, so the text with its name is called otherwise.
-_TEXT = {1: ("experiment", "config", "provenance", "checksum")}
-_TEXT[2] = (*_TEXT[1], "loss_name")
+_FIRST_TEXT = ("experiment", "config", "provenance", "checksum")
+_TEXT: dict[int, tuple[str, ...]] = {1: _FIRST_TEXT, 2: (*_FIRST_TEXT, "loss_name")}
 
 
 @dataclass(frozen=True)

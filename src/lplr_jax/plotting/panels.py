@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -70,10 +69,10 @@ def grid(count: int, width: float | int, height: float | int) -> tuple[Figure, l
     if count == 1:
         figure = blank(0.65 * width, 0.6 * height)
         return figure, [figure.subplots()]
-    layout = {2: [[0, 1]], 3: [[0, 1], [2, 2]], 4: [[0, 1], [2, 3]]}[count]
-    figure = blank(width, height if len(layout) == 2 else 0.55 * height)
+    layout = {2: "ab", 3: "ab;cc", 4: "ab;cd"}[count]
+    figure = blank(width, height if ";" in layout else 0.55 * height)
     panels = figure.subplot_mosaic(layout)
-    return figure, [panels[index] for index in range(count)]
+    return figure, [panels[letter] for letter in "abcd"[:count]]
 
 
 def known(record: Record, *names: str) -> bool:
@@ -90,10 +89,10 @@ def verdict_strip(figure: Figure, verdicts: Sequence[theory.Verdict]) -> None:
     key = "   ".join(f"{mark} {outcome}" for outcome, (mark, _) in MARKS.items())
     words.append(TextArea(f"[{key}]", textprops={**size, "color": "0.45"}))
     lines = _lines(figure, words)
-    rows: list[Artist] = [HPacker(children=line, sep=STRIP_GAP, pad=0) for line in lines]
+    rows = [HPacker(children=[*line], sep=STRIP_GAP, pad=0) for line in lines]
     strip = AnchoredOffsetbox(
         "lower center",
-        child=VPacker(children=rows, sep=3, pad=0, align="center"),
+        child=VPacker(children=[*rows], sep=3, pad=0, align="center"),
         bbox_to_anchor=(0.5, 0.0),
         bbox_transform=figure.transFigure,
         frameon=False,
