@@ -189,10 +189,13 @@ def sha256(path: Path, *, size: int | None = None) -> str:
         there = os.fstat(file.fileno()).st_size
         if size is not None and there != size:
             raise _refused(path, f"{size:,} bytes", f"{there:,}")
+        digest = hashlib.sha256()
         try:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
         except OSError as error:
             raise ArchiveError(f"{path} cannot be read ({error.strerror}); use an intact copy") from error
+    return digest.hexdigest()
 
 
 def read_npz(

@@ -266,6 +266,83 @@ def test_many_start_at_once(kind, processes, starts, tmp_path):
         assert left == [], "runs that failed at their start leave no config, which would bind others"
 
 
+def once(action, function):
+    """Return the function with something done before its first call."""
+    first = iter([action])
+
+    def with_it(*arguments, **options):
+        next(first, lambda *_, **__: None)(*arguments, **options)
+        return function(*arguments, **options)
+
+    return with_it
+
+
+def test_the_folder_goes_between_its_making_and_its_lock(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(archives, "open_to_write", once(lambda *_, **__: folder.rmdir(), archives.open_to_write))
+    claim(folder)
+
+
+def test_the_folder_goes_after_it_was_found(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    seen = []
+
+    def is_dir(path, original=Path.is_dir):
+        if path == folder and not seen:
+            seen.append(path)
+            folder.rmdir()
+        return original(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "is_dir", is_dir)
+        assert locks._make_folder(folder, time.monotonic() + 1)
+    assert seen
+    (tmp_path / "file").write_text("x")
+    for taken in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises((FileExistsError, NotADirectoryError)):
+            locks._make_folder(taken, time.monotonic() + 1)
+
+
+def test_the_lock_is_let_go_of_while_it_is_opened(tmp_path, monkeypatch):
+    """Its file is removed by the holder before our flock: ours would be on a file that nobody sees."""
+    lock = Lock(tmp_path / "run")
+    monkeypatch.setattr(locks, "_flock", once(lambda *_: (tmp_path / "run" / ".lock").unlink(), locks._flock))
+    lock.acquire()
+    lock.check()
+    lock.release()
+
+
+@pytest.mark.parametrize("name", ["config.json", "record.npz"])
+def test_what_another_removes_while_it_is_read_is_not_there(name, tmp_path, monkeypatch):
+    path = tmp_path / name
+    path.write_text("x")
+    with pytest.raises(ValueError, match=name):
+        run_folder.read_config(tmp_path)
+    module, reader = (archives, "read_json") if name == "config.json" else (run_folder.records, "load")
+    monkeypatch.setattr(module, reader, once(lambda *_, **__: path.unlink(), getattr(module, reader)))
+    assert run_folder.read_config(tmp_path) is None
+
+
+def test_the_config_of_who_comes_next_is_not_removed(tmp_path, monkeypatch):
+    """A run fails at its start; another process takes the folder the moment its lock is free."""
+    folder, release = tmp_path / "run", Lock.release
+    other = Lock(folder)
+
+    def followed(lock):
+        release(lock)
+        if lock is not other:
+            other.acquire()
+            run_folder.write_config(folder, "test", {"width": 9})
+
+    monkeypatch.setattr(Lock, "release", followed)
+    with pytest.raises(RuntimeError, match="fails"), claimed(folder, "test", CONFIG):
+        raise RuntimeError("fails")
+    other.check()
+    assert run_folder.read_config(folder) == ("test", {"width": 9})
+    other.release()
+
+
 # Files from elsewhere.
 
 BAD_JSON = {

@@ -404,8 +404,9 @@ def _unflatten(like: Any, leaves: Sequence[Any]) -> Any:
 
 def _is_key(leaf: Any) -> bool:
     import jax
+    import jax.numpy as jnp
 
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _to_host(leaf: Any) -> np.ndarray:
