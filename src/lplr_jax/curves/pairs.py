@@ -31,8 +31,8 @@ def kernel_error(
 def proof_radius(drift: Float[np.ndarray, " t"], p: int) -> float:
     """Return the radius of a ball that holds a run, given drifts that were summed over p squares in float32.
 
-    The sum and its root lose γ/2 with γ = k u / (1 - k u), k = p + 4, which is at most k u where k u <= 1/4. A square that
-    underflows loses at most 2⁻¹²⁶, and the root of p of them is added.
+    The sum and its root lose γ/2 with γ = k u / (1 - k u), k = p + 4, which is at most k u where k u <= 1/4. A square
+    that underflows loses at most 2⁻¹²⁶, and the root of p of them is added.
     """
     loss = (p + 4) * UNIT_32
     if loss <= 0.25:
