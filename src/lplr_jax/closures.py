@@ -73,6 +73,14 @@ def fingerprint(function: Any) -> Hashable | None:
         return None
 
 
+def _hashed(value: Any) -> Hashable:
+    try:
+        hash(value)
+    except TypeError:
+        raise _Unknown from None
+    return value
+
+
 @functools.cache
 def _installed(module: str | None) -> bool:
     """Whether a module belongs to an installed package or to Python."""
@@ -88,7 +96,8 @@ class _Reader:
     """Reads a value; objects met before stand for themselves, which ends cycles."""
 
     def __init__(self) -> None:
-        self._met: dict[int, int] = {}
+        # Objects are held, so that no other gets the address of one that is gone.
+        self._met: dict[int, tuple[int, Any]] = {}
 
     def read(self, value: Any) -> Hashable:
         """Return the fingerprint of a value.
@@ -96,23 +105,25 @@ class _Reader:
         Raises:
             _Unknown: where the value may change unseen.
         """
-        if value is None or isinstance(value, str | bytes | enum.Enum | np.dtype | types.CodeType):
+        if value is None or isinstance(value, str | bytes | enum.Enum | np.dtype):
             return value
         if isinstance(value, bool | int | float | complex) and not isinstance(value, np.generic):
             return type(value).__name__, repr(value)
         if isinstance(value, jax.core.Tracer):
             raise _Unknown
-        if isinstance(value, jax.Array | types.BuiltinFunctionType):
+        if isinstance(value, jax.tree_util.PyTreeDef):
+            return _hashed(value)
+        if isinstance(value, jax.Array | types.BuiltinFunctionType | types.CodeType):
             return Same(value)
         if isinstance(value, np.ndarray | np.generic):
             if value.dtype.hasobject or value.nbytes > _MOST_BYTES:
                 raise _Unknown
             return value.shape, value.dtype.str, value.tobytes()
         if id(value) in self._met:
-            return "met", self._met[id(value)]
+            return "met", self._met[id(value)][0]
         if len(self._met) > _MOST_OBJECTS:
             raise _Unknown
-        self._met[id(value)] = len(self._met)
+        self._met[id(value)] = len(self._met), value
         return self._inside(value)
 
     def _inside(self, value: Any) -> Hashable:
@@ -150,7 +161,7 @@ class _Reader:
         except ValueError:  # a cell that is not filled yet
             raise _Unknown from None
         beside = (function.__defaults__, function.__kwdefaults__, cells)
-        parts: list[Hashable] = [code, *(self.read(part) for part in beside)]
+        parts: list[Hashable] = [Same(code), *(self.read(part) for part in beside)]
         if not _installed(function.__module__):
             space = function.__globals__
             names = _names(code)

@@ -28,6 +28,10 @@ Trainable = Any
 _STATISTICS = ("batch_stats", "running_mean", "running_var", "moving_mean", "moving_var", "moving_variance", "ema")
 
 
+class NoParametersError(TypeError, ValueError):
+    """No leaf of a parameter tree is θ."""
+
+
 class UntrainedLeafWarning(UserWarning):
     """A leaf counts as θ although nothing seems to train it."""
 
@@ -99,12 +103,20 @@ class Parameters:
         left = iter(arrays)
         return jax.tree.unflatten(self.treedef, [next(left) if leaf is None else leaf.value for leaf in self.static])
 
-    def with_theta(self, theta: Sequence[Any], arrays: Sequence[Any] | None = None) -> Params:
-        """Put the tree together again with other values of θ, from other arrays than its own where they are given."""
-        every = list(self.arrays if arrays is None else arrays)
-        for i, value in zip(self.theta, theta, strict=True):
-            every[i] = value
-        return self.join(every)
+    @property
+    def carried(self) -> list[Any]:
+        """The arrays that are no part of θ, in order."""
+        return [array for i, array in enumerate(self.arrays) if i not in self.theta]
+
+    @property
+    def structure(self) -> "Parameters":
+        """The tree without its arrays."""
+        return self.cast(lambda _: None)
+
+    def with_theta(self, theta: Sequence[Any], carried: Sequence[Any]) -> Params:
+        """Put the tree together again from θ and the arrays that are no part of it."""
+        left, right = iter(theta), iter(carried)
+        return self.join([next(left) if i in self.theta else next(right) for i in range(len(self.arrays))])
 
     def cast(self, convert: Callable[[Any], Any]) -> "Parameters":
         """Return the same tree with its arrays converted."""
@@ -129,7 +141,8 @@ def split(params: Params, trainable: Trainable = None) -> Parameters:
 
     Raises:
         TypeError: for a complex leaf that would be θ, an array of text or objects, or a `trainable` that is neither.
-        ValueError: for a tree of booleans that does not fit, or where no leaf is θ.
+        ValueError: for a tree of booleans that does not fit.
+        NoParametersError: where no leaf is θ.
 
     Example:
         >>> split({"w": np.ones(2), "b": 0.5, "steps": 3}).size
@@ -166,11 +179,11 @@ def split(params: Params, trainable: Trainable = None) -> Parameters:
         static.append(None)
         arrays.append(leaf)
     if not theta:
-        carried = "; ".join(sorted({leaf.reason for leaf in leaves}))
-        raise ValueError(
-            "params hold no floating array to train, so there is nothing to differentiate by; pass the pytree that "
-            f"apply_fn takes first, or say with trainable= what trains; got {checks.shown(params)}"
-            f"{f' ({carried})' if carried else ''}"
+        got = f"a leaf of dtype {arrays[0].dtype}" if arrays else checks.shown(params)
+        reasons = ", ".join(sorted({leaf.reason for leaf in leaves}))
+        raise NoParametersError(
+            f"params hold no floating arrays, got {got}{f' ({reasons})' if reasons else ''}: there is nothing to "
+            "differentiate by; pass the pytree that apply_fn takes first, or say with trainable= what trains"
         )
     return Parameters(found[1], tuple(arrays), tuple(static), tuple(leaves), tuple(theta))
 
@@ -185,10 +198,11 @@ def count_parameters(params: Params, trainable: Trainable = None) -> int:
 
 
 def on_theta(function: Callable[..., Any], params: Parameters) -> Callable[..., Any]:
-    """Return a function of (params, ...) as one of (θ, arrays, ...), both lists of arrays."""
+    """Return a function of (params, ...) as one of (θ, carried, ...), both lists of arrays."""
+    structure = params.structure  # values would keep functions that compute the same apart
 
-    def of_theta(theta: Sequence[Any], arrays: Sequence[Any], *args: Any) -> Any:
-        return function(params.with_theta(theta, arrays), *args)
+    def of_theta(theta: Sequence[Any], carried: Sequence[Any], *args: Any) -> Any:
+        return function(structure.with_theta(theta, carried), *args)
 
     return of_theta
 

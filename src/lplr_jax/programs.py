@@ -16,7 +16,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from lplr_jax import layouts
+from lplr_jax import closures, layouts
 from lplr_jax.closures import Same
 
 CUSTOM_RULES = {
@@ -84,14 +84,12 @@ def equation_key(eqn: Any, *, rules: bool) -> Hashable:
 
 def rule_key(eqn: Any) -> Hashable:
     """Return what the derivative rule of an equation computes."""
-    info = getattr(eqn.params["call_jaxpr"].jaxpr.debug_info, "func_src_info", None) or ""
-    if info.partition(" at ")[2].startswith(_RULES_OF_JAX):
-        return info
-    return traced_rule_key(eqn)
-
-
-def traced_rule_key(eqn: Any) -> Hashable:
-    """Return the derivative of an equation as a program, whoever wrote its rule."""
+    infos = tuple(
+        getattr(getattr(part, "debug_info", None), "func_src_info", None) or ""
+        for part in (eqn.params["call_jaxpr"].jaxpr, eqn.params.get("jvp_jaxpr_fun"))
+    )
+    if all(info.partition(" at ")[2].startswith(_RULES_OF_JAX) for info in infos):
+        return infos
     try:
         derivative = _jvp if eqn.primitive.name == "custom_jvp_call" else vjp_of_equation
         return key(derivative(eqn), rules=False)  # differentiated already
@@ -184,6 +182,14 @@ class Kept:
         self._known.move_to_end(name)
         return self._known[name]
 
+    def values(self) -> list[Any]:
+        """Return all that is kept."""
+        return list(self._known.values())
+
+    def clear(self) -> None:
+        """Let everything go."""
+        self._known.clear()
+
     def put(self, name: Hashable, made: Any) -> None:
         """Keep something, and let go what was asked for longest ago."""
         self._known[name] = made
@@ -198,17 +204,49 @@ class Kept:
 
 
 class Found(NamedTuple):
-    """A function of (consts, *args): the same object for the same program; and its captured arrays."""
+    """A traced function.
+
+    Attributes:
+        function: of (consts, *args), the same object for the same program.
+        consts: the arrays that it captures.
+        out: what its result looks like.
+    """
 
     function: Callable[..., Any]
     consts: list[Any]
+    out: Any
 
 
-_functions = Kept()
+_functions, _found = Kept(), Kept()
+# Settings of JAX that change what is traced.
+_OPTIONS = (
+    "jax_enable_x64",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+    "jax_default_prng_impl",
+    "jax_default_matmul_precision",
+)
+
+
+def name_of(fn: Any, *args: Any) -> Hashable | None:
+    """Return what the trace of a function depends on, None where that may change unseen.
+
+    Args:
+        fn: the function, with anything else that is told by value.
+        *args: pytrees of arrays, of which shapes and dtypes count.
+    """
+    known = closures.fingerprint(fn)
+    if known is None:
+        return None
+    leaves, tree = jax.tree.flatten(args)
+    shapes = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    return known, shapes, identity(tree), tuple(getattr(jax.config, option) for option in _OPTIONS)
 
 
 def find(fn: Callable[..., Any], *args: Any) -> Found:
-    """Trace a function anew, and return the one that was traced before where both compute the same.
+    """Trace a function, and return the one that was traced before where both compute the same.
+
+    It is traced anew unless all that it reads beside its arguments is known not to have changed.
 
     Args:
         fn: function of pytrees of arrays.
@@ -226,12 +264,14 @@ def find(fn: Callable[..., Any], *args: Any) -> Found:
         >>> first is find(lambda x: x * scale["by"], np.ones(2)).function
         False
     """
+    before = name_of(fn, *args)
+    if before in _found:
+        return _found[before]
     leaves, tree = jax.tree.flatten(args)
     closed, out = jax.make_jaxpr(lambda *flat: fn(*jax.tree.unflatten(tree, flat)), return_shape=True)(*leaves)
     refuse_tracers(closed.consts)
     refuse_missing_mode(closed)
-    out_tree = jax.tree.structure(out)
-    jaxpr = closed.jaxpr
+    out_tree, jaxpr = jax.tree.structure(out), closed.jaxpr
 
     def make() -> Callable[..., Any]:
         def function(consts: Sequence[Any], *values: Any) -> Any:
@@ -240,8 +280,12 @@ def find(fn: Callable[..., Any], *args: Any) -> Found:
 
         return function
 
-    found = _functions.get((tree, out_tree, key(closed, rules=True)), make)
-    return Found(found, [jnp.asarray(const) for const in closed.consts])
+    function = _functions.get((tree, out_tree, key(closed, rules=True)), make)
+    found = Found(function, [jnp.asarray(const) for const in closed.consts], out)
+    after = name_of(fn, *args)  # what the function itself has written is no change from outside
+    if after is not None:
+        _found.put(after, found)
+    return found
 
 
 def refuse_missing_mode(closed: Any) -> None:

@@ -17,7 +17,8 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lplr_jax.ntk import neural_tangents
+from lplr_jax import parameters
+from lplr_jax.ntk import engine, neural_tangents
 
 N1, N2 = 7, 4
 SINGLE = ("jacobian", "ntvp", "structured")
@@ -273,14 +274,15 @@ def test_parameters_are_arguments_and_repeated_probes_do_not_compile():
     module = LinenMLP()
     _, params, x, _ = problem("linen")
     params, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, "float32"), (params, x))
+    neural_tangents._kept.clear()
     first = neural_tangents.kernel(module.apply, params, x, None, outputs="trace")
-    function = neural_tangents._jitted(module.apply, "structured", "trace")
+    (function,) = neural_tangents._kept.values()
     assert function._cache_size() == 1
     smaller = jax.tree.map(lambda leaf: leaf / 2, params)
     second = neural_tangents.kernel(module.apply, smaller, x, None, outputs="trace")
     assert function._cache_size() == 1
     assert float(jnp.abs(first - second).max()) > 0.1
-    text = function.lower(params, x, None).as_text()
+    text = function.lower(jax.tree.leaves(params), x, None).as_text()
     # Constants that are written out element by element carry data; splats such as zeros do not.
     assert "dense<[" not in text
     assert 'dense<"0x' not in text
@@ -296,9 +298,11 @@ def test_the_cache_is_bounded_and_lets_models_go():
     np.testing.assert_array_equal(neural_tangents.kernel(model.apply, jnp.float32(2), x, None), np.ones((3, 3)))
     gone = weakref.ref(model)
     del model
-    for _ in range(2 * neural_tangents._MAX_CACHED):
-        neural_tangents._jitted(lambda params, x: x * params, "structured", "full")
-    assert len(neural_tangents._cache) == neural_tangents._MAX_CACHED
+    for scale in range(2 * neural_tangents._MAX_CACHED):
+        split = parameters.split(jnp.float32(2))
+        traced = engine.trace(lambda params, x, by=float(scale): x * params * by, split, x)
+        neural_tangents._jitted(None, split, traced, (3, True, None), "structured", "full")
+    assert len(neural_tangents._kept) == neural_tangents._MAX_CACHED
     gc.collect()
     assert gone() is None
 

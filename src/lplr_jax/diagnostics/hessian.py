@@ -17,7 +17,7 @@ from lplr_jax.parameters import Trainable
 from lplr_jax.types import ApplyFn, Params
 
 Loss = Callable[..., Any]
-"""(θ, arrays, *data) -> scalar, θ and arrays lists."""
+"""(θ, carried, *data) -> scalar, θ and carried lists of arrays."""
 
 Reduction = Literal["sum", "mean"]
 
@@ -39,10 +39,10 @@ class Extremes(Ritz):
 
 
 def _hessian_product(loss: Loss) -> Matvec:
-    """Return (v, θ, arrays, data) -> ∇²L v."""
+    """Return (v, θ, carried, data) -> ∇²L v."""
 
-    def product(vector: Any, theta: Any, arrays: Any, data: tuple[Any, ...]) -> Any:
-        gradient = jax.grad(lambda q: loss(q, arrays, *data))
+    def product(vector: Any, theta: Any, carried: Any, data: tuple[Any, ...]) -> Any:
+        gradient = jax.grad(lambda q: loss(q, carried, *data))
         return jax.jvp(gradient, (theta,), (vector,))[1]
 
     return product
@@ -82,13 +82,14 @@ def _intermediate_bytes(jaxpr: Any) -> int:
     return total
 
 
-def _batch_size(loss: Loss, theta: Any, arrays: Any, data: tuple[Any, ...], budget: int) -> int | None:
-    """Return the samples whose product fits into the budget, or None if all do."""
+def _batch_size(loss_fn: Callable[..., Any], theta: Any, data: tuple[Any, ...], budget: int) -> int | None:
+    """Return the samples whose product fits into the budget, or None if all do; `loss_fn` is one of (θ, *data)."""
     n = jax.tree.leaves(data)[0].shape[0]
+    product = _hessian_product(lambda q, _, *part: loss_fn(q, *part))
 
     def size(batch: int) -> int:
         part = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype), data)
-        return _intermediate_bytes(jax.make_jaxpr(_hessian_product(loss))(theta, theta, arrays, part).jaxpr)
+        return _intermediate_bytes(jax.make_jaxpr(product)(theta, theta, (), part).jaxpr)
 
     if n < 2:
         return None
@@ -97,7 +98,7 @@ def _batch_size(loss: Loss, theta: Any, arrays: Any, data: tuple[Any, ...], budg
 
 
 def _check_reduction(
-    loss: Loss, theta: Any, arrays: Any, data: tuple[Any, ...], reduction: str, batch_size: int, budget: int
+    loss: Loss, theta: Any, carried: Any, data: tuple[Any, ...], reduction: str, batch_size: int, budget: int
 ) -> None:
     """Raise where the loss over micro-batches, or its second derivative, is not that of all data.
 
@@ -107,25 +108,25 @@ def _check_reduction(
     rng = np.random.default_rng(0)
     direction = [jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype) for leaf in theta]
 
-    def along(theta: Any, arrays: Any, data: tuple[Any, ...]) -> Any:
+    def along(theta: Any, carried: Any, data: tuple[Any, ...]) -> Any:
         def slope(q: Any) -> tuple[Any, Any]:
-            return jax.jvp(lambda r: loss(r, arrays, *data), (q,), (direction,))
+            return jax.jvp(lambda r: loss(r, carried, *data), (q,), (direction,))
 
         (value, first), (_, second) = jax.jvp(slope, (theta,), (direction,))
         return {"the loss": value, "its slope along a direction": first, "its curvature along a direction": second}
 
-    def product(theta: Any, arrays: Any, data: tuple[Any, ...]) -> Any:
-        image = _hessian_product(loss)(direction, theta, arrays, data)
+    def product(theta: Any, carried: Any, data: tuple[Any, ...]) -> Any:
+        image = _hessian_product(loss)(direction, theta, carried, data)
         form = sum(jnp.vdot(v, h) for v, h in zip(direction, image, strict=True))
-        return {"the loss": loss(theta, arrays, *data), "its curvature along a direction": form}
+        return {"the loss": loss(theta, carried, *data), "its curvature along a direction": form}
 
-    def values(theta: Any, arrays: Any, data: tuple[Any, ...]) -> Any:
-        return {"the loss": loss(theta, arrays, *data)}
+    def values(theta: Any, carried: Any, data: tuple[Any, ...]) -> Any:
+        return {"the loss": loss(theta, carried, *data)}
 
     whole = None
     for function in (along, product, values):
         try:
-            closed = jax.make_jaxpr(function)(theta, arrays, data)
+            closed = jax.make_jaxpr(function)(theta, carried, data)
             programs.refuse_missing_mode(closed)
         except Exception:  # JAX says in several ways that a mode is missing
             continue
@@ -137,7 +138,7 @@ def _check_reduction(
         return
     moduli = _over_batches(lambda *args: jax.tree.map(jnp.abs, whole(*args)), reduction, batch_size)
     found, parts, scale = (
-        jax.device_get(jax.jit(function)(theta, arrays, data))
+        jax.device_get(jax.jit(function)(theta, carried, data))
         for function in (whole, _over_batches(whole, reduction, batch_size), moduli)
     )
     narrow = programs.narrowing(closed, [True] * len(closed.jaxpr.invars), theta[0].dtype)
@@ -153,9 +154,9 @@ def _check_reduction(
             )
 
 
-def _check_scalar(loss: Loss, theta: Any, arrays: Any, data: tuple[Any, ...]) -> None:
+def _check_scalar(loss: Loss, theta: Any, carried: Any, data: tuple[Any, ...]) -> None:
     try:
-        value = jax.eval_shape(loss, theta, arrays, *data)
+        value = programs.find(loss, theta, carried, *data).out
     except Exception as error:  # whatever the caller's function raises
         raise ValueError(
             f"loss_fn fails on these parameters and data ({type(error).__name__}: {error}); it must take "
@@ -236,27 +237,27 @@ def hessian_extremes(
         )
     with precision_scope(dtype):
         split, data = cast_parameters(split, dtype), cast_floating(data, dtype)
-        loss, theta, arrays = parameters.on_theta(loss_fn, split), split.values, list(split.arrays)
-        _check_scalar(loss, theta, arrays, data)
+        loss, theta, carried = parameters.on_theta(loss_fn, split), split.values, split.carried
+        _check_scalar(loss, theta, carried, data)
         batch_size = None
         product = _hessian_product(loss)
         if reduction is not None:
-            batch_size = _batch_size(loss, theta, arrays, data, memory_budget)
+            batch_size = _batch_size(lambda q, *part: loss(q, carried, *part), theta, data, memory_budget)
             if batch_size is not None:
-                _check_reduction(loss, theta, arrays, data, reduction, batch_size, memory_budget)
+                _check_reduction(loss, theta, carried, data, reduction, batch_size, memory_budget)
 
-                def with_vector_last(theta: Any, arrays: Any, vector: Any, data: Any) -> Any:
-                    return _hessian_product(loss)(vector, theta, arrays, data)
+                def with_vector_last(theta: Any, carried: Any, vector: Any, data: Any) -> Any:
+                    return _hessian_product(loss)(vector, theta, carried, data)
 
                 summed = _over_batches(with_vector_last, reduction, batch_size)
 
-                def product(vector: Any, theta: Any, arrays: Any, data: Any) -> Any:
-                    return summed(theta, arrays, vector, data)
+                def product(vector: Any, theta: Any, carried: Any, data: Any) -> Any:
+                    return summed(theta, carried, vector, data)
 
         ritz = _extremes(
             product,
             theta,
-            (theta, arrays, data),
+            (theta, carried, data),
             num_matvecs=num_matvecs,
             max_matvecs=max_matvecs,
             tolerance=tolerance,
@@ -269,7 +270,7 @@ def hessian_extremes(
 def _extremes(product: Matvec, like: Any, args: tuple[Any, ...], **settings: Any) -> Ritz:
     """Search both ends of an operator's spectrum; its product is traced anew and its compiled code found again."""
     with jax.default_matmul_precision("highest"):
-        function, consts = programs.find(product, like, *args)
+        function, consts, _ = programs.find(product, like, *args)
     return extreme_ritz(_with_consts_behind(function), like, consts, *args, **settings)
 
 
@@ -278,26 +279,26 @@ def _with_consts_behind(function: Callable[..., Any]) -> Matvec:
     return lambda vector, consts, *args: function(consts, vector, *args)
 
 
-def _kernel_product(outputs_of: Callable[..., Any], theta: Any, arrays: Any, x: Any) -> tuple[Matvec, Any]:
-    """Return (v, θ, arrays, x) -> J (Jᵀ v), and what v looks like."""
+def _kernel_product(outputs_of: Callable[..., Any], theta: Any, carried: Any, x: Any) -> tuple[Matvec, Any]:
+    """Return (v, θ, carried, x) -> J (Jᵀ v), and what v looks like."""
 
-    def forward(vector: Any, theta: Any, arrays: Any, x: Any) -> Any:
-        outputs, pull = jax.vjp(lambda q: outputs_of(q, arrays, x), theta)
+    def forward(vector: Any, theta: Any, carried: Any, x: Any) -> Any:
+        outputs, pull = jax.vjp(lambda q: outputs_of(q, carried, x), theta)
         del outputs
-        return jax.jvp(lambda q: outputs_of(q, arrays, x), (theta,), pull(vector))[1]
+        return jax.jvp(lambda q: outputs_of(q, carried, x), (theta,), pull(vector))[1]
 
-    def reverse(vector: Any, theta: Any, arrays: Any, x: Any) -> Any:
+    def reverse(vector: Any, theta: Any, carried: Any, x: Any) -> Any:
         # J u is the derivative of v -> ⟨Jᵀ v, u⟩: reverse mode twice, for functions that have no other.
-        pull = jax.vjp(lambda q: outputs_of(q, arrays, x), theta)[1]
+        pull = jax.vjp(lambda q: outputs_of(q, carried, x), theta)[1]
         (cotangent,), again = jax.vjp(pull, jnp.zeros_like(vector))
         del cotangent
         return again(pull(vector))[0]
 
-    like = jax.eval_shape(outputs_of, theta, arrays, x)
+    like = jax.eval_shape(outputs_of, theta, carried, x)
     zeros, failed = jnp.zeros(like.shape, like.dtype), None
     for product in (forward, reverse):
         try:
-            programs.refuse_missing_mode(jax.make_jaxpr(product)(zeros, theta, arrays, x))
+            programs.refuse_missing_mode(jax.make_jaxpr(product)(zeros, theta, carried, x))
         except Exception as error:  # JAX says in several ways that a mode is missing
             failed = error
         else:
@@ -346,12 +347,12 @@ def ntk_extremes(
     checks.function("apply_fn", apply_fn, "(params, x) -> outputs (n, c)")
     with precision_scope(dtype):
         at = point(apply_fn, params, x, dtype=dtype, trainable=trainable, coupling=False)
-        theta, arrays = at.params.values, list(at.params.arrays)
-        product, like = _kernel_product(parameters.on_theta(apply_fn, at.params), theta, arrays, at.x)
+        theta, carried = at.params.values, at.params.carried
+        product, like = _kernel_product(parameters.on_theta(apply_fn, at.params), theta, carried, at.x)
         return _extremes(
             product,
             like,
-            (theta, arrays, at.x),
+            (theta, carried, at.x),
             num_matvecs=num_matvecs,
             max_matvecs=max_matvecs,
             tolerance=tolerance,

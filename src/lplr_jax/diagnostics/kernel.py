@@ -63,7 +63,8 @@ def empirical_ntk_min_eig(
     check_settings(apply_fn, kernel=kernel, memory_budget=memory_budget)
     with precision_scope("float64"):
         at = point(apply_fn, params, x, dtype="float64", trainable=trainable)
-        without_gradient(at)
+        if trainable is None:
+            without_gradient(at)
         rows = jax.tree.leaves(at.x)[0].shape[0] * at.traced.c
         if rows > at.params.size:
             return _by_counting(rows, at.params.size)

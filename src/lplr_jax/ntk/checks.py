@@ -111,18 +111,18 @@ def function(apply_fn: ApplyFn, params: Parameters, x: Any, *, coupling: bool) -
             random key that it was not given.
     """
     traced = explained(lambda: engine.trace(apply_fn, params, x), x)
-    name = (traced.key, tuple(programs.digest(value) for value in traced.consts), len(_first(x)[0]))
+    first = _first(x)
+    name = (traced.key, tuple(programs.digest(value) for value in traced.consts), len(first[0]))
     probe = _probes.get(name, lambda: explained(lambda: Probe(apply_fn, params, x, traced), x))
 
     def evaluate() -> Coupling | np.ndarray:
-        return probe.coupling(apply_fn, params, x) if coupling else probe.outputs(apply_fn, params, x)
+        few = _Few(apply_fn, params.structure, jax.tree.structure(x))
+        return (probe.coupling if coupling else probe.outputs)(few, list(params.arrays), first)
 
     found = explained(evaluate, x)
-    outputs = (found.whole if isinstance(found, Coupling) else found)[: len(_first(x)[0])]
+    outputs = (found.whole if isinstance(found, Coupling) else found)[: len(first[0])]
     finite(outputs, x)
-    if probe.unlike or (
-        traced.has_callbacks and not np.array_equal(outputs, probe.outputs(apply_fn, params, x)[: len(outputs)])
-    ):
+    if probe.unlike or (traced.has_callbacks and not probe.repeats(evaluate)):
         raise ValueError(
             "apply_fn gave two different outputs for the same params and x, so its kernel is not defined; switch "
             "dropout and other noise off (train=False, deterministic=True), or fix the random key inside apply_fn"
@@ -254,26 +254,30 @@ class Probe:
         self._outputs: Any = None
         self._coupling: Any = None
 
-    def outputs(self, apply_fn: ApplyFn, params: Parameters, x: Any) -> np.ndarray:
+    def outputs(self, few: "_Few", arrays: list[Any], first: list[Any]) -> np.ndarray:
         """Evaluate the first few samples."""
-        arrays, first = list(params.arrays), _first(x)
         if self._outputs is None:
-            self._outputs = _compiled(_Few(apply_fn, params, x).outputs, arrays, first)
+            self._outputs = _compiled(few.outputs, arrays, first)
         return np.asarray(self._outputs(arrays, first))
 
-    def coupling(self, apply_fn: ApplyFn, params: Parameters, x: Any) -> Coupling:
+    def coupling(self, few: "_Few", arrays: list[Any], first: list[Any]) -> Coupling:
         """Evaluate the first few samples and their changes."""
-        arrays, first = list(params.arrays), _first(x)
         if self._coupling is None:
-            self._coupling = _Few(apply_fn, params, x).compile_coupling(arrays, first)
+            self._coupling = few.compile_coupling(arrays, first)
         return jax.tree.map(np.asarray, self._coupling(arrays, first))
+
+    @staticmethod
+    def repeats(evaluate: Callable[[], Any]) -> bool:
+        """Whether two evaluations agree to the last bit."""
+        one, two = jax.tree.leaves(evaluate()), jax.tree.leaves(evaluate())
+        return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(one, two, strict=True))
 
 
 class _Few:
     """A function of the arrays of parameters and of a few samples."""
 
-    def __init__(self, apply_fn: ApplyFn, params: Parameters, x: Any) -> None:
-        self._apply_fn, self._params, self._xdef = apply_fn, params, jax.tree.structure(x)
+    def __init__(self, apply_fn: ApplyFn, params: Parameters, xdef: Any) -> None:
+        self._apply_fn, self._params, self._xdef = apply_fn, params, xdef
 
     def compile_coupling(self, arrays: list[Any], first: list[Any]) -> Any:
         """Compile what is evaluated of the function and its derivative across samples."""
@@ -342,7 +346,7 @@ _probes = programs.Kept(64)
 
 def _first(x: Any) -> list[Any]:
     """The first few samples of every array."""
-    return [leaf[:_PROBE] for leaf in jax.tree.leaves(x)]
+    return [leaf[:_PROBE] if leaf.shape[0] > _PROBE else leaf for leaf in jax.tree.leaves(x)]
 
 
 def _compiled(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:

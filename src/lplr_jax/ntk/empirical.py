@@ -146,17 +146,19 @@ class OfTheta:
 
     Attributes:
         function: from (consts, θ, x) to outputs, the same object for the same program.
-        digests: what the captured arrays hold.
-        consts: the captured arrays, those among them that the parameters carry along.
+        digests: what the captured arrays, and those that the parameters carry along, hold.
+        consts: the captured arrays.
+        carried: the arrays that the parameters carry along.
     """
 
     function: Callable[..., Any]
     digests: tuple[Hashable, ...]
     consts: Sequence[Any] = field(compare=False, repr=False)
+    carried: Sequence[Any] = field(compare=False, repr=False)
 
     def __call__(self, theta: Sequence[Any], x: Any) -> Any:
         """Evaluate."""
-        return self.function(self.consts, theta, x)
+        return self.function(self.consts, theta, self.carried, x)
 
 
 def of_theta(apply_fn: ApplyFn, params: Parameters, x: Any) -> tuple[OfTheta, list[Any]]:
@@ -165,9 +167,9 @@ def of_theta(apply_fn: ApplyFn, params: Parameters, x: Any) -> tuple[OfTheta, li
     Fit for a static argument of `jax.jit`: compiled code is found again where the function computes the same, and
     nowhere else.
     """
-    found = programs.find(lambda theta, x: apply_fn(params.with_theta(theta), x), params.values, x)
-    digests = tuple(programs.digest(const) for const in found.consts)
-    return OfTheta(found.function, digests, found.consts), params.values
+    found = programs.find(parameters.on_theta(apply_fn, params), params.values, params.carried, x)
+    digests = tuple(programs.digest(array) for array in (*found.consts, *params.carried))
+    return OfTheta(found.function, digests, found.consts, params.carried), params.values
 
 
 def without_gradient(at: Point) -> None:
@@ -290,7 +292,8 @@ def empirical_ntk(
             checks.inputs(parameters.split(params, trainable), x2)
             checks.alike(x1, x2)
         at = point(apply_fn, params, x1, dtype=dtype, trainable=trainable)
-        without_gradient(at)
+        if trainable is None:
+            without_gradient(at)
         if at.traced.narrow is not None:
             warnings.warn(engine.widening(at.traced.narrow), NarrowingWarning, stacklevel=2)
         return at_point(

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Inexact
 
-from lplr_jax import closures, layouts, parameters, programs
+from lplr_jax import layouts, parameters, programs
 from lplr_jax.ntk import sharded
 from lplr_jax.ntk.explain import Explanation, LeafExplanation
 from lplr_jax.ntk.jaxpr import Program, contains, flatten
@@ -239,12 +239,10 @@ def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any, *, anew: boo
     split = parameters.split(params)
 
     def name() -> Hashable | None:
-        known = closures.fingerprint((apply_fn, split.static))
-        arrays = tuple((np.shape(a), jnp.result_type(a)) for a in split.arrays)
-        samples = tuple((np.shape(a)[1:], jnp.result_type(a)) for a in jax.tree.leaves(x))
-        config = tuple(getattr(jax.config, option) for option in _OPTIONS)
+        samples = [jax.ShapeDtypeStruct(np.shape(a)[1:], jnp.result_type(a)) for a in jax.tree.leaves(x)]
         places = (programs.identity(split.treedef), split.theta, jax.tree.structure(x))
-        return known and (known, arrays, samples, config, places)
+        known = programs.name_of((apply_fn, split.static), list(split.arrays), samples)
+        return known and (known, places)
 
     before = None if anew else name()
     if before in _traces:
@@ -488,8 +486,6 @@ class _Run:
 
 _runs = programs.Kept(32)
 _traces = programs.Kept(32)
-# Settings of JAX that change what is traced.
-_OPTIONS = ("jax_enable_x64", "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion", "jax_default_prng_impl")
 
 
 def workload(outputs: str, c: int, sides: tuple[int, ...]) -> Workload:

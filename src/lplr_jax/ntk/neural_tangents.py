@@ -111,7 +111,6 @@ def kernel(
     if memory_budget is not None and memory_budget <= 0:
         raise ValueError(f"memory_budget must be a positive number of bytes or None, got {memory_budget}")
     split = parameters.split(params)
-    traced = engine.trace(apply_fn, split, x1)
     n = _length(x1)
     # Layers promote dtypes and ranks silently (Flax's GroupNorm does), which the caller may have forbidden.
     with (
@@ -122,6 +121,7 @@ def kernel(
         shape = jax.eval_shape(lambda arrays, x: apply_fn(split.join(arrays), x), list(split.arrays), x1).shape
         if len(shape) not in (1, 2) or shape[0] != n:
             raise ValueError(f"apply_fn must return outputs (n, c) or (n,) with n = {n}, got shape {shape}")
+        traced = engine.trace(apply_fn, split, x1)
         sizes = (n, x2 is None or _length(x2), memory_budget)
         function = _jitted(apply_fn, split, traced, sizes, implementation, outputs)
         settings = {"diagonal": outputs == "diagonal", "budget": memory_budget}
@@ -157,12 +157,12 @@ def _kernel_function(neural_tangents: Any, apply_fn: Any, split: Parameters, imp
         "trace": {"trace_axes": (1,), "diagonal_axes": ()},
         "diagonal": {"trace_axes": (), "diagonal_axes": (1,)},
     }[outputs]
-    structure = split.cast(lambda _: None)
+    structure = split.structure
 
     def function(arrays: Any, x1: Any, x2: Any) -> Any:
         theta = tuple(arrays[i] for i in structure.theta)
         # A list: neural-tangents splits a keyword argument that is a pair between x1 and x2.
-        fixed = [None if i in structure.theta else leaf for i, leaf in enumerate(arrays)]
+        fixed = [leaf for i, leaf in enumerate(arrays) if i not in structure.theta]
 
         def two_axes(theta: Any, x: Any, fixed: Any) -> Any:
             return apply_fn(structure.with_theta(theta, fixed), x).reshape(_length(x), -1)

@@ -143,6 +143,20 @@ def kernel_factors(apply_fn: ApplyFn, params: Params, x: Any, *, trainable: Trai
     return None if read is None else _propagate(*read)
 
 
+def output_error(apply_fn: ApplyFn, params: Params, x: Any) -> float | None:
+    """Bound ‖f̂ - f‖_F of the outputs of all samples, for any evaluation in float64 whose sums are taken in any order.
+
+    Returns:
+        The bound; None where the program is not fully connected, or a relu within rounding of its kink.
+    """
+    read = _read(apply_fn, params, x)
+    if read is None:
+        return None
+    layers, leaves, inputs, _ = read
+    values = _forward(layers, leaves, inputs)
+    return None if values is None else float(np.linalg.norm(values.errors[-1])) * INFLATE
+
+
 @dataclass(frozen=True)
 class DenseLayer:
     """A dense layer in float64 and what follows it.
@@ -276,8 +290,19 @@ def _bias_of(program: Program, op: Op, now: int) -> int:
     return others[0] if program.avals[others[0]].shape == program.avals[now].shape else -1
 
 
-def _propagate(layers: list[_Layer], leaves: list[np.ndarray], x: np.ndarray, c: int) -> list[Factor] | None:
-    """Return the factors of K̂ with their row errors; None where a relu is within its error of the kink."""
+@dataclass(frozen=True)
+class _Values:
+    """What a forward sweep gives: inputs of every layer and the outputs, pre-activations, and row errors of both."""
+
+    hidden: list[np.ndarray]
+    errors: list[np.ndarray]
+    pre: list[np.ndarray]
+    pre_errors: list[np.ndarray]
+    norms: list[tuple[float, float]]
+
+
+def _forward(layers: list[_Layer], leaves: list[np.ndarray], x: np.ndarray) -> _Values | None:
+    """Evaluate the network with row errors; None where a relu is within its error of the kink."""
     n = x.shape[0]
     weights = [leaves[layer.weight] for layer in layers]
     norms = [(spectral_norm_bound(weight), frobenius_bound(weight)) for weight in weights]
@@ -296,6 +321,15 @@ def _propagate(layers: list[_Layer], leaves: list[np.ndarray], x: np.ndarray, c:
         pre_errors.append(zeta)
         hidden.append(h)
         errors.append((zeta + layer.activation.value_error * row_norms(h)) * INFLATE + UNDERFLOW)
+    return _Values(hidden, errors, pre, pre_errors, norms)
+
+
+def _propagate(layers: list[_Layer], leaves: list[np.ndarray], x: np.ndarray, c: int) -> list[Factor] | None:
+    """Return the factors of K̂ with their row errors; None where a relu is within its error of the kink."""
+    values = _forward(layers, leaves, x)
+    if values is None:
+        return None
+    n, hidden, errors, pre, pre_errors = x.shape[0], values.hidden, values.errors, values.pre, values.pre_errors
     delta = np.tile(np.eye(c), (n, 1))
     delta_error = np.zeros(n * c)
     rows: list[Factor] = []
@@ -314,7 +348,7 @@ def _propagate(layers: list[_Layer], leaves: list[np.ndarray], x: np.ndarray, c:
             delta = moved
         rows.append(Factor(hidden[at], delta, errors[at], delta_error, layer.bias is not None))
         if at:
-            weight, (spectral, frobenius) = leaves[layer.weight], norms[at]
+            weight, (spectral, frobenius) = leaves[layer.weight], values.norms[at]
             rounding = gamma(weight.shape[1]) * frobenius * row_norms(delta)
             delta_error = (delta_error * spectral + rounding) * INFLATE + UNDERFLOW
             delta = delta @ weight.T

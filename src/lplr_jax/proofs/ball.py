@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from lplr_jax.proofs.assembly import dense_layers, kernel_factors, spectral_norm_bound
+from lplr_jax.proofs.assembly import dense_layers, kernel_factors, output_error, spectral_norm_bound
 from lplr_jax.types import ApplyFn, Params
 
 _INFLATE = 1.0 + 1e-6
@@ -98,7 +98,7 @@ class Anchor:
             spread = self._jacobian_lipschitz(radius) * _INFLATE
             norm = (self.jacobian + spread * radius) * _INFLATE
             bend, g = self.curvature, self.residual + self.curvature * norm * radius
-            smooth = (bend * norm**2 + spread * g) / self.loss_scale * _INFLATE
+            smooth = (bend * (norm * norm) + spread * g) / self.loss_scale * _INFLATE
             values = (norm, spread, 2 * norm * spread * _INFLATE, smooth)
         return BallBounds(*(float(value) if math.isfinite(value) else math.inf for value in values))
 
@@ -173,8 +173,8 @@ def anchor(
     layers = dense_layers(apply_fn, params, x)
     if layers is None or not all(layer.activation in SMOOTH for layer in layers):
         return None
-    factors = kernel_factors(apply_fn, params, x)
-    if factors is None:
+    factors, spread = kernel_factors(apply_fn, params, x), output_error(apply_fn, params, x)
+    if factors is None or spread is None:
         return None
     factors = factors[::-1]
     n = factors[0].h.shape[0]
@@ -203,7 +203,8 @@ def anchor(
         weights=tuple(weights),
         bends=tuple(layer.bend for layer in layers),
         jacobian=math.sqrt(max(max_eig_upper, 0.0)) * _INFLATE,
-        residual=residual_norm * _INFLATE,
+        # The computed residual differs from the exact one by what its outputs do.
+        residual=(residual_norm + spread) * _INFLATE,
         loss_scale=loss_scale,
         curvature=curvature,
     )

@@ -95,24 +95,25 @@ def in_float64(program: Program) -> bool:
 def _signature(op: Op) -> tuple[Any, ...]:
     """Return what an operation does: its name, its settings, its derivative rule, its literal operands."""
     literals = tuple(None if isinstance(atom, int) else float(atom.val) for atom in op.ins)
-    settings = programs.equation_key(op.eqn, rules=False)
-    # Two functions with one value may have two derivatives, so the rule is compared as a program.
-    rule = programs.traced_rule_key(op.eqn) if op.name in programs.CUSTOM_RULES else None
-    return op.name, settings, rule, literals
+    # Two functions with one value may have two derivatives, so their rules are compared.
+    return op.name, programs.equation_key(op.eqn, rules=True), literals
 
 
 def match_activation(op: Op, program: Program) -> Activation | None:
     """Return the activation that an operation is, or None."""
     spec = program.avals[op.outs[0]]
-    found = None
-    for activation in _ACTIVATIONS:
-        with jax.enable_x64(True):
-            reference = flatten(jax.make_jaxpr(activation.reference)(spec), 0)
-            if len(reference.ops) != 1 or reference.ops[0].name != op.name:
-                continue
-            found = found or _signature(op)
-            if _signature(reference.ops[0]) == found:
-                return activation
+    with jax.enable_x64(True):
+        found = _signature(op)
+        for activation in _ACTIVATIONS:
+            function = activation.reference
+            # A network may be written for one sample, or for one unit; its rules are then traced for a batch of them.
+            for _ in range(min(len(spec.shape), 2) + 1):
+                reference = flatten(jax.make_jaxpr(function)(spec), 0)
+                if len(reference.ops) != 1 or reference.ops[0].name != op.name:
+                    break
+                if _signature(reference.ops[0]) == found:
+                    return activation
+                function = jax.vmap(function)
     return None
 
 
