@@ -45,10 +45,10 @@ any command, shows where an error arose."""
 
 def _records(path: Path) -> dict[str, "Record"]:
     """Load the records of a folder that holds one folder for each arm, by its name, or a record alone, without one."""
-    from lplr_jax import records
+    from lplr_jax import arms
 
-    arms = [] if not path.is_dir() or (path / "record.npz").exists() else sorted(path.glob("*/record.npz"))
-    return {arm.parent.name: records.load(arm) for arm in arms} or {"": records.load(path)}
+    found = arms.load(path)
+    return found if isinstance(found, arms.Arms) else {"": found}
 
 
 def _plot(record: Annotated[Path, tyro.conf.Positional], /, out: Path | None = None) -> int:

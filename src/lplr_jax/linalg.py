@@ -12,7 +12,7 @@ import scipy.linalg
 import scipy.sparse.linalg
 from jaxtyping import Float
 
-from lplr_jax import certificates, checks
+from lplr_jax import certificates, checks, rooms
 
 # Up to here a dense solver for one eigenpair is cheaper than Cholesky with inverse iteration (measured on two cores).
 _DENSE_MAX = 400
@@ -58,6 +58,15 @@ class MinEig:
 
     def __float__(self) -> float:
         return self.value
+
+    def __repr__(self) -> str:
+        word = "proved" if self.proved else f"not proved: {self.reason}" if self.reason else "not proved"
+        return f"MinEig({self.value:.9g}, in [{self.lower:.9g}, {self.upper:.9g}], {word})"
+
+    def _repr_html_(self) -> str:
+        """Return a small table for a notebook."""
+        # Reports stand above, so this door is opened when somebody goes through.
+        return rooms.through_door("lplr_jax.linalg", "numbers_html")("smallest eigenvalue", self)
 
     @property
     def sign(self) -> int:

@@ -25,6 +25,7 @@ ROOMS = (
     Room("files", "ground", "files written whole or not at all"),
     Room("schema", "right", "every name, unit and meaning of a record"),
     Room("records", "right", "Record, to npz and back"),
+    Room("arms", "right", "the records of a folder of arms"),
     Room("curves", "right", "what series say: rate, stability, PL bracket, pairs, summary"),
     Room("theory", "right", "claims, evidence, verdicts"),
     Room("plotting", "right", "a record to a figure"),
@@ -69,7 +70,7 @@ FACE = {
     "RecordError": "lplr_jax.records",
     "Verdict": "lplr_jax.theory",
     "Verdicts": "lplr_jax.theory",
-    "load": "lplr_jax.records",
+    "load": "lplr_jax.arms",
     "verify": "lplr_jax.theory",
     "verify_point": "lplr_jax.runs.point",
     "Probes": "lplr_jax.runs.problem",
@@ -91,6 +92,7 @@ PLANNED = {
 DOORS = {
     "lplr_jax": FACE,
     "lplr_jax.records": {"record_html": "lplr_jax.reports.html"},
+    "lplr_jax.linalg": {"numbers_html": "lplr_jax.reports.html"},
     "lplr_jax.theory": {
         "closing_arrays": "lplr_jax.measurement.closing",
         "kernel_values": "lplr_jax.measurement.kernel",

@@ -10,7 +10,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from lplr_jax import checks, parameters, programs
+from lplr_jax import checks, parameters, programs, rooms
 from lplr_jax.lanczos import Matvec, Ritz, extreme_ritz
 from lplr_jax.ntk.empirical import Precision, cast_floating, cast_parameters, point, precision_scope
 from lplr_jax.parameters import Trainable
@@ -36,6 +36,16 @@ class Extremes(Ritz):
 
     units: str = "loss per squared parameter"
     batch_size: int | None = None
+
+    def __repr__(self) -> str:
+        word = "converged" if self.converged else f"not converged in {self.num_matvecs} products"
+        least = f"least {self.least:.6g} ± {self.least_residual:.1g}"
+        return f"Extremes({least}, largest {self.largest:.6g} ± {self.largest_residual:.1g}, {self.units}, {word})"
+
+    def _repr_html_(self) -> str:
+        """Return a small table for a notebook."""
+        # Reports stand above, so this door is opened when somebody goes through.
+        return rooms.through_door("lplr_jax.linalg", "numbers_html")("extreme eigenvalues", self)
 
 
 def _hessian_product(loss: Loss) -> Matvec:

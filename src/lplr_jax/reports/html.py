@@ -1,7 +1,9 @@
 """Records and verdicts as HTML, for notebooks and for the report; all text in it is escaped."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from lplr_jax.records import Record, facts
 from lplr_jax.reports.text import safe_html
@@ -22,6 +24,18 @@ def record_html(record: Record) -> str:
     rows = [_row([f"<th scope='row' style='text-align:left'>{safe_html(label)}</th>", _cell(text)])
             for label, text in facts(record)]  # fmt: skip
     return _table(f"Record {record.experiment}", [], rows)
+
+
+def numbers_html(title: str, result: Any) -> str:
+    """Return the fields of a result that are numbers or short texts as a small table; vectors are left out."""
+    rows = []
+    for field in dataclasses.fields(result):
+        value = getattr(result, field.name)
+        if isinstance(value, float | int | str | bool) and value != "":
+            shown = f"{value:.12g}" if isinstance(value, float) else str(value)
+            head = f"<th scope='row' style='text-align:left'>{safe_html(field.name.replace('_', ' '))}</th>"
+            rows.append(_row([head, _cell(shown)]))
+    return _table(title, [], rows)
 
 
 def verdict_html(verdicts: Iterable[Verdict], *, parts: bool = True) -> str:

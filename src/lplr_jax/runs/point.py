@@ -50,5 +50,4 @@ def verify_point(
     """
     loss = as_loss(loss, loss_scale=loss_scale)
     arrays, lost = point_arrays(apply_fn, params, x, y, loss=loss, kernel=kernel, memory_budget=memory_budget)
-    named = {} if loss.name == "squared" else {"loss": loss.name}
-    return verify(Record("point", arrays, {}, {"untrusted": {"0": lost}} if lost else {}, **named))
+    return verify(Record("point", arrays, {}, {"untrusted": {"0": lost}} if lost else {}, loss=loss.name))

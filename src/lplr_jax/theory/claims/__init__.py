@@ -55,7 +55,7 @@ def judge(name: str, evidence: Evidence) -> Verdict:
     if name not in REGISTRY:
         raise KeyError(f"there is no claim {name!r}; there are {', '.join(CLAIMS)}")
     claim = REGISTRY[name]
-    if claim.loss != "any" and evidence.loss not in claim.loss:
+    if claim.loss != "any" and evidence.loss.partition("(")[0] not in claim.loss:
         note = f"stated for the loss {' or '.join(claim.loss)}; that of this run is {evidence.loss}"
         return Verdict(claim.id, claim.reference, "not applicable", note=note)
     verdict = _doubted(claim.check(evidence), "", claim.rests_on, evidence)
