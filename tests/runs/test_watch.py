@@ -2,6 +2,10 @@
 
 import itertools
 import logging
+import os
+import signal
+import subprocess
+import sys
 
 import equinox as eqx
 import flax.linen as linen
@@ -13,10 +17,10 @@ import optax
 import pytest
 from flax import nnx
 
-from lplr_jax import theory
+from lplr_jax import records, theory
 from lplr_jax.losses import Squared
 from lplr_jax.runs.loop import train
-from lplr_jax.runs.problem import Probes, Problem
+from lplr_jax.runs.problem import Probes, Problem, kernel_probe
 from lplr_jax.runs.watch import Watch, series, watch
 
 N, D, STEPS = 8, 5, 12
@@ -356,3 +360,74 @@ def test_a_watched_loop_goes_on_in_its_folder(tmp_path, caplog, first, words):
     assert np.isfinite([sizes[t] for t in seen if t + 1 in seen]).all()
     with pytest.raises(ValueError, match="finished record"):
         Watch(problem, probes=FEW, out=tmp_path / "run")
+
+
+LOOP = """
+import os, signal, sys
+import jax, jax.numpy as jnp, numpy as np
+import lplr_jax as lp
+from lplr_jax.measurement.probe import KernelProbe
+
+folder, first, dies_at, where = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+rng = np.random.default_rng(0)
+x, y = rng.normal(size=(6, 4)).astype("f4"), rng.normal(size=(6, 1)).astype("f4")
+problem = lp.Problem(lambda w, x: jnp.tanh(x @ w), jnp.full((4, 1), 0.1), x, y, name="loop")
+measure = KernelProbe.__call__
+
+def killed(self, params, epoch):
+    values = measure(self, params, epoch)
+    if where == "during" and epoch == dies_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return values
+
+KernelProbe.__call__ = killed
+gradient = jax.jit(jax.grad(problem.objective.value))
+w = problem.params
+watch = lp.watch(problem, probes=lp.Probes(every=4, search=0, hessian=0), out=folder)
+for step in range(15):
+    if step >= first:
+        watch(step, w)
+    if where == "between" and step == dies_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    w = w - np.float32(0.1) * gradient(w, x, y)
+watch.close()
+"""
+
+
+@pytest.mark.parametrize(("dies_at", "where", "again_from"), [(10, "between", 0), (8, "during", 0), (10, "between", 9)])
+def test_a_watched_loop_survives_sigkill(tmp_path, dies_at, where, again_from):
+    """Started again from step 0 the record is that of a loop left alone; from its own checkpoint, all that was seen."""
+
+    def run(folder, first, *fate):
+        command = [sys.executable, "-c", LOOP, str(folder), str(first), *map(str, fate)]
+        return subprocess.run(command, check=False, capture_output=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+
+    assert run(tmp_path / "killed", 0, dies_at, where).returncode == -signal.SIGKILL
+    again = run(tmp_path / "killed", again_from, -1, "never")
+    assert again.returncode == 0, again.stderr
+    alone = run(tmp_path / "alone", 0, -1, "never")
+    assert alone.returncode == 0, alone.stderr
+    killed, whole = records.load(tmp_path / "killed"), records.load(tmp_path / "alone")
+    if again_from == 0:
+        assert killed.checksum() == whole.checksum()
+        return
+    # The probe of step 8 was saved, and with it all before; step 9 is where the loop goes on.
+    assert killed["epoch"].tolist() == whole["epoch"].tolist()
+    for name in ("loss", "drift", "step_size", "ntk_min_eig", "ntk_pair_shift"):
+        np.testing.assert_array_equal(killed[name], whole[name])
+    assert killed.provenance["resumed_at"] == [8]
+
+
+def test_kernels_beyond_the_budget_are_left_out(caplog):
+    x, y = data()
+    problem = Problem(lambda w, x: x @ w, jnp.zeros((D, 1)), x, y)
+    probe, _ = kernel_probe(problem, FEW, steps=None)
+    probe._most_bytes = 2 * 8 * N * N
+    with caplog.at_level(logging.WARNING):
+        for step in (0, 1, 2, 3):
+            probe(problem.params + np.float32(step), step)
+    assert sum("left out" in message for message in caplog.messages) == 1
+    arrays = {"probe_epoch": np.arange(4), "drift": np.arange(4.0), "ntk_max_eig": np.ones(4), "probe_loss": np.ones(4)}
+    arrays |= {name: np.ones(4) for name in ("ntk_assembly_error", "ntk_min_eig_lower")}
+    closing = probe.close(arrays, search_steps=0, seed=0)
+    assert np.isfinite(closing["param_pair_distance"]).sum() == 4

@@ -21,6 +21,7 @@ from lplr_jax.losses import Objective
 from lplr_jax.measurement.closing import closing_arrays
 from lplr_jax.measurement.kernel import kernel_values, spectrum_and_energy
 from lplr_jax.ntk.empirical import Precision, empirical_ntk
+from lplr_jax.ntk.memory import total_memory
 from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
 from lplr_jax.types import Params
 
@@ -72,7 +73,24 @@ class KernelProbe:
         hessian_precision: Precision = "float64",
         spectrum_epochs: Epochs = (),
         save_to: Path | None = None,
+        most_bytes: int | None = None,
     ) -> None:
+        """Set up.
+
+        Args:
+            objective: what is trained.
+            x: inputs of the samples that are measured.
+            y: their targets.
+            subset: those of them whose λ_min stands beside that of all; None for none.
+            kernel: one of `lplr_jax.ntk.KERNELS`.
+            hessian_epochs: at which probes the Hessian's extremes are measured.
+            hessian_precision: of the products for them.
+            spectrum_epochs: at which probes the whole spectrum is kept.
+            save_to: where to keep the parameters of every probe.
+            most_bytes: of kernels that are kept for the pairs of probes; None for a third of the machine's memory.
+        """
+        self._most_bytes = total_memory() // 3 if most_bytes is None else most_bytes
+        self._full = False
         self._objective, self._x, self._y = objective, x, y
         self._subset, self._kernel, self._hessian_epochs, self._save_to = subset, kernel, hessian_epochs, save_to
         self._hessian_precision: Precision = hessian_precision
@@ -133,8 +151,26 @@ class KernelProbe:
             self._spectra[epoch] = spectrum_and_energy(theta, point.gradient)
         # Last, so that a probe is remembered whole or not at all.
         self._initial = initial
-        self._points[epoch], self._kernels[epoch] = jax.device_get(params), theta
+        if self._room_for(theta, epoch):
+            self._points[epoch], self._kernels[epoch] = jax.device_get(params), theta
         return values
+
+    def _room_for(self, theta: np.ndarray, epoch: int) -> bool:
+        """Return whether the kernel can be kept within the budget; say so, once, where it cannot."""
+        held = sum(kernel.nbytes for kernel in self._kernels.values())
+        if held + theta.nbytes <= self._most_bytes:
+            return True
+        if not self._full:
+            self._full = True
+            _LOG.warning(
+                "epoch %s: the kernels of %d probes take %.1f GiB of the %.1f that may be kept, so the pairs of later "
+                "probes are left out; fewer probes, or a subset, keep all pairs",
+                epoch,
+                len(self._kernels),
+                held / 2**30,
+                self._most_bytes / 2**30,
+            )
+        return False
 
     def _measure_hessian(self, params: Params) -> diagnostics.Extremes:
         found = diagnostics.hessian_extremes(
