@@ -378,8 +378,9 @@ def _read_npz(path: Path, file: _File) -> dict[str, np.ndarray]:
     if archives.sha256(path, size=file.bytes) != file.sha256:
         raise archives.ArchiveError(f"{path} does not match the digest in the manifest")
     # Members are stored as they are, so together they are smaller than the file.
-    bounds = {"most_bytes": file.bytes, "directory_bytes": _DIRECTORY_BYTES}
-    members = archives.read_npz(path, admit=lambda headers: None, **bounds)
+    members = archives.read_npz(
+        path, most_bytes=file.bytes, admit=lambda headers: None, directory_bytes=_DIRECTORY_BYTES
+    )
     return dict(_restored(name, array) for name, array in members.items())
 
 
