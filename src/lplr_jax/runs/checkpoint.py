@@ -153,7 +153,7 @@ class Checkpoints:
             ValueError: for a name that is not plain, or an array of objects.
         """
         self._check()
-        leaves = [(_described(leaf), _to_host(leaf)) for leaf in _leaves(state)]
+        leaves = [(_described(leaf), _to_host(leaf)) for leaf in _tree().leaves(state)]
         content = {f"state-{i}": value for i, (_, value) in enumerate(leaves)}
         content |= {f"array-{name}": np.asarray(value) for name, value in arrays.items()}
         memory = {name: np.asarray(value) for name, value in (remembered or {}).items()}
@@ -258,13 +258,12 @@ class Checkpoints:
                 f"{target} is of a run of another {what}: it is not taken. Put the run's own files back, name another "
                 f"folder with --out, or {_WAY_OUT}"
             )
-        leaves = _leaves(like)
+        leaves = _tree().leaves(like)
         if len(leaves) != len(manifest.state):
             raise ValueError(f"it holds a state of {len(manifest.state)} arrays, this run has {len(leaves)}")
-        for (dtype, shape), leaf in zip(manifest.state, leaves, strict=True):
-            here = _described(leaf)
-            if (dtype, shape) != here:
-                raise ValueError(f"it holds {dtype} of shape {shape} where this run has {here[0]} of shape {here[1]}")
+        for there, here in zip(manifest.state, map(_described, leaves), strict=True):
+            if there != here:
+                raise ValueError("it holds {} of shape {} where this run has {} of shape {}".format(*there, *here))
         content = _read_npz(target / _ARRAYS, manifest.arrays)
         missing = [name for i in range(len(leaves)) if (name := f"state-{i}") not in content]
         if missing:
@@ -273,10 +272,12 @@ class Checkpoints:
             epoch: _read_npz(self._folder / "memory" / f"epoch_{epoch:08d}.npz", file)
             for epoch, file in sorted(manifest.memory.items())
         }
-        state = _unflatten(like, [_like(content[f"state-{i}"], leaf) for i, leaf in enumerate(leaves)])
+        restored = (_like(content[f"state-{i}"], leaf) for i, leaf in enumerate(leaves))
         self._memory = dict(manifest.memory)
         named = {key.removeprefix("array-"): value for key, value in content.items() if key.startswith("array-")}
-        return Saved(manifest.epoch, state, named, memory, manifest.facts)
+        return Saved(
+            manifest.epoch, _tree().unflatten(_tree().structure(like), restored), named, memory, manifest.facts
+        )
 
 
 def _canonical(content: Any) -> str:
@@ -390,16 +391,10 @@ def _restored(member: str, array: np.ndarray) -> tuple[str, np.ndarray]:
     return name, array.view(dtype).reshape(array.shape[:-1])
 
 
-def _leaves(state: Any) -> list[Any]:
+def _tree() -> Any:
     import jax  # a run has it loaded; who only asks whose folder it is need not
 
-    return jax.tree.leaves(state)
-
-
-def _unflatten(like: Any, leaves: Sequence[Any]) -> Any:
-    import jax
-
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return jax.tree
 
 
 def _is_key(leaf: Any) -> bool:
@@ -421,8 +416,8 @@ def _described(leaf: Any) -> tuple[str, tuple[int, ...]]:
 
     if _is_key(leaf):
         return f"key<{jax.random.key_impl(leaf)}>", tuple(leaf.shape)
-    dtype, shape = (leaf.dtype, leaf.shape) if hasattr(leaf, "dtype") else ((a := np.asarray(leaf)).dtype, a.shape)
-    return (dtype.name if dtype.isbuiltin == 2 else dtype.str), tuple(shape)
+    array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return (array.dtype.name if array.dtype.isbuiltin == 2 else array.dtype.str), tuple(array.shape)
 
 
 def _like(value: np.ndarray, leaf: Any) -> Any:
