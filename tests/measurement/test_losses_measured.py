@@ -16,6 +16,7 @@ from lplr_jax.measurement.probe import KernelProbe
 from lplr_jax.measurement.spacing import parameter_eps, parameter_spacing
 from lplr_jax.models import MLP
 from lplr_jax.ntk import empirical_ntk
+from lplr_jax.proofs.ball import Anchor
 
 N, D = 6, 4
 RNG = np.random.default_rng(0)
@@ -218,6 +219,18 @@ def test_smoothness_of_an_affine_model_is_attained():
     truth = np.linalg.svd(X.astype(float), compute_uv=False)[0] ** 2 / 4
     # Room for the Cholesky factorisation that proves λ_max: a tenth of a per cent.
     assert truth <= arrays["smoothness_upper"] <= truth * 1.002
+
+
+@pytest.mark.parametrize("curvature", [0.25, 0.5, 1.0])
+def test_smoothness_on_a_ball_follows_the_curvature(curvature):
+    """β <= (κ B² + L_J (‖g_0‖ + κ B R))/s, written out from the bounds of J and its Lipschitz constant."""
+    one = np.ones(1)
+    base = Anchor((one, one), (one, one), (one, one), (1.0, 1.0), (0.25, 0.25), 3.0, 2.0, 5.0, curvature)
+    ball = base.on_ball(0.5)
+    g = 2.0 + curvature * ball.jacobian * 0.5
+    expected = (curvature * ball.jacobian**2 + ball.jacobian_lipschitz * g) / 5
+    # Inflated by 1e-6 for the rounding of the recursion.
+    assert ball.smoothness == pytest.approx(expected * (1 + 1e-6), rel=1e-12)
 
 
 def test_an_own_loss_without_a_known_curvature_has_no_smoothness_bound():
