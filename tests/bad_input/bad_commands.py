@@ -294,8 +294,6 @@ def reader_cases():
         Command("lplr verify --strict magic", lambda p: ["verify", str(saved(p)), "--strict", "magic"], "--strict"),
         Command("lplr verify --strict", lambda p: ["verify", str(saved(p)), "--strict"], "--strict"),
         Command("lplr plot a loss of NaN", lambda p: ["plot", str(record(loss=np.full(7, np.nan)).save(p / "record.npz"))], "no finite value"),
-        Command("lplr plot without probes", lambda p: ["plot", str(record(probe_epoch=None, ntk_min_eig=None).save(p / "record.npz"))], "was not measured in this run; it holds"),
-        Command("lplr plot a folder of another experiment", lambda p: ["plot", str(arm(arm(p / "a", "x", config={}), "y", config={}))], "without width in its config is no arm of a width ablation"),
         Command("lplr plot a folder with a bad arm", lambda p: ["plot", str(put(arm(p / "a", "x") / "x", b"x").parents[1])], "no readable record"),
         Command("lplr plot seeds of different lengths", lambda p: ["plot", str(arm(arm(p / "a", "x", experiment="cifar"), "y", experiment="cifar", **SHORTER))], "the records differ in epoch.*draw runs of one config"),
         Command("lplr plot widths that are texts", lambda p: ["plot", str(arm(p / "a", "x", config={"width": "wide", "seed": 0}))], "width in the config of a mnist record must be an integer >= 1, got 'wide'"),
