@@ -167,7 +167,8 @@ def of_theta(apply_fn: ApplyFn, params: Parameters, x: Any) -> tuple[OfTheta, li
     Fit for a static argument of `jax.jit`: compiled code is found again where the function computes the same, and
     nowhere else.
     """
-    found = programs.find(parameters.on_theta(apply_fn, params), params.values, params.carried, x)
+    told_by = (apply_fn, params.told_by)
+    found = programs.find(parameters.on_theta(apply_fn, params), params.values, params.carried, x, told_by=told_by)
     digests = tuple(programs.digest(array) for array in (*found.consts, *params.carried))
     return OfTheta(found.function, digests, found.consts, params.carried), params.values
 
