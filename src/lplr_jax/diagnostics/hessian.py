@@ -9,6 +9,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from lplr_jax import checks, parameters, programs
 from lplr_jax.lanczos import Matvec, Ritz, extreme_ritz
@@ -184,7 +185,7 @@ def hessian_extremes(
     *data: Any,
     reduction: str | None = None,
     memory_budget: int = DEFAULT_BUDGET,
-    dtype: Precision = "float64",
+    dtype: Precision | DTypeLike = "float64",
     num_matvecs: int = 24,
     max_matvecs: int = 240,
     tolerance: float = 1e-6,
@@ -324,7 +325,7 @@ def ntk_extremes(
     params: Params,
     x: Any,
     *,
-    dtype: Precision = "float64",
+    dtype: Precision | DTypeLike = "float64",
     num_matvecs: int = 24,
     max_matvecs: int = 240,
     tolerance: float = 1e-6,
