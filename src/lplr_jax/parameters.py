@@ -109,6 +109,11 @@ class Parameters:
         return [array for i, array in enumerate(self.arrays) if i not in self.theta]
 
     @property
+    def told_by(self) -> tuple[Any, ...]:
+        """What tells trees apart, their arrays aside."""
+        return self.treedef, self.static, self.theta
+
+    @property
     def structure(self) -> "Parameters":
         """The tree without its arrays."""
         return self.cast(lambda _: None)

@@ -243,7 +243,7 @@ def name_of(fn: Any, *args: Any) -> Hashable | None:
     return known, shapes, identity(tree), tuple(getattr(jax.config, option) for option in _OPTIONS)
 
 
-def find(fn: Callable[..., Any], *args: Any) -> Found:
+def find(fn: Callable[..., Any], *args: Any, told_by: Any = None) -> Found:
     """Trace a function, and return the one that was traced before where both compute the same.
 
     It is traced anew unless all that it reads beside its arguments is known not to have changed.
@@ -251,6 +251,7 @@ def find(fn: Callable[..., Any], *args: Any) -> Found:
     Args:
         fn: function of pytrees of arrays.
         *args: its arguments, or their shapes and dtypes.
+        told_by: what tells the function apart, where it is made afresh of others at every call: those others.
 
     Returns:
         The function, fit for a static argument of `jax.jit`, and the arrays that `fn` captures, its first argument.
@@ -264,7 +265,8 @@ def find(fn: Callable[..., Any], *args: Any) -> Found:
         >>> first is find(lambda x: x * scale["by"], np.ones(2)).function
         False
     """
-    before = name_of(fn, *args)
+    told_by = fn if told_by is None else told_by
+    before = name_of(told_by, *args)
     if before in _found:
         return _found[before]
     leaves, tree = jax.tree.flatten(args)
@@ -282,7 +284,7 @@ def find(fn: Callable[..., Any], *args: Any) -> Found:
 
     function = _functions.get((tree, out_tree, key(closed, rules=True)), make)
     found = Found(function, [jnp.asarray(const) for const in closed.consts], out)
-    after = name_of(fn, *args)  # what the function itself has written is no change from outside
+    after = name_of(told_by, *args)  # what the function itself has written is no change from outside
     if after is not None:
         _found.put(after, found)
     return found

@@ -289,3 +289,89 @@ def test_edge_of_stability():
     assert at_edge[0] < 0.6 * 2 / 0.1
     assert at_edge[1:] == pytest.approx([2 / 0.1] * 4, rel=0.02)
     assert sharpness(0.05, 4)[-1] > 1.3 * 2 / 0.1
+
+
+def weighted(w, u, c):
+    return 0.5 * jnp.sum(c * (u * w[0]) ** 2) / jnp.sum(c)
+
+
+def masked(w, u, mask):
+    return 0.5 * jnp.sum(mask * (u * w[0]) ** 2) / jnp.maximum(jnp.sum(mask), jnp.ones_like(jnp.sum(mask)))
+
+
+def decayed(w, u, c):
+    return 0.5 * jnp.sum(c * (u * w[0]) ** 2) + 0.005 * jnp.sum(w * w)
+
+
+def reverse_only(w, u, c):
+    @jax.custom_vjp
+    def square(z):
+        return z * z
+
+    square.defvjp(lambda z: (z * z, z), lambda z, g: (2 * z * g,))
+    return 0.5 * jnp.sum(c * square(u * w[0])) / jnp.sum(c)
+
+
+@pytest.mark.parametrize(
+    ("loss", "reduction"),
+    [(weighted, "mean"), (masked, "mean"), (decayed, "sum"), (weighted, "sum"), (reverse_only, "mean")],
+)
+@pytest.mark.parametrize("point", [1.0, 0.0])
+def test_a_reduction_that_holds_for_the_first_batches_alone_is_refused(loss, reduction, point):
+    """Sorted by weight, the first batches are a plain mean each; at zero loss and slope say nothing either."""
+    u, c = np.repeat([1.0, 2.0], 32), np.repeat([1.0, 9.0], 32)
+    if loss is masked:
+        c = np.r_[np.ones(40), np.zeros(24)]
+    w = np.array([point, point])
+    with pytest.raises(ValueError, match=f'reduction="{reduction}" does not describe the loss.*of all data'):
+        hessian_extremes(loss, w, u, c, reduction=reduction, memory_budget=300)
+    # All at once it is right: (32 + 9 · 4 · 32) / 320, 1/40 (32 + 4 · 8), and the decay beside the data's direction.
+    right = {
+        weighted: (0.0, 3.7),
+        masked: (0.0, 1.6),
+        decayed: (0.01, 32 + 9 * 4 * 32 + 0.01),
+        reverse_only: (0.0, 3.7),
+    }
+    found = hessian_extremes(loss, w, u, c)
+    assert (found.least, found.largest) == pytest.approx(right[loss], rel=1e-12, abs=1e-12)
+
+
+def test_a_penalty_in_a_mean_is_repeated_rightly():
+    def loss(w, u):
+        return 0.5 * jnp.mean((u * w[0]) ** 2) + 0.005 * jnp.sum(w * w)
+
+    u = np.linspace(1.0, 2.0, 64)
+    found = hessian_extremes(loss, np.ones(2), u, reduction="mean", memory_budget=300)
+    assert found.batch_size is not None
+    assert (found.least, found.largest) == pytest.approx((0.01, np.mean(u**2) + 0.01), rel=1e-12)
+
+
+def test_a_zero_hessian_has_vectors_that_do_no_harm():
+    zero = hessian_extremes(lambda w, d: jnp.sum(d * w), np.ones(5), np.ones(5))
+    assert (zero.least, zero.largest, zero.converged) == (0.0, 0.0, True)
+    assert np.isfinite(zero.least_vector).all()
+    assert np.isfinite(zero.largest_vector).all()
+    d = np.array([-1.0, 2.0, 3.0, 4.0, 5.0])
+    after = hessian_extremes(quadratic, np.ones(5), d, start=zero)
+    assert (after.least, after.largest) == pytest.approx((-1.0, 5.0), rel=1e-12)
+
+
+def test_residuals_hold_the_rounding_of_their_products():
+    d = np.array([1.0, 2.0, 3.0])
+    found = hessian_extremes(quadratic, np.ones(3), d)
+    for value, residual, vector in (
+        (found.least, found.least_residual, found.least_vector),
+        (found.largest, found.largest_residual, found.largest_vector),
+    ):
+        true = np.linalg.norm(d * vector - value * vector)
+        assert true <= residual < 1e-12
+
+
+def test_leaves_that_are_no_parameters_are_carried_along():
+    def loss(params, d):
+        return 0.5 * params["times"] * jnp.sum(d * params["function"](params["w"]) ** 2)
+
+    params = {"w": np.zeros(3), "times": 2, "function": jnp.sin, "none": None}
+    found = hessian_extremes(loss, params, np.array([1.0, 2.0, 3.0]))
+    assert (found.least, found.largest) == pytest.approx((2.0, 6.0), rel=1e-12)
+    assert found.largest_vector.shape == (3,)

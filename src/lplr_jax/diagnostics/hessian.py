@@ -9,6 +9,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from lplr_jax import checks, parameters, programs, rooms
 from lplr_jax.lanczos import Matvec, Ritz, extreme_ritz
@@ -23,6 +24,10 @@ Reduction = Literal["sum", "mean"]
 
 DEFAULT_BUDGET = 2 * 2**30
 """Bytes for the intermediate values of one Hessian-vector product where the caller names none."""
+
+
+_SMALL = 2**26
+"""Bytes for a single product whatever the budget."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ def _check_reduction(
             programs.refuse_missing_mode(closed)
         except Exception:  # JAX says in several ways that a mode is missing
             continue
-        if function is product and _intermediate_bytes(closed.jaxpr) > 16 * budget:
+        if function is product and _intermediate_bytes(closed.jaxpr) > max(16 * budget, _SMALL):
             continue
         whole = function
         break
@@ -164,18 +169,24 @@ def _check_reduction(
             )
 
 
-def _check_scalar(loss: Loss, theta: Any, carried: Any, data: tuple[Any, ...]) -> None:
-    try:
-        value = programs.find(loss, theta, carried, *data).out
-    except Exception as error:  # whatever the caller's function raises
-        raise ValueError(
-            f"loss_fn fails on these parameters and data ({type(error).__name__}: {error}); it must take "
-            "(params, *data) and return a scalar"
-        ) from error
-    shape = getattr(value, "shape", None)
-    if shape != ():
-        found = type(value).__name__ if shape is None else f"shape {shape}"
-        raise ValueError(f"loss_fn must return a scalar, got {found}")
+def _checked(loss: Loss) -> Loss:
+    """Return the loss with a word about what it raises and returns."""
+
+    def scalar(theta: Any, carried: Any, *data: Any) -> Any:
+        try:
+            value = loss(theta, carried, *data)
+        except Exception as error:  # whatever the caller's function raises
+            raise ValueError(
+                f"loss_fn fails on these parameters and data ({type(error).__name__}: {error}); it must take "
+                "(params, *data) and return a scalar"
+            ) from error
+        shape = getattr(value, "shape", None)
+        if shape != ():
+            found = type(value).__name__ if shape is None else f"shape {shape}"
+            raise ValueError(f"loss_fn must return a scalar, got {found}")
+        return value
+
+    return scalar
 
 
 def hessian_extremes(
@@ -184,7 +195,7 @@ def hessian_extremes(
     *data: Any,
     reduction: str | None = None,
     memory_budget: int = DEFAULT_BUDGET,
-    dtype: Precision = "float64",
+    dtype: Precision | DTypeLike = "float64",
     num_matvecs: int = 24,
     max_matvecs: int = 240,
     tolerance: float = 1e-6,
@@ -247,8 +258,7 @@ def hessian_extremes(
         )
     with precision_scope(dtype):
         split, data = cast_parameters(split, dtype), cast_floating(data, dtype)
-        loss, theta, carried = parameters.on_theta(loss_fn, split), split.values, split.carried
-        _check_scalar(loss, theta, carried, data)
+        loss, theta, carried = _checked(parameters.on_theta(loss_fn, split)), split.values, split.carried
         batch_size = None
         product = _hessian_product(loss)
         if reduction is not None:
@@ -268,6 +278,7 @@ def hessian_extremes(
             product,
             theta,
             (theta, carried, data),
+            ("Hessian", loss_fn, split.told_by, reduction, batch_size),
             num_matvecs=num_matvecs,
             max_matvecs=max_matvecs,
             tolerance=tolerance,
@@ -277,10 +288,10 @@ def hessian_extremes(
     return Extremes(**vars(ritz), batch_size=batch_size)
 
 
-def _extremes(product: Matvec, like: Any, args: tuple[Any, ...], **settings: Any) -> Ritz:
-    """Search both ends of an operator's spectrum; its product is traced anew and its compiled code found again."""
+def _extremes(product: Matvec, like: Any, args: tuple[Any, ...], told_by: Any, **settings: Any) -> Ritz:
+    """Search both ends of an operator's spectrum; compiled code is found again where the product is the same."""
     with jax.default_matmul_precision("highest"):
-        function, consts, _ = programs.find(product, like, *args)
+        function, consts, _ = programs.find(product, like, *args, told_by=told_by)
     return extreme_ritz(_with_consts_behind(function), like, consts, *args, **settings)
 
 
@@ -324,7 +335,7 @@ def ntk_extremes(
     params: Params,
     x: Any,
     *,
-    dtype: Precision = "float64",
+    dtype: Precision | DTypeLike = "float64",
     num_matvecs: int = 24,
     max_matvecs: int = 240,
     tolerance: float = 1e-6,
@@ -363,6 +374,7 @@ def ntk_extremes(
             product,
             like,
             (theta, carried, at.x),
+            ("kernel", apply_fn, at.params.told_by),
             num_matvecs=num_matvecs,
             max_matvecs=max_matvecs,
             tolerance=tolerance,

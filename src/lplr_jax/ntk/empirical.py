@@ -21,8 +21,7 @@ from lplr_jax.parameters import Parameters, Trainable
 from lplr_jax.types import ApplyFn, Params
 
 Outputs = Literal["full", "trace", "diagonal"]
-Precision = Literal["float32", "float64"] | DTypeLike
-"""float32 or float64, by name or as a dtype."""
+Precision = Literal["float32", "float64"]
 
 KERNELS = (
     "auto",
@@ -52,11 +51,11 @@ def precision_name(dtype: Any) -> str:
         name = np.dtype(dtype).name if dtype is not None and not isinstance(dtype, str) else dtype
     except TypeError:
         name = dtype
-    return one_of("dtype", name, ("float32", "float64"))
+    return one_of("dtype", name, get_args(Precision))
 
 
 @contextmanager
-def precision_scope(dtype: Precision) -> Iterator[None]:
+def precision_scope(dtype: Precision | DTypeLike) -> Iterator[None]:
     """Enter the scope in which arrays of `dtype` exist, whatever the caller's global float64 flag, and leave it alone.
 
     TPUs have no IEEE float64, so there a float64 scope places its work on the CPU backend.
@@ -74,7 +73,7 @@ def precision_scope(dtype: Precision) -> Iterator[None]:
                 yield
 
 
-def cast_floating(tree: Any, dtype: Precision) -> Any:
+def cast_floating(tree: Any, dtype: Precision | DTypeLike) -> Any:
     """Return the pytree with every floating array as a JAX array of `dtype`; other leaves pass, in native byte order.
 
     Call inside `precision_scope(dtype)`. Float32 values are exact in float64, so the point does not move.
@@ -82,12 +81,12 @@ def cast_floating(tree: Any, dtype: Precision) -> Any:
     return jax.tree.map(_caster(dtype), tree)
 
 
-def cast_parameters(params: Parameters, dtype: Precision) -> Parameters:
+def cast_parameters(params: Parameters, dtype: Precision | DTypeLike) -> Parameters:
     """Return parameters that were taken apart with every floating array in `dtype`, as `cast_floating` does."""
     return params.cast(_caster(dtype))
 
 
-def _caster(dtype: Precision) -> Callable[[Any], Any]:
+def _caster(dtype: Precision | DTypeLike) -> Callable[[Any], Any]:
     name = precision_name(dtype)
     off_tpu = name == "float64" and jax.default_backend() == "tpu"
 
@@ -117,7 +116,13 @@ class Point(NamedTuple):
 
 
 def point(
-    apply_fn: ApplyFn, params: Params, x: Any, *, dtype: Precision, trainable: Trainable = None, coupling: bool = True
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    *,
+    dtype: Precision | DTypeLike,
+    trainable: Trainable = None,
+    coupling: bool = True,
 ) -> Point:
     """Check, cast and trace what every function of (apply_fn, params, x) needs; call it inside `precision_scope`.
 
@@ -167,7 +172,8 @@ def of_theta(apply_fn: ApplyFn, params: Parameters, x: Any) -> tuple[OfTheta, li
     Fit for a static argument of `jax.jit`: compiled code is found again where the function computes the same, and
     nowhere else.
     """
-    found = programs.find(parameters.on_theta(apply_fn, params), params.values, params.carried, x)
+    told_by = (apply_fn, params.told_by)
+    found = programs.find(parameters.on_theta(apply_fn, params), params.values, params.carried, x, told_by=told_by)
     digests = tuple(programs.digest(array) for array in (*found.consts, *params.carried))
     return OfTheta(found.function, digests, found.consts, params.carried), params.values
 
@@ -200,7 +206,7 @@ def explain(
     x: Any,
     *,
     outputs: Outputs = "full",
-    dtype: Precision = "float64",
+    dtype: Precision | DTypeLike = "float64",
     memory_budget: int | None = None,
     trainable: Trainable = None,
 ) -> Explanation:
@@ -237,7 +243,7 @@ def empirical_ntk(
     *,
     kernel: str = "auto",
     outputs: Outputs = "full",
-    dtype: Precision = "float64",
+    dtype: Precision | DTypeLike = "float64",
     memory_budget: int | None = None,
     mesh: Mesh | None = None,
     trainable: Trainable = None,

@@ -6,6 +6,7 @@ Blocks of Θ are formed from features of two blocks of samples; without x2 only 
 are mirrored.
 """
 
+import copy
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -372,6 +373,7 @@ class _Run:
     def __init__(self, call: _Call, traced: Traced):
         self.call = call
         # Captured arrays are arguments of every call, and none of them is kept.
+        self.consts: list[jax.Array] = []
         nothing = tuple((slot, None) for slot, _ in traced.program.consts)
         self.traced = replace(traced, program=replace(traced.program, consts=nothing))
         self.sides = (call.n1,) if call.n2 is None else (call.n1, call.n2)
@@ -391,7 +393,9 @@ class _Run:
         self, arrays: list[jax.Array], consts: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None
     ) -> jax.Array:
         if self.call.mesh is not None:
-            return sharded.kernel(self, arrays, consts, first, second)
+            bound = copy.copy(self)
+            bound.consts = consts
+            return sharded.kernel(bound, arrays, first, second)
         if self.call.outputs == "diagonal":
             return self._run_diagonal((arrays, consts), first, second)
         return self._run_tiles((arrays, consts), first, second)

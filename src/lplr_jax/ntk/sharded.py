@@ -33,15 +33,12 @@ def share(n: int, mesh: Mesh) -> int:
     return ceil(n / mesh.size)
 
 
-def kernel(
-    run: Any, arrays: list[jax.Array], consts: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None
-) -> jax.Array:
+def kernel(run: Any, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
     """Runs the compiled kernel of a mesh.
 
     Args:
-        run: The engine's compiled call; it has a mesh.
+        run: The engine's compiled call, with a mesh and with the arrays that the function captures.
         arrays: Array leaves of the parameters, the same in every process.
-        consts: Arrays that the function captures.
         first: Leaves of x1, the same in every process.
         second: Leaves of x2 or None.
 
@@ -52,7 +49,7 @@ def kernel(
     rows = [_place(mesh, _pad(a, mesh.size), P(mesh.axis_names)) for a in first]
     cols = None if second is None else [_place(mesh, _pad(a, mesh.size), P(mesh.axis_names)) for a in second]
     whole = [_place(mesh, a, P()) for a in arrays]
-    captured = [_place(mesh, a, P()) for a in consts]
+    captured = [_place(mesh, a, P()) for a in run.consts]
     return run.whole(whole, captured, rows, cols)
 
 

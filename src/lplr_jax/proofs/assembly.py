@@ -37,8 +37,8 @@ from jaxtyping import Float
 from lplr_jax import parameters
 from lplr_jax.certificates import UNIT, gamma
 from lplr_jax.ntk import engine
-from lplr_jax.ntk.jaxpr import Op, Program
-from lplr_jax.parameters import Trainable, is_array
+from lplr_jax.ntk.jaxpr import Op, Program, flatten
+from lplr_jax.parameters import Parameters, Static, Trainable, is_array
 from lplr_jax.proofs.assembly_conv import conv_bound
 from lplr_jax.proofs.rounding import (
     ASSUMPTIONS,
@@ -217,12 +217,36 @@ def _trace(
         wide = split.cast(lambda a: np.asarray(a, np.float64) if jax.numpy.issubdtype(a.dtype, np.floating) else a)
         inputs = np.asarray(x, np.float64)
         traced = engine.trace(apply_fn, wide, inputs)
+        if _numbers_count(apply_fn, wide, inputs):
+            return None
     program = traced.program
     beside = [slot for i, slot in enumerate(program.params) if i not in split.theta]
     if traced.narrow is not None or any(slot in program.uses or slot == program.output for slot in beside):
         return None
     program = replace(program, params=tuple(program.params[i] for i in split.theta))
     return program, wide.values, inputs.reshape(inputs.shape[0], -1), traced.c
+
+
+def _numbers_count(apply_fn: ApplyFn, wide: Parameters, x: np.ndarray) -> bool:
+    """Return whether integers that the tree carries along enter the outputs as numbers."""
+    held = [leaf is not None and isinstance(leaf.value, int) for leaf in wide.static]
+    if not any(held):
+        return False
+    numbers = [leaf.value for leaf, is_number in zip(wide.static, held, strict=True) if leaf and is_number]
+
+    def outputs(values: list[Any], arrays: list[Any], x: Any) -> Any:
+        left = iter(values)
+        static = [Static(next(left)) if is_number else leaf for leaf, is_number in zip(wide.static, held, strict=True)]
+        return apply_fn(replace(wide, static=tuple(static)).join(arrays), x)
+
+    try:
+        # An array does not promote as weakly as the number that it stands for.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            closed = jax.make_jaxpr(outputs)([np.asarray(number) for number in numbers], list(wide.arrays), x[:1])
+    except Exception:  # used as a size or in a branch: a setting of the program
+        return False
+    program = flatten(closed, len(numbers))
+    return any(slot in program.uses for slot in program.params)
 
 
 def _read_layers(program: Program) -> list[_Layer] | None:
