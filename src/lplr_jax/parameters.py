@@ -162,27 +162,28 @@ def split(params: Params, trainable: Trainable = None) -> Parameters:
     static: list[Static | None] = []
     leaves: list[Leaf] = []
     theta: list[int] = []
-    for (path, leaf), filtered, said in zip(found[0], chosen, declared, strict=True):
-        name = keystr(path)
+    for (path, found_leaf), filtered, said in zip(found[0], chosen, declared, strict=True):
+        name, leaf = keystr(path), found_leaf
         inexact, why = _kind(name, leaf)
         why = why or filtered or said
         # Of Equinox's modules a Python float is a setting, such as a dropout rate, as `equinox.filter_grad` has it.
         loose = isinstance(leaf, float | complex) and not is_array(leaf)
         if loose and not why:
             leaf = np.asarray(leaf)
+        array: Any = leaf  # an array from here on, which the type of the leaf does not say
         if not is_array(leaf):
             static.append(Static(leaf))
             leaves.append(Leaf(name, why, None, 0))
             continue
         if inexact and not why:
-            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            if jnp.issubdtype(array.dtype, jnp.complexfloating):
                 raise TypeError(
                     f"params{name} is complex; J Jᵀ is defined for real parameters: keep real and imaginary parts apart"
                 )
             theta.append(len(arrays))
-        leaves.append(Leaf(name, why, len(arrays), int(leaf.size)))
+        leaves.append(Leaf(name, why, len(arrays), int(array.size)))
         static.append(None)
-        arrays.append(leaf)
+        arrays.append(array)
     if not theta:
         got = f"a leaf of dtype {arrays[0].dtype}" if arrays else checks.shown(params)
         reasons = ", ".join(sorted({leaf.reason for leaf in leaves}))

@@ -121,7 +121,7 @@ def descends(
         state, before, step, _ = carry
         state, metrics = train_step(state, batch, params, objective=objective, optimizer=_GRADIENT_DESCENT)
         falling = metrics.loss <= before + rounding_allowance(before, size, roundoff)
-        return state, metrics.loss, step + 1, falling
+        return state, jnp.asarray(metrics.loss), step + 1, falling
 
     carry = (state, initial, jnp.asarray(0), jnp.isfinite(initial))
     return jax.lax.while_loop(going_on, body, carry)[3]

@@ -213,10 +213,10 @@ def kernel(theta: Any, rows: int, outputs: str, *, symmetric: bool) -> None:
         return
     bad = [np.isfinite(np.asarray(theta))] if not symmetric else [np.isfinite(np.asarray(parts["sample"]))]
     if symmetric:
-        named = [samples(_rows_of(~bad[0].reshape(len(bad[0]), -1).all(axis=1), rows))]
+        named = [samples(_rows_of(np.atleast_1d(~bad[0].reshape(len(bad[0]), -1).all(axis=1)), rows))]
     else:
         # A sample that is lost loses its whole row or column.
-        lost = (~bad[0].any(axis=1), ~bad[0].any(axis=0))
+        lost = tuple(np.atleast_1d(~bad[0].any(axis=axis)) for axis in (1, 0))
         names = zip(("x1", "x2"), lost, strict=True)
         named = [f"{samples(_rows_of(flags, rows))} of {name}" for name, flags in names if flags.any()]
     raise UntrustedError(

@@ -151,7 +151,7 @@ class Problem:
             return self
 
         def apply_fn(theta: Sequence[Any], x: Any) -> Any:
-            return self.apply_fn(parts.with_theta(theta), x)
+            return self.apply_fn(parts.with_theta(theta, parts.carried), x)
 
         return Problem(
             apply_fn, [jnp.asarray(leaf) for leaf in parts.values], *self.data, loss=self.loss, name=self.name
