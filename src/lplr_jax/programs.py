@@ -37,7 +37,11 @@ def digest(array: Any) -> Hashable:
     host = np.ascontiguousarray(np.asarray(array))
     if host.nbytes <= 64:
         return host.shape, host.dtype.name, host.tobytes()
-    return host.shape, host.dtype.name, hashlib.blake2b(host.reshape(-1).view(np.uint8), digest_size=16).digest()
+    return (
+        host.shape,
+        host.dtype.name,
+        hashlib.blake2b(host.reshape(-1).view(np.uint8).data, digest_size=16).digest(),
+    )
 
 
 def key(closed: Any, *, rules: bool) -> Hashable:

@@ -128,7 +128,7 @@ def _check_reduction(
     def values(theta: Any, carried: Any, data: tuple[Any, ...]) -> Any:
         return {"the loss": loss(theta, carried, *data)}
 
-    whole = None
+    whole, closed = None, None
     for function in (along, product, values):
         try:
             closed = jax.make_jaxpr(function)(theta, carried, data)
@@ -139,7 +139,7 @@ def _check_reduction(
             continue
         whole = function
         break
-    if whole is None:
+    if whole is None or closed is None:
         return
     moduli = _over_batches(lambda *args: jax.tree.map(jnp.abs, whole(*args)), reduction, batch_size)
     found, parts, scale = (
