@@ -130,5 +130,5 @@ def _trace(apply_fn: Callable[[Any, Any], Any], split: Parameters, x: Any) -> Tr
         narrow=programs.narrowing(closed, of_theta, wide),
         coarse=programs.narrowing(closed, [True] * len(of_theta), wide),
         has_callbacks=any(contains(op.eqn, "callback") for op in program.ops),
-        key=program.key(),
+        key=programs.Key(program.key()),
     )
