@@ -60,11 +60,14 @@ def fingerprint(function: Any) -> Hashable | None:
     methods and attributes. Arrays of JAX cannot change and are told by identity.
 
     Example:
+        >>> import functools, operator
         >>> scale = {"by": 2.0}
-        >>> double = lambda x: x * scale["by"]
-        >>> before = fingerprint(double)
+        >>> function = functools.partial(operator.getitem, scale)
+        >>> before = fingerprint(function)
+        >>> before == fingerprint(function)
+        True
         >>> scale["by"] = 3.0
-        >>> fingerprint(double) == before
+        >>> before == fingerprint(function)
         False
     """
     try:

@@ -8,6 +8,7 @@ any other tree.
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,10 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
+def _stands_for_array(leaf: Any) -> bool:
+    return is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
 def split(params: Params, trainable: Trainable = None) -> Parameters:
     """Take a parameter tree apart into θ and what is carried along.
 
@@ -167,11 +172,8 @@ def split(params: Params, trainable: Trainable = None) -> Parameters:
         inexact, why = _kind(name, leaf)
         why = why or filtered or said
         # Of Equinox's modules a Python float is a setting, such as a dropout rate, as `equinox.filter_grad` has it.
-        loose = isinstance(leaf, float | complex) and not is_array(leaf)
-        if loose and not why:
-            leaf = np.asarray(leaf)
-        array: Any = leaf  # an array from here on, which the type of the leaf does not say
-        if not is_array(leaf):
+        array: Any = np.asarray(leaf) if inexact and not why and isinstance(leaf, float | complex) else leaf
+        if not _stands_for_array(array):
             static.append(Static(leaf))
             leaves.append(Leaf(name, why, None, 0))
             continue
@@ -181,15 +183,16 @@ def split(params: Params, trainable: Trainable = None) -> Parameters:
                     f"params{name} is complex; J Jᵀ is defined for real parameters: keep real and imaginary parts apart"
                 )
             theta.append(len(arrays))
-        leaves.append(Leaf(name, why, len(arrays), int(array.size)))
+        leaves.append(Leaf(name, why, len(arrays), math.prod(array.shape)))
         static.append(None)
         arrays.append(array)
     if not theta:
-        got = f"a leaf of dtype {arrays[0].dtype}" if arrays else checks.shown(params)
         reasons = ", ".join(sorted({leaf.reason for leaf in leaves}))
+        got = f"got a leaf of dtype {arrays[0].dtype}" if arrays else "and params must be a pytree of arrays, got "
         raise NoParametersError(
-            f"params hold no floating arrays, got {got}{f' ({reasons})' if reasons else ''}: there is nothing to "
-            "differentiate by; pass the pytree that apply_fn takes first, or say with trainable= what trains"
+            f"params hold no floating arrays, {got if arrays else got + checks.shown(params)}"
+            f"{f' ({reasons})' if reasons else ''}: there is nothing to differentiate by; pass the pytree that "
+            "apply_fn takes first, or say with trainable= what trains"
         )
     return Parameters(found[1], tuple(arrays), tuple(static), tuple(leaves), tuple(theta))
 
@@ -237,7 +240,7 @@ def warn(what: str) -> None:
 
 def _kind(name: str, leaf: Any) -> tuple[bool, str]:
     """Return whether a leaf is inexact, and why it is carried along whatever the container says."""
-    if not is_array(leaf):
+    if not _stands_for_array(leaf):
         if isinstance(leaf, float | complex):
             return True, ""
         word = {bool: "boolean", int: "integer"}.get(type(leaf))
@@ -319,7 +322,7 @@ def _by_type(params: Any) -> Iterator[str]:
             yield from [said] * len(jax.tree.leaves(node))
         elif framework == "equinox":
             for leaf in jax.tree.leaves(node):
-                loose = isinstance(leaf, float | complex) and not is_array(leaf)
+                loose = isinstance(leaf, float | complex) and not _stands_for_array(leaf)
                 yield "number in an Equinox module, which trains arrays" if loose else ""
         else:
             yield ""

@@ -37,7 +37,11 @@ def digest(array: Any) -> Hashable:
     host = np.ascontiguousarray(np.asarray(array))
     if host.nbytes <= 64:
         return host.shape, host.dtype.name, host.tobytes()
-    return host.shape, host.dtype.name, hashlib.blake2b(host.reshape(-1).view(np.uint8).data, digest_size=16).digest()
+    return (
+        host.shape,
+        host.dtype.name,
+        hashlib.blake2b(host.reshape(-1).view(np.uint8).data, digest_size=16).digest(),
+    )
 
 
 def key(closed: Any, *, rules: bool) -> Hashable:
@@ -165,6 +169,23 @@ def identity(value: Any) -> Hashable:
     return _value_key(value, rules=False)
 
 
+class Key:
+    """A nested key that is hashed once."""
+
+    __slots__ = ("_hash", "_value")
+
+    def __init__(self, value: Hashable) -> None:
+        self._value, self._hash = value, hash(value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Key) and self._hash == other._hash and self._value == other._value
+
+
 class Kept:
     """The last few things made, by key."""
 
@@ -240,7 +261,7 @@ def name_of(fn: Any, *args: Any) -> Hashable | None:
         return None
     leaves, tree = jax.tree.flatten(args)
     shapes = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-    return known, shapes, identity(tree), tuple(getattr(jax.config, option) for option in _OPTIONS)
+    return Key((known, shapes, identity(tree), tuple(getattr(jax.config, option) for option in _OPTIONS)))
 
 
 def find(fn: Callable[..., Any], *args: Any, told_by: Any = None) -> Found:

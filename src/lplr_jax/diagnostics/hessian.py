@@ -138,7 +138,7 @@ def _check_reduction(
     def values(theta: Any, carried: Any, data: tuple[Any, ...]) -> Any:
         return {"the loss": loss(theta, carried, *data)}
 
-    whole = closed = None
+    whole, closed = None, None
     for function in (along, product, values):
         try:
             closed = jax.make_jaxpr(function)(theta, carried, data)

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -78,27 +78,33 @@ def cast_floating(tree: Any, dtype: Precision | DTypeLike) -> Any:
 
     Call inside `precision_scope(dtype)`. Float32 values are exact in float64, so the point does not move.
     """
-    return jax.tree.map(_caster(dtype), tree)
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, _cast(leaves, dtype))
 
 
 def cast_parameters(params: Parameters, dtype: Precision | DTypeLike) -> Parameters:
     """Return parameters that were taken apart with every floating array in `dtype`, as `cast_floating` does."""
-    return params.cast(_caster(dtype))
+    return replace(params, arrays=tuple(_cast(params.arrays, dtype)))
 
 
-def _caster(dtype: Precision | DTypeLike) -> Callable[[Any], Any]:
+def _cast(leaves: Sequence[Any], dtype: Precision | DTypeLike) -> list[Any]:
     name = precision_name(dtype)
     off_tpu = name == "float64" and jax.default_backend() == "tpu"
-
-    def cast(leaf: Any) -> Any:
+    every, places = list(leaves), []
+    for i, leaf in enumerate(leaves):
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             swapped = isinstance(leaf, np.ndarray | np.generic) and not leaf.dtype.isnative
-            return leaf.astype(leaf.dtype.newbyteorder("=")) if swapped else leaf
-        # NumPy casts what lies on the host: a program for every shape would have to be compiled.
-        host = off_tpu or checks.on_host(leaf)
-        return jnp.asarray(np.asarray(leaf).astype(name) if host else leaf, dtype=name)
-
-    return cast
+            every[i] = leaf.astype(leaf.dtype.newbyteorder("=")) if swapped else leaf
+        elif off_tpu or checks.on_host(leaf):
+            # NumPy casts what lies on the host: a program for every shape would have to be compiled.
+            every[i] = np.asarray(leaf).astype(name)
+            places.append(i)
+        else:
+            every[i] = jnp.asarray(leaf, dtype=name)
+    # All at once, as every transfer by itself costs what a small network's kernel does.
+    for i, moved in zip(places, jax.device_put([every[i] for i in places]), strict=True):
+        every[i] = moved
+    return every
 
 
 class Point(NamedTuple):
