@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import cifar_like, write_batch
+from builders import cifar_like, dealt_by_hand, write_batch
 from lplr_jax.data import DataError, Dataset, load, prepared
 
 SHARED = os.environ.get("LPLR_TEST_DATA")
@@ -115,17 +115,6 @@ def assert_equal(a, b):
 
 
 # The selection and the targets
-
-
-def dealt_by_hand(labels, classes, n_train):
-    """The rule as a card dealer plays it: one of each class in turn, past a class that has run out."""
-    piles = [[i for i, label in enumerate(labels) if label == k] for k in classes]
-    hands = [[] for _ in classes]
-    while sum(map(len, hands)) < n_train:
-        for pile, hand in zip(piles, hands, strict=True):
-            if pile and sum(map(len, hands)) < n_train:
-                hand.append(pile.pop(0))
-    return [i for hand in hands for i in hand]
 
 
 @given(

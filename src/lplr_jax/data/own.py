@@ -45,7 +45,7 @@ def open_own(problem: Problem, path: Path) -> Pool:
             way = "Save one-hot or other targets as floats, labels as one integer a sample."
             raise damaged(path, expected, f"{y.dtype.name} of shape {y.shape}", way)
 
-    with reading(path, "an npz file", f"Or save it anew, as numbers alone. {_SAVE}"):
+    with reading(path, "an npz file", "Or save it anew, x_train and y_train as arrays of numbers."):
         only = ("x_train", "y_train")
         arrays = archives.read_npz(path, most_bytes=MOST_BYTES, admit=admit, only=only)
     x, y = arrays["x_train"], arrays["y_train"]

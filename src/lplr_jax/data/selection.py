@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -97,12 +97,12 @@ def load(
         n_train = _at_least(n_train, len(named or problem.default))
     pool = _find(problem, source, data_dir)
     found = _own(pool, problem, n_train, named) if pool.own else _images(pool, problem, n_train, named)
-    title = "own data" if pool.own else problem.title
-    log.info("%s: %s %s from %s", title, f"{found.n:,}", "samples" if pool.own else "images", pool.source)
+    what = f"own data: {found.n:,} samples" if pool.own else f"{problem.title}: {found.n:,} images"
+    log.info("%s from %s, targets %s", what, pool.source, found.targets)
     return found
 
 
-def _at_least(n_train: int, c: int, hint: str = "") -> int:
+def _at_least(n_train: Any, c: int, hint: str = "") -> int:
     try:
         return checks.whole("n_train", n_train, least=c)
     except ValueError:
@@ -159,7 +159,10 @@ def _own(pool: Pool, problem: Problem, n_train: int | None, named: tuple[int, ..
             )
         labels = tuple(there) if named is None else named
         if strange := [label for label in labels if label not in there]:
-            raise DataError(f"{pool.location}: expected class {strange[0]} in y_train, found {_enumerated(there)}.")
+            found = _enumerated(there)
+            raise DataError(
+                f"{pool.location}: expected class {strange[0]} in y_train, found {found}: name some of these."
+            )
         least = "; targets that are no labels are saved as floats" if named is None else ""
         n_train = _at_least(
             min(max(problem.n_train, len(labels)), len(pool.labels)) if n_train is None else n_train, len(labels), least
