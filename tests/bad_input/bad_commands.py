@@ -32,6 +32,7 @@ RANGES = {
     "epochs": (("0", "-1", "99999999999"), r"epochs must be (>= 1|at most 10000000), got"),
     "steps": (("0", "-1"), r"steps must be >= 1, got"),
     "n_train": (("0", "-5"), r"n_train must be >= 1, got"),
+    "classes": (("", "4", "4,4", "4;9", "4,x", "3,12"), r"classes must be .*got"),
     "seed": (("-1", "4294967296", "99999999999999999999"), r"seed must be (>= 0|at most 4294967295), got"),
     "seeds": (("", "0,0", "x", "-1", "99999999999"), r"seeds? must be .*got"),
     "widths": (("", "x", "8,8", "0,8", "8,-8", "8;16"), r"widths must be .*got"),

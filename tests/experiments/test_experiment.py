@@ -211,6 +211,13 @@ def test_fields_of_the_configs():
         assert sorted(parts.decisive(experiments.find(name).config())) == keys.split(), name
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_classes_are_kept_where_they_are_named(name):
+    config = experiments.find(name).config
+    named = parts.decisive(dataclasses.replace(config(), classes=" 4, 9"))
+    assert named == {**parts.decisive(config()), "classes": "4,9"}
+
+
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(
     ("part", "changes", "message"),
@@ -230,6 +237,8 @@ def test_fields_of_the_configs():
         (parts.SpectrumPart, {"spectrum_probes": -1}, "spectrum_probes must be >= 0, got -1"),
         (parts.SpectrumPart, {"search_steps": 1.5}, "search_steps must be an integer >= 0, got 1.5"),
         (parts.DataPart, {"n_train": 0}, "n_train must be >= 1, got 0"),
+        (parts.DataPart, {"classes": "4"}, "classes must be two or more different integer labels .*got '4'"),
+        (parts.DataPart, {"classes": 49}, "classes must be two or more different integer labels .*got 49"),
     ],
 )
 def test_a_part_checks_itself(part, changes, message):

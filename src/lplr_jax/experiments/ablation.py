@@ -332,8 +332,10 @@ def table(done: Sequence[tuple[Arm, Record]]) -> Table:
     ]
     if beside_paper:
         notes.append("The paper's drifts are of another set-up: its η, epochs and scalings are not known to us.")
+    told = done[0][1].provenance.get("data")
+    subject = told.get("subject", "digits 3 and 8") if isinstance(told, dict) else "digits 3 and 8"
     return Table(
-        "Width ablation: full-batch gradient descent on digits 3 and 8",
+        f"Width ablation: full-batch gradient descent on {subject}",
         tuple(f"m = {width}" + (", smaller η" if kind == "smaller" else "") for width, kind in columns),
         shown,
         {one.key: [_mean([values[one.key] for values in column]) for column in columns.values()] for one in shown},

