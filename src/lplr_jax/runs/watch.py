@@ -148,7 +148,8 @@ class Watch:
                 f"{folder} holds the finished record of this run: read it with lplr_jax.load, or name another folder"
             )
         lock = self._stack.enter_context(run_folder.claimed(folder, self._problem.name, self._config, force=force))
-        self._checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, check=lock.check)
+        identity = run_folder.identity_of(self._problem.name, self._config)
+        self._checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, check=lock.check, identity=identity)
 
     @property
     def record(self) -> Record:
