@@ -21,7 +21,7 @@ PYTHON_LATEST ?= $(shell for v in 3.14 3.13 3.12; do for p in python$$v "$$HOME"
 VENV_LATEST ?= .venv-latest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mnist ablation boundary initialisation cifar bench test test-all test-latest check lock clean
+.PHONY: help setup mnist ablation boundary initialisation cifar bench test test-all test-worlds test-latest check lock clean
 
 help:  ## show this list
 	@echo 'lplr-jax: which hypotheses of local Polyak-Lojasiewicz theory hold on a training run'
@@ -60,8 +60,21 @@ bench: $(STAMP)  ## time the kernel engine against its peers; tables to benchmar
 test: $(STAMP)  ## the quick test suite, or that of some rooms: make test ROOM=theory
 	@$(PYTEST)
 
-test-all: $(STAMP)  ## the whole test suite, slow tests included
+test-all: $(STAMP)  ## the whole test suite, slow tests included, and test-worlds
 	@$(PYTEST) -m ''
+	@$(MAKE) --no-print-directory test-worlds
+
+# A run of seconds, written to a folder that goes with it.
+SMOKE = mnist --preset smoke --out "$$folder" > "$$folder.log" || { cat "$$folder.log"; exit 1; }
+
+test-worlds: $(STAMP)  ## the quick suite in float64 and on 8 simulated devices; runs under python -O and JAX_DEBUG_NANS
+	@echo 'JAX_ENABLE_X64=1'
+	@JAX_ENABLE_X64=1 $(PYTEST)
+	@echo '8 devices'
+	@XLA_FLAGS='--xla_force_host_platform_device_count=8' $(PYTEST)
+	@set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
+	echo 'python -O'; folder="$$work/O"; $(BIN)/python -O -m lplr_jax $(SMOKE); \
+	echo 'JAX_DEBUG_NANS=1'; folder="$$work/nans"; JAX_DEBUG_NANS=1 $(BIN)/python -m lplr_jax $(SMOKE)
 
 test-latest:  ## the quick suite on a newer Python with the newest JAX it gets
 	@set -e; if [ -z "$(PYTHON_LATEST)" ]; then echo 'test-latest: skipped, no Python newer than 3.11 found (name one: make test-latest PYTHON_LATEST=...)'; exit 0; fi; \

@@ -4,7 +4,6 @@ Only what the chosen command needs is imported: help, `verify` and `plot` come w
 """
 
 import io
-import json
 import logging
 import os
 import sys
@@ -29,7 +28,7 @@ from lplr_jax.reports.exit_codes import (
     UNMET,
     outcome,
 )
-from lplr_jax.reports.screen import CONSOLE, flush, open_streams, say, write_nowhere
+from lplr_jax.reports.screen import CONSOLE, OneLine, flush, open_streams, say, write_nowhere
 from lplr_jax.runs import interrupt
 
 if TYPE_CHECKING:
@@ -92,6 +91,7 @@ def _verify(
     """
     from lplr_jax import checks, theory
     from lplr_jax.reports import report
+    from lplr_jax.reports.text import safe_json
 
     documents, judged = {}, {}
     for name, loaded in _records(checks.path("RECORD", record)).items():
@@ -107,7 +107,7 @@ def _verify(
     code = max(document["exit_code"] for document in documents.values())
     if as_json:
         document = documents.get("") or {"exit_code": code, "arms": documents}
-        CONSOLE.out(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False), highlight=False)
+        CONSOLE.out(safe_json(document), highlight=False)
     else:
         report.judge(CONSOLE, judged)
     return code
@@ -134,8 +134,9 @@ def _data(
 
     labels = None if classes is None else datasets.labels_of(classes)
     found = datasets.load(name, source=source, data_dir=data, n_train=n_train, classes=labels)
-    say(f"{found.name}: x {found.x.shape}, y {found.y.shape}\nsource   {found.source}")
-    say(f"inputs   {found.inputs}\ntargets  {found.targets}\nchecksum {found.checksum}")
+    say(f"{found.name}: x {found.x.shape}, y {found.y.shape}")
+    for what in ("source", "inputs", "targets", "checksum"):
+        say(f"{what:8} {getattr(found, what)}")
     return OK
 
 
@@ -163,6 +164,7 @@ def _named(help_: str) -> Callable[..., int]:
 def _prepare() -> None:
     """See to it that JAX and matplotlib can be used as they should."""
     _pass_over_backend()
+    _pass_over_debugging()
     _use_compilation_cache()
     _check_devices()
 
@@ -200,11 +202,31 @@ def _use_compilation_cache() -> None:
 
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         try:
-            home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        except RuntimeError:  # a user without a home, as in a container: every program is compiled anew
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lplr-jax" / "jax"
+            cache.mkdir(parents=True, exist_ok=True)
+        except (RuntimeError, OSError):  # a user without a home, as in a container: every program is compiled anew
             return
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "lplr-jax" / "jax"))
+        if not os.access(cache, os.W_OK | os.X_OK):
+            return
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _pass_over_debugging() -> None:
+    """Turn off what has JAX stop at a NaN or a transfer: a divergence is a result here, and measuring transfers."""
+    import jax
+
+    for name, value in {"jax_debug_nans": False, "jax_debug_infs": False, **dict.fromkeys(_GUARDS, "allow")}.items():
+        if getattr(jax.config, name) not in (value, None):
+            jax.config.update(name, value)
+
+
+_GUARDS = (
+    "jax_transfer_guard",
+    "jax_transfer_guard_host_to_device",
+    "jax_transfer_guard_device_to_device",
+    "jax_transfer_guard_device_to_host",
+)
 
 
 def _check_devices() -> None:
@@ -242,11 +264,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
     open_streams()
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=CONSOLE, show_time=False, show_path=False)],
-    )
+    handler = RichHandler(console=CONSOLE, show_time=False, show_path=False)
+    handler.setFormatter(OneLine("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its fonts is its own matter
     logging.getLogger("lplr_jax").setLevel(logging.INFO)
     for stream in (sys.stdout, sys.stderr):
         # Greek letters must not end a run whose output goes to an ASCII log.

@@ -123,6 +123,14 @@ SCHEMA: dict[str, Entry] = {
         "bound on the assembly error of Θ in spectral norm; finite where the interval includes it",
         NON_NEGATIVE,
     ),
+    "ntk_peer_difference": Entry(
+        ("probe",),
+        "1",
+        "largest |Θ_ij - Θ'_ij| over the largest |Θ_ij|, on samples of the subset or of all, at most some 200 rows; Θ' "
+        "is of neural-tangents, of the engine where Θ is of neural-tangents; at the first and the last probe, NaN "
+        "elsewhere",
+        NON_NEGATIVE,
+    ),
     "probe_untrusted": Entry(
         ("probe",),
         "1",
@@ -206,7 +214,17 @@ SCHEMA: dict[str, Entry] = {
 """Every array a record may hold. What was not measured is absent."""
 
 
-SINCE_2 = frozenset({"seen", "step_size", "step_deviation", "step_rounding", "parameter_eps", "probe_loss_scale"})
+SINCE_2 = frozenset(
+    {
+        "seen",
+        "step_size",
+        "step_deviation",
+        "step_rounding",
+        "parameter_eps",
+        "probe_loss_scale",
+        "ntk_peer_difference",
+    }
+)
 """Arrays that files of schema 1 do not hold."""
 
 

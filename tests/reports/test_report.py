@@ -1,19 +1,28 @@
 """Tables and HTML survive whatever a record lacks, and text from files steers neither terminal, page nor table."""
 
+import csv
 import dataclasses
 import html.parser
 import io
+import json
+import logging
+import re
+import unicodedata
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from rich.console import Console
+from rich.logging import RichHandler
 
 from builders import make
-from lplr_jax import records, schema, theory
-from lplr_jax.reports import report, tables
+from lplr_jax import plotting, records, schema, theory
+from lplr_jax.reports import exit_codes, report, tables
 from lplr_jax.reports.html import record_html, verdict_html
-from lplr_jax.reports.text import safe, safe_html, safe_markdown
-from lplr_jax.theory import Verdict
+from lplr_jax.reports.screen import OneLine, say
+from lplr_jax.reports.text import safe, safe_html, safe_json, safe_markdown
+from lplr_jax.runs.errors import DirectoryInUseError
+from lplr_jax.theory import Verdict, Verdicts
 
 NAN = np.nan
 EVIL = "\x1b[2J[red]a[/red] <script>alert(1)</script> \u202egnp.exe\n| `x` [b](javascript:1) & \\"
@@ -157,3 +166,76 @@ def test_safe_text():
     assert safe_html("<a href='x'>") == "&lt;a href=&#x27;x&#x27;&gt;"
     assert safe_markdown("a|b") == r"a\|b"
     assert safe(3) == "3"
+
+
+def steers(text):
+    """The characters of a text that steer a terminal: controls, C1 and right-to-left marks among them."""
+    return [letter for letter in text if letter != "\n" and unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp")]
+
+
+HOSTILE = EVIL + "\x9b2J\u2028\u2066[link=http://x]b[/link] **b** _i_ ~s~ $x^{"
+
+
+def test_a_hostile_name_is_one_plain_line_on_screen(capsys, tmp_path):
+    """What is said, logged, and said of an error; a name that holds line ends makes no second line."""
+    say(f"record   {tmp_path / HOSTILE}")
+    for error in (ValueError(HOSTILE), KeyError(HOSTILE), OSError(28, "full", HOSTILE), DirectoryInUseError(HOSTILE)):
+        capsys.readouterr()
+        say(HOSTILE)
+        out = capsys.readouterr().out
+        assert not steers(out)
+        assert out.count("\n") == 1
+        assert "[red]a[/red]" in out
+        assert "[link=http://x]" in out
+        said = exit_codes.outcome(error)[1]
+        assert not steers(said)
+        assert "\n" not in said
+        assert "[red]a[/red]" in said
+    console = Console(file=io.StringIO(), width=1000, force_terminal=True, color_system=None)
+    handler = RichHandler(console=console, show_time=False, show_path=False)
+    handler.setFormatter(OneLine("%(message)s"))
+    handler.emit(logging.LogRecord("lplr_jax", logging.WARNING, "", 0, "%s is not taken", (HOSTILE,), None))
+    text = console.file.getvalue()
+    assert "\x1b[2J" not in text
+    assert not {"\u202e", "\x9b", "\u2028"} & set(text)
+    assert "[red]a[/red]" in text
+    verdicts = theory.verify(make())
+    report.judge(console, {HOSTILE: verdicts, "b": verdicts}, first_in_full=True)
+    assert not {"\u202e", "\x9b", "\u2028"} & set(console.file.getvalue())
+
+
+def test_verdicts_as_text_and_as_json_steer_nothing():
+    verdicts = Verdicts([Verdict("weyl", HOSTILE, "undecided", note=HOSTILE)])
+    assert not steers(repr(verdicts))
+    content = {HOSTILE: theory.as_json(verdicts), "λ": "Łojasiewicz", "astral": "\U000e0001"}
+    text = safe_json(content)
+    assert not steers(text)
+    assert "Łojasiewicz" in text, "letters stay letters"
+    assert json.loads(text) == json.loads(json.dumps(content))
+
+
+def test_hostile_cells_stay_cells():
+    tabled = tables.Table(HOSTILE, (HOSTILE,), (tables.Quantity("k", HOSTILE, "k", HOSTILE),), {"k": [HOSTILE]})
+    markdown = tables.to_markdown(tabled)
+    assert not steers(markdown)
+    for open_ in ("**b", "~s", "`x", "<script", "[link"):
+        assert open_ not in markdown.replace("\\" + open_[0], "").replace(r"\*\*", "")
+    assert safe_markdown("λ_min of L_T, _i_") == r"λ_min of L_T, \_i\_"
+    latex = tables.to_latex(tabled)
+    assert not steers(latex)
+    body = re.sub(r"\\(textbackslash|textasciitilde|\^)\{\}|\\[$&%_#{}]", "", latex.split(r"\midrule")[1])
+    assert body.count("&") == 1, "one label, one cell"
+    assert not re.search(r"(?<!\$)\^|[#%~]", body)
+    rows = list(csv.reader(io.StringIO(tables.to_csv(tabled))))
+    assert len(rows) == 2
+    assert not steers("".join(rows[1]))
+
+
+def test_a_hostile_name_in_a_figure_is_text(tmp_path):
+    record = full()
+    record = dataclasses.replace(record, provenance={"data": {"source": HOSTILE}}, config={"width": 8, "init": HOSTILE})
+    for figure in (plotting.four_panel(record), plotting.initialisation({HOSTILE: record, "b": record})):
+        texts = [text.get_text() for text in figure.findobj(Text)]
+        assert any("[red]a[/red]" in text for text in texts)
+        assert not steers("".join(texts))
+        plotting.save(figure, tmp_path / "a.png")  # mathtext of it would not parse

@@ -20,6 +20,7 @@ from lplr_jax.files import atomic_write
 from lplr_jax.losses import Objective
 from lplr_jax.measurement.closing import closing_arrays
 from lplr_jax.measurement.kernel import kernel_values, spectrum_and_energy
+from lplr_jax.measurement.peer import peer_difference, peer_samples
 from lplr_jax.ntk.empirical import Precision, empirical_ntk
 from lplr_jax.ntk.memory import total_memory
 from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
@@ -259,6 +260,7 @@ class KernelProbe:
             n = len(self._y)
             rows = next(iter(self._kernels.values())).shape[0]
             closing["probe_loss_scale"] = np.asarray(self._objective.scale(n, rows // n))
+            closing |= self._second_opinion(arrays["probe_epoch"], rows // n, seed)
         if self._spectra:
             shape = (arrays["probe_epoch"].size, next(iter(self._spectra.values()))[0].size)
             spectrum, energy = np.full(shape, np.nan), np.full(shape, np.nan)
@@ -267,6 +269,20 @@ class KernelProbe:
                     spectrum[k], energy[k] = self._spectra[int(epoch)]
             closing |= {"spectrum": spectrum, "residual_energy": energy}
         return closing
+
+    def _second_opinion(self, epochs: np.ndarray, outputs: int, seed: int) -> dict[str, np.ndarray]:
+        """Return how far the first and the last kernel are from those of another implementation; nothing without it."""
+        samples = peer_samples(len(self._y), outputs, self._subset, seed)
+        differences = np.full(epochs.size, np.nan)
+        known = [place for place, epoch in enumerate(epochs) if int(epoch) in self._kernels]
+        for place in sorted({known[0], known[-1]}):
+            epoch = int(epochs[place])
+            point, theta = self._points[epoch], self._kernels[epoch]
+            found = peer_difference(self._objective.apply_fn, point, self._x, theta, samples, kernel=self._kernel)
+            if found is None:
+                return {}
+            differences[place] = found
+        return {"ntk_peer_difference": differences}
 
 
 def save_params(params: Params, path: Path) -> None:

@@ -15,7 +15,7 @@ from lplr_jax import checks
 from lplr_jax.curves.stability import power_law
 from lplr_jax.curves.summary import check_records, gradient_law, observed, step_word, summarise
 from lplr_jax.plotting.panels import grid, known
-from lplr_jax.plotting.style import blank, plain, styled
+from lplr_jax.plotting.style import LONGEST_NAME, blank, plain, styled
 from lplr_jax.records import Record
 
 MARKERS = "osD^vPX"
@@ -255,7 +255,7 @@ def initialisation(records: Mapping[str, Record], widths: Sequence[Record] = (),
         figure = blank(14 if widths else 9.5, 4.6)
         left, middle, *rest = figure.subplots(1, 3 if widths else 2)
         gaps = []
-        named = [(plain(name), record) for name, record in records.items()]
+        named = [(plain(name, LONGEST_NAME), record) for name, record in records.items()]
         looks = zip(itertools.cycle(COLOURS), itertools.cycle(("-", "--", "-.", ":")), strict=False)
         for (name, record), (colour, line) in zip(named, looks, strict=False):
             summary = summarise(record)

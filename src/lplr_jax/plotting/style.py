@@ -20,7 +20,9 @@ STYLE = Path(__file__).with_name("lplr.mplstyle")
 TITLE_LETTERS = 13
 """Letters of a title that fit into an inch."""
 LONGEST = 120
-"""Letters of one text from a record that a label shows."""
+"""Letters of one text from a record that a title shows."""
+LONGEST_NAME = 40
+"""Letters of a name that a legend shows, beside which the panel still has room."""
 
 
 @contextmanager
@@ -39,10 +41,10 @@ def blank(width: float | int, height: float | int) -> Figure:
     return figure
 
 
-def plain(text: Any) -> str:
+def plain(text: Any, most: int = LONGEST) -> str:
     """Return text from a record or a file name for a label: one line, no mathematics begins in it, not too long."""
     shown = checks.printable(text)
-    shown = shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 4]} ..."
+    shown = shown if len(shown) <= most else f"{shown[: most - 4]} ..."
     return shown.replace("$", r"\$")
 
 

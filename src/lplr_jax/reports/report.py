@@ -109,7 +109,7 @@ def summary_table(record: Record) -> Table:
     """Return the short table at the end of a run: what the record says, with units; what it lacks is left out."""
     word = step_word(record)
     table = Table(
-        "quantity", "value", "what it says", title=f"{record.experiment}: what the run says", title_justify="left"
+        "quantity", "value", "what it says", title=safe(f"{record.experiment}: what the run says"), title_justify="left"
     )
     if record.diverged_at is not None:
         words = "loss, gradient or parameters are not finite from there on"
@@ -330,5 +330,5 @@ def judge(console: Console, verdicts: Mapping[str, Sequence[Verdict]], *, first_
         console.print(verdict_matrix(verdicts))
     for name, of_first in list(verdicts.items())[: 0 if several and not first_in_full else 1]:
         if several:
-            console.print(f"{name}:", highlight=False, markup=False)
+            console.print(checks.printable(f"{name}:"), highlight=False, markup=False)
         print_verdicts(console, of_first)

@@ -1,9 +1,12 @@
 """The screen of the command line."""
 
+import logging
 import os
 import sys
 
 from rich.console import Console
+
+from lplr_jax import checks
 
 
 class Screen(Console):
@@ -49,5 +52,13 @@ CONSOLE = Screen() if sys.stdout is not None and sys.stdout.isatty() else Screen
 
 
 def say(line: str) -> None:
-    """Show a line as it is."""
-    CONSOLE.print(line, highlight=False, soft_wrap=True, markup=False)
+    """Show one line; what names of files and folders hold beside plain text is written as escapes."""
+    CONSOLE.print(checks.printable(line), highlight=False, soft_wrap=True, markup=False)
+
+
+class OneLine(logging.Formatter):
+    """Formats a message as one line of plain text: it may name files, and quote what was found in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        return checks.printable(super().format(record))

@@ -167,11 +167,11 @@ def to_csv(table: Table) -> str:
         head += [quantity.key, *([f"{quantity.key}_deviation"] if quantity.key in deviating else [])]
     writer.writerow(head)
     for index, arm in enumerate(table.arms):
-        row: list[object] = [arm]
+        row: list[object] = [checks.printable(arm)]
         for quantity in table.quantities:
             cell = table.cells[quantity.key][index]
             measured = isinstance(cell, Measured)
-            row.append("" if cell is None else repr(cell.value) if measured else cell)
+            row.append("" if cell is None else repr(cell.value) if measured else checks.printable(cell))
             if quantity.key in deviating:
                 row.append("" if not measured or cell.deviation is None else repr(cell.deviation))
         writer.writerow(row)

@@ -1,6 +1,9 @@
 """Text from files and paths, made safe for each place where it is shown."""
 
 import html
+import json
+import re
+import unicodedata
 from typing import Any
 
 from rich.markup import escape
@@ -38,4 +41,21 @@ def safe_markdown(text: Any) -> str:
         'a\\|b &lt;i>'
     """
     shown = checks.printable(text).replace("\\", "\\\\").replace("<", "&lt;")
-    return "".join(f"\\{sign}" if sign in "|`[]" else sign for sign in shown)
+    shown = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", shown)  # one within a word begins no emphasis
+    return "".join(f"\\{sign}" if sign in "|`[]*~" else sign for sign in shown)
+
+
+def safe_json(content: Any) -> str:
+    r"""Return JSON for a terminal: letters of any language as they are, what would steer a terminal as escapes.
+
+    Example:
+        >>> safe_json({"λ": chr(0x9B) + "2J" + chr(0x202E)})
+        '{\n  "λ": "\\u009b2J\\u202e"\n}'
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    # Only in strings can there be any: JSON's own signs are ASCII.
+    return "".join(json.dumps(letter)[1:-1] if _steers(letter) else letter for letter in text)
+
+
+def _steers(letter: str) -> bool:
+    return letter != "\n" and unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")

@@ -1,4 +1,4 @@
-"""Versions, device, machine and revision of the code."""
+"""Versions, device, machine, revision of the code, and the settings of JAX on which numbers depend."""
 
 import platform
 import resource
@@ -10,12 +10,42 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import jax
+DECIDING: Mapping[str, Any] = {
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+}
+"""Settings of JAX that decide which random numbers a seed gives, and their defaults."""
+ROUNDING = ("jax_default_matmul_precision", "jax_enable_x64")
+"""Settings of JAX on which last digits may depend."""
+
+
+def describe_environment() -> Mapping[str, Any]:
+    """Return versions, device, machine, revision of the code and settings of JAX, for a record's provenance."""
+    import jax
+
+    settings = {name: getattr(jax.config, name) for name in (*DECIDING, *ROUNDING)}
+    return {**_unchanging(), "settings": settings}
+
+
+def unusual_settings(settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return those of `DECIDING` that are not as by default: they are part of a run's identity.
+
+    Args:
+        settings: as a record's provenance holds them; None for those of this process, which has none before JAX is
+            imported, as it can draw no number.
+    """
+    if settings is None:
+        config = getattr(sys.modules.get("jax"), "config", None)
+        settings = {name: getattr(config, name, default) for name, default in DECIDING.items()}
+    return {name: settings[name] for name, default in DECIDING.items() if settings.get(name, default) != default}
 
 
 @cache
-def describe_environment() -> Mapping[str, Any]:
-    """Return versions, device, machine and revision of the code, for a record's provenance."""
+def _unchanging() -> Mapping[str, Any]:
+    """Return what stays as it is while a process lives."""
+    import jax
+
     versions = {"python": platform.python_version()}
     for package in ("lplr-jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "matfree", "neural-tangents"):
         try:

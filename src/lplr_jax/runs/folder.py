@@ -15,6 +15,7 @@ from lplr_jax import archives, records
 from lplr_jax.files import atomic_write, sync_directory, target_of
 from lplr_jax.records import Record
 from lplr_jax.runs.checkpoint import Checkpoints, Identity
+from lplr_jax.runs.environment import unusual_settings
 from lplr_jax.runs.errors import ConfigMismatchError, DirectoryInUseError
 from lplr_jax.runs.lock import LOCK, Lock
 
@@ -28,6 +29,7 @@ __all__ = [
     "check_config",
     "claimed",
     "differences",
+    "identity_of",
     "read_config",
     "read_or_make",
     "write_config",
@@ -166,8 +168,19 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]] | None:
             if (folder / "record.npz").exists():
                 raise
             return None
-        return record.experiment, dict(record.config)
+        settings = record.provenance.get("settings")
+        return record.experiment, {**record.config, **unusual_settings(settings if isinstance(settings, dict) else {})}
     return None
+
+
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with the settings of JAX that decide random numbers, where they are not as by default."""
+    return {**config, **unusual_settings()}
+
+
+def identity_of(experiment: str, config: Mapping[str, Any]) -> Identity:
+    """Return whose checkpoints those of a run are, in this process."""
+    return Identity.of(experiment, _deciding(config))
 
 
 def _checked_config(content: Any) -> tuple[str, dict[str, Any]]:
@@ -182,7 +195,7 @@ def write_config(folder: Path, experiment: str, config: Mapping[str, Any]) -> bo
     path = folder / CONFIG
     if path.exists():
         return False
-    content = {"experiment": experiment, "config": dict(config)}
+    content = {"experiment": experiment, "config": _deciding(config)}
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
@@ -199,7 +212,7 @@ def check_config(folder: Path, experiment: str, config: Mapping[str, Any]) -> No
     if found is None:
         return
     name, there = found
-    differing = differences(there, config)
+    differing = differences(there, _deciding(config))
     if name != experiment:
         differing = (f"experiment {name} there, {experiment} asked for",)
     if differing:
@@ -300,7 +313,7 @@ def _read_or_make(
     check_config(folder, experiment, config)
     _remove_temporaries(folder, experiment)
     path = folder / "record.npz"
-    checkpoints = Checkpoints(folder / CHECKPOINTS, check=check, identity=Identity.of(experiment, config))
+    checkpoints = Checkpoints(folder / CHECKPOINTS, check=check, identity=identity_of(experiment, config))
     record = _load_or_set_aside(path, say) if path.exists() else None
     if record is not None:
         say(f"record   {path} is there, made with this config; --force makes it anew")

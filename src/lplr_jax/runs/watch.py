@@ -21,7 +21,7 @@ from lplr_jax.losses import Objective
 from lplr_jax.records import Record
 from lplr_jax.runs import folder as run_folder
 from lplr_jax.runs import interrupt
-from lplr_jax.runs.checkpoint import Checkpoints, Identity
+from lplr_jax.runs.checkpoint import Checkpoints
 from lplr_jax.runs.environment import describe_environment, peak_memory_bytes
 from lplr_jax.runs.loop import judged
 from lplr_jax.runs.problem import Probes, Problem, kernel_probe
@@ -148,7 +148,7 @@ class Watch:
                 f"{folder} holds the finished record of this run: read it with lplr_jax.load, or name another folder"
             )
         lock = self._stack.enter_context(run_folder.claimed(folder, self._problem.name, self._config, force=force))
-        identity = Identity.of(self._problem.name, self._config)
+        identity = run_folder.identity_of(self._problem.name, self._config)
         self._checkpoints = Checkpoints(folder / run_folder.CHECKPOINTS, check=lock.check, identity=identity)
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lplr_jax import rooms
+from lplr_jax import checks, rooms
 
 Outcome = Literal["proved", "not refuted", "refuted", "undecided", "not applicable"]
 
@@ -112,7 +112,7 @@ class Verdicts(tuple[Verdict, ...]):
 
 
 def _cut(text: str) -> str:
-    line = " ".join(text.split())
+    line = checks.printable(" ".join(text.split()))
     return line if len(line) <= 90 else f"{line[:89]}…"
 
 

@@ -92,6 +92,7 @@ def of_probes(evidence: Evidence) -> Iterator[Verdict | None]:
         gap = np.maximum(low - rayleigh, rayleigh - high)[kept]
         yield agree("position", gap, slack[kept], at[kept], units=KERNEL_UNITS, note=note)
     yield from _intervals(evidence)
+    yield _peer(evidence)
     yield from _pairs(evidence)
     yield from _spectra(evidence)
     yield from _certificates(evidence)
@@ -121,6 +122,19 @@ def _intervals(evidence: Evidence) -> Iterator[Verdict | None]:
             gap = np.abs(high - high[0]) - shift
             slack = error + error[0] + SUMS * np.maximum(high, shift)
             yield agree("norm", gap, slack, at, units=KERNEL_UNITS, note="|λ_max(Θ_t) - λ_max(Θ_0)| <= ‖Θ_t - Θ_0‖₂")
+
+
+def _peer(evidence: Evidence) -> Verdict | None:
+    """Hold the kernel against that of another implementation."""
+    gap = evidence.probe("ntk_peer_difference")
+    kept = ~np.isnan(gap)
+    # Θ_ij is a sum of p products of derivatives, each a chain of sums over fan-ins, 8 √p terms in all: γ_k of
+    # Σ|J_ip J_jp| <= √(Θ_ii Θ_jj) <= max Θ for either implementation. Sums that are no fan-ins get what all sums get.
+    p = evidence.number("p")
+    lost = (p + 8 * np.sqrt(p)) * UNIT_64
+    allowed = max(SUMS, 2 * lost / (1 - lost)) if lost < 0.5 else np.inf
+    note = "the kernel is that of another implementation, entry by entry over the largest one"
+    return agree("peer", gap[kept], allowed, evidence.epochs[kept], units="1", note=note)
 
 
 def _triangle(distance: Float[np.ndarray, "k k"]) -> Float[np.ndarray, " k"]:

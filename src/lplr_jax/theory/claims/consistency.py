@@ -18,7 +18,8 @@ from lplr_jax.theory.verdict import Verdict, weakest
 
 def consistency(evidence: Evidence) -> Verdict:
     """Hold the record against itself: the PL identity at every probe, the Rayleigh quotient's place in the spectrum,
-    series against probes, steps against η and drift, interlacing, intervals, distances, spectra, certificates.
+    series against probes, steps against η and drift, interlacing, intervals, distances, spectra, certificates, the
+    kernel of some samples against that of another implementation.
 
     Every part is an identity or an inequality that holds for any network and any data. "proved" says that each holds to
     its rounding bound and that the kernel's error is itself bounded; "undecided" that one could not be held.
