@@ -93,8 +93,8 @@ def _verify(
     from lplr_jax.reports import report
     from lplr_jax.reports.text import safe_json
 
-    documents, judged = {}, {}
-    for name, loaded in _records(checks.path("RECORD", record)).items():
+    documents, judged, found = {}, {}, _records(checks.path("RECORD", record))
+    for name, loaded in found.items():
         verdicts = judged[name] = theory.verify(loaded)
         unmet = any(verdict.claim in strict and not verdict.met for verdict in verdicts)
         documents[name] = {
@@ -102,6 +102,7 @@ def _verify(
             "checksum": loaded.checksum(),
             "exit_code": INCONSISTENT if theory.any_inconsistent(verdicts) else UNMET if unmet else OK,
             "reading": theory.reading(verdicts),
+            "story": list(theory.story(verdicts, loaded)),
             "verdicts": theory.as_json(verdicts),
         }
     code = max(document["exit_code"] for document in documents.values())
@@ -109,7 +110,7 @@ def _verify(
         document = documents.get("") or {"exit_code": code, "arms": documents}
         CONSOLE.out(safe_json(document), highlight=False)
     else:
-        report.judge(CONSOLE, judged)
+        report.judge(CONSOLE, judged, found)
     return code
 
 

@@ -114,7 +114,7 @@ class Experiment(Generic[Config, Given, Done]):
         if self.figure is not None:
             output.draw(self.figure(done, config), figures / f"{self.name}.png")
         verdicts = {name: theory.verify(record) for name, record in found.items()}
-        report.judge(CONSOLE, verdicts, first_in_full=self.first_in_full)
+        report.judge(CONSOLE, verdicts, found, first_in_full=self.first_in_full)
         for line in self.notes(done, config):
             say(line)
         for name, record in found.items():

@@ -219,7 +219,7 @@ def _show(record: Record, folder: Path) -> int:
     figure = "the run diverged at step 0" if diverged_at_once else plotting.plot(record)
     output.draw(figure, folder / f"{record.experiment}.png")
     verdicts = theory.verify(record)
-    report.print_verdicts(CONSOLE, verdicts)
+    report.print_verdicts(CONSOLE, verdicts, record)
     if theory.any_inconsistent(verdicts):
         return INCONSISTENT
     return OK if record.diverged_at is None else DIVERGED

@@ -16,7 +16,7 @@ from lplr_jax.curves.summary import Summary, step_word, summarise
 from lplr_jax.records import Record
 from lplr_jax.reports.text import safe
 from lplr_jax.runs.session import Observer
-from lplr_jax.theory import Outcome, Verdict, reading
+from lplr_jax.theory import Outcome, Verdict, reading, story
 
 
 def in_short(verdicts: Sequence[Verdict]) -> str:
@@ -275,7 +275,7 @@ def verdict_table(verdicts: Sequence[Verdict], *, parts: bool = True) -> Table:
     The parts of `consistency` are shown only where they fail.
     """
     table = Table("claim", "outcome", "measured", "against", "margin", "epoch", title_justify="left")
-    table.title = "hypotheses and conclusions of the theory (arXiv 2507.21429)"
+    table.title = "hypotheses and conclusions of the theory (arXiv 2507.21429), and what is ours"
     table.add_column("what it rests on", ratio=1)
     for verdict in verdicts:
         table.add_row(*_verdict_cells(verdict, verdict.claim, f"{verdict.reference}: {verdict.note}"))
@@ -306,23 +306,32 @@ def verdict_matrix(arms: Mapping[str, Sequence[Verdict]]) -> Table:
         words = [f"{v.outcome} (inconsistent)" if v.inconsistent else v.outcome for v in row]
         table.add_row(row[0].claim, *(Text(word, style=COLOURS[v.outcome]) for word, v in zip(words, row, strict=True)))
     table.add_section()
-    last = [verdicts[-1] for verdicts in arms.values()]
+    last = [next(verdict for verdict in verdicts if verdict.claim == "regime") for verdicts in arms.values()]
     table.add_row("first to break", *(Text(checks.printable(verdict.note)) for verdict in last))
     return table
 
 
-def print_verdicts(console: Console, verdicts: Sequence[Verdict]) -> None:
-    """Print the table of claims, and two sentences on what it means."""
+def print_verdicts(console: Console, verdicts: Sequence[Verdict], record: Record | None = None) -> None:
+    """Print what the verdicts come to, where the record is given, the table of claims, and two sentences on it."""
+    for line in story(verdicts, record) if record is not None else ():
+        console.print(checks.printable(line), highlight=False, markup=False)
     console.print(verdict_table(verdicts))
     console.print(checks.printable(reading(verdicts)), highlight=False, markup=False)
 
 
-def judge(console: Console, verdicts: Mapping[str, Sequence[Verdict]], *, first_in_full: bool = False) -> None:
+def judge(
+    console: Console,
+    verdicts: Mapping[str, Sequence[Verdict]],
+    records: Mapping[str, Record] | None = None,
+    *,
+    first_in_full: bool = False,
+) -> None:
     """Print the verdicts on one run in full, those on several side by side.
 
     Args:
         console: the screen.
         verdicts: by the name of the run.
+        records: the runs, by the same names: what the verdicts on one come to is told above its table.
         first_in_full: print those on the first of several runs in full as well.
     """
     several = len(verdicts) > 1
@@ -331,4 +340,4 @@ def judge(console: Console, verdicts: Mapping[str, Sequence[Verdict]], *, first_
     for name, of_first in list(verdicts.items())[: 0 if several and not first_in_full else 1]:
         if several:
             console.print(checks.printable(f"{name}:"), highlight=False, markup=False)
-        print_verdicts(console, of_first)
+        print_verdicts(console, of_first, (records or {}).get(name))

@@ -9,6 +9,7 @@ from lplr_jax import rooms
 from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
 from lplr_jax.theory.claims import CLAIMS
 from lplr_jax.theory.claims import ClaimId as Claim
+from lplr_jax.theory.story import story
 from lplr_jax.theory.verdict import Outcome, Verdict, Verdicts, any_inconsistent, as_json, flatten
 from lplr_jax.theory.verify import reading, verify
 
@@ -28,6 +29,7 @@ __all__ = [
     "min_eig_with_assembly",
     "reading",
     "spectrum_and_energy",
+    "story",
     "verify",
     "verify_point",
 ]

@@ -41,6 +41,35 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Spectra:
+    """The probes that keep a whole spectrum, eigenvalues descending: column k - 1 is of the top k eigenvectors.
+
+    ½‖∇L‖² >= (rate_k / s) (L - floor_k) at each of them. With E_k the energy past the k-th eigenvector over 2 s, of the
+    kernel as it was computed, δ its error: rᵀΘr >= λ_k (‖r‖² - 2 s E_k) - δ ‖r‖², so that rate = λ_k - δ and
+    floor = E_k λ_k / (λ_k - δ), both of them for the exact kernel.
+
+    Attributes:
+        epochs: step numbers.
+        at: positions in the series.
+        loss: L of the probe.
+        error: δ.
+        eigenvalues: λ_k.
+        energy: ⟨v_k, r⟩² / (2 s), in units of L.
+        rate: (λ_k - δ)_+.
+        floor: E_k λ_k / (λ_k - δ); L where λ_k <= δ, and nothing is known.
+    """
+
+    epochs: Int[np.ndarray, " k"]
+    at: Int[np.ndarray, " k"]
+    loss: Float[np.ndarray, " k"]
+    error: Float[np.ndarray, " k"]
+    eigenvalues: Float[np.ndarray, "k m"]
+    energy: Float[np.ndarray, "k m"]
+    rate: Float[np.ndarray, "k m"]
+    floor: Float[np.ndarray, "k m"]
+
+
+@dataclass(frozen=True)
 class Evidence:
     """A record read for the claims: probes in order of epoch, up to a divergence, without those that are untrusted."""
 
@@ -269,6 +298,34 @@ class Evidence:
             lower = value - error if math.isnan(lower) else lower - off
             upper = value + error if math.isnan(upper) else upper + off
         return Interval(value, lower, upper, certified)
+
+    @cached_property
+    def spectra(self) -> Spectra | None:
+        """Spectrum and energy of the residual at the probes that keep both; None where none does, or L is not squared.
+
+        Those of an output-averaged kernel are none: the residual has no coordinates along its eigenvectors.
+        """
+        named = ("spectrum", "residual_energy")
+        if self.loss != "squared" or self.trace or not all(name in self.arrays for name in named):
+            return None
+        values, shares = (np.asarray(self.arrays[name], np.float64)[:, ::-1] for name in named)
+        loss = self.probe("probe_loss")
+        if not self.partial:  # the series has no loss of a subset
+            loss = np.where(np.isfinite(loss), loss, self.series("loss")[self.at])
+        shares = np.where((loss == 0)[:, None], 0.0, shares)  # the residual of an exact fit has no direction
+        error = self.kernel_error
+        kept = (
+            np.isfinite(values).all(axis=1) & np.isfinite(shares).all(axis=1) & np.isfinite(loss) & np.isfinite(error)
+        )
+        if not kept.any():
+            return None
+        values, shares, loss, error = values[kept], shares[kept], loss[kept], error[kept]
+        energy = loss[:, None] * shares
+        past = np.zeros_like(energy)
+        past[:, :-1] = np.cumsum(energy[:, :0:-1], axis=1)[:, ::-1]
+        rate = np.maximum(values - error[:, None], 0.0)
+        floor = np.divide(past * values, rate, out=np.repeat(loss[:, None], values.shape[1], axis=1), where=rate > 0)
+        return Spectra(self.epochs[kept], self.at[kept], loss, error, values, energy, rate, floor)
 
     @cached_property
     def budget(self) -> Interval | None:

@@ -9,11 +9,14 @@ from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
 from lplr_jax.theory.claims.claim import Claim, Rests
 from lplr_jax.theory.claims.compatibility import COMPATIBILITY
 from lplr_jax.theory.claims.consistency import CONSISTENCY
+from lplr_jax.theory.claims.decrease import DESCENT
+from lplr_jax.theory.claims.floor_pl import FLOOR_PL
 from lplr_jax.theory.claims.linear_rate import LINEAR_RATE
 from lplr_jax.theory.claims.local_pl import LOCAL_PL
 from lplr_jax.theory.claims.lqcr import LQCR
 from lplr_jax.theory.claims.ntk_lipschitz import NTK_LIPSCHITZ
 from lplr_jax.theory.claims.ntk_positive import NTK_POSITIVE
+from lplr_jax.theory.claims.path import PATH
 from lplr_jax.theory.claims.regime import REGIME
 from lplr_jax.theory.claims.weyl import WEYL
 from lplr_jax.theory.evidence import Evidence
@@ -31,6 +34,9 @@ _ALL = (
     LINEAR_RATE,
     LQCR,
     REGIME,
+    DESCENT,
+    PATH,
+    FLOOR_PL,
 )
 
 REGISTRY: Mapping[str, Claim] = {claim.id: claim for claim in _ALL}

@@ -17,6 +17,18 @@ def step_sizes(evidence: Evidence) -> Float[np.ndarray, " t"]:
     return np.full(evidence.end, evidence.eta) if fixed else method.sizes
 
 
+def loss_slack(evidence: Evidence, at: Int[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
+    """Return what rounding may add to L_{t+1} - L_t for the steps from the positions `at`, that of θ_{t+1} included."""
+    gradient, noise = evidence.series("grad_sq_norm"), evidence.loss_noise
+    # θ_{t+1} is itself rounded, which moves the loss by the gradient times the rounding of the parameters: as measured
+    # on the step, or the spacing of θ_0.
+    with np.errstate(invalid="ignore"):  # a step of length 0 has no relative rounding
+        moved = evidence.series("step_rounding") * np.abs(evidence.series("step_size")) * np.sqrt(gradient)
+    spacing = np.nan_to_num(evidence.number("parameter_spacing"), nan=0.0)
+    rounded = np.where(np.isfinite(moved), moved, spacing)[at]
+    return noise[at + 1] + noise[at] + np.sqrt(gradient[at + 1]) * rounded
+
+
 def _judged(evidence: Evidence) -> tuple[Int[np.ndarray, " k"], Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
     """Return the positions of the steps that can be judged, by how much each falls short of the lemma, and the slack.
 
@@ -25,14 +37,8 @@ def _judged(evidence: Evidence) -> tuple[Int[np.ndarray, " k"], Float[np.ndarray
     at, eta = evidence.seen_steps, step_sizes(evidence)
     if evidence.method.kind != "unseen":  # of a step that was not seen nobody knows that it was one of this method
         at = at[np.isfinite(evidence.series("step_size")[at])]
-    loss, gradient, noise = evidence.series("loss"), evidence.series("grad_sq_norm"), evidence.loss_noise
-    # θ_{t+1} is itself rounded, which moves the loss by the gradient times the rounding of the parameters: as measured
-    # on the step, or the spacing of θ_0.
-    with np.errstate(invalid="ignore"):  # a step of length 0 has no relative rounding
-        moved = evidence.series("step_rounding") * np.abs(evidence.series("step_size")) * np.sqrt(gradient)
-    spacing = np.nan_to_num(evidence.number("parameter_spacing"), nan=0.0)
-    rounded = np.where(np.isfinite(moved), moved, spacing)[at]
-    slack = noise[at + 1] + noise[at] + np.sqrt(gradient[at + 1]) * rounded
+    loss, gradient = evidence.series("loss"), evidence.series("grad_sq_norm")
+    slack = loss_slack(evidence, at)
     short = loss[at + 1] - loss[at] + 0.5 * eta[at] * (gradient[at] - evidence.gradient_noise[at])
     known = np.isfinite(short) & np.isfinite(slack)
     return at[known], short[known], slack[known]

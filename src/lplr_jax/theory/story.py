@@ -1,0 +1,131 @@
+"""What the verdicts on one run come to together, in a few lines, by rule."""
+
+import math
+from collections.abc import Sequence
+
+from lplr_jax.curves.summary import check_record, step_word
+from lplr_jax.records import Record
+from lplr_jax.theory.claims.floor_pl import Window, percent, window_of
+from lplr_jax.theory.evidence import Evidence
+from lplr_jax.theory.verdict import Verdict, any_inconsistent
+
+LINES = 6
+"""Lines that a story has at most."""
+OURS = "ours, not the paper's"
+
+
+def story(verdicts: Sequence[Verdict], record: Record) -> tuple[str, ...]:
+    """Say which hypotheses hold, what accounts for the decrease and for the path, and what remains unexplained.
+
+    Args:
+        verdicts: what `verify` returned for the record.
+        record: the run; its steps are called as its config calls them.
+
+    Returns:
+        At most six lines of plain text.
+
+    Raises:
+        TypeError: for what is no record.
+    """
+    check_record(record)
+    by = {verdict.claim: verdict for verdict in verdicts}
+    wrong = [verdict.claim for verdict in verdicts if verdict.inconsistent]
+    if any_inconsistent(verdicts):
+        return (
+            f"The record contradicts itself or this package is wrong ({', '.join(wrong)}): nothing is read off it.",
+        )
+    evidence = Evidence(record)
+    if not evidence.end:
+        return (by["consistency"].note[:1].upper() + by["consistency"].note[1:] + ": there is nothing to explain.",)
+    window, word = window_of(evidence), step_word(record)
+    return (
+        _hypotheses(by),
+        _conclusions(by),
+        _steps(by["descent"], word),
+        _decrease(by["floor_pl"], window, word),
+        _path(by["path"]),
+        _rest(by, window),
+    )
+
+
+def _hypotheses(by: dict[str, Verdict]) -> str:
+    condition = by["compatibility"]
+    excess = condition.measured / condition.bound if condition.bound > 0 else math.inf
+    by_much = f" by the factor {excess:.1e}" if condition.outcome == "refuted" and math.isfinite(excess) else ""
+    parts = {part.claim: part for part in by["linear_rate"].parts}
+    step = parts.get("linear_rate.step_size")
+    told = [
+        f"λ_0 > 0 is {by['ntk_positive'].outcome}",
+        f"Θ Lipschitz is {by['ntk_lipschitz'].outcome}",
+        f"L_Θ r < λ_0 is {condition.outcome}{by_much}",
+        *([f"η <= 1/β is {step.outcome}"] if step else []),
+    ]
+    return f"Hypotheses of the paper: {', '.join(told)}."
+
+
+def _conclusions(by: dict[str, Verdict]) -> str:
+    local, rate = by["local_pl"], by["linear_rate"]
+    words = f"Conclusions of the paper: local PL (Theorem 5.4) is {local.outcome}"
+    words += f", the linear rate (Theorem 5.7) is {rate.outcome}."
+    if local.outcome == rate.outcome == "not applicable":
+        words += " The theorems are silent about this run, not false."
+    return words
+
+
+def _steps(verdict: Verdict, word: str) -> str:
+    if verdict.outcome == "not refuted":
+        return f"Every {word} that was seen lowers the loss ({OURS}): {verdict.note}."
+    if verdict.outcome == "refuted":
+        return f"Not every {word} lowers the loss ({OURS}): {verdict.note}."
+    return f"Whether every {word} lowers the loss is {verdict.outcome}: {verdict.note}."
+
+
+def _decrease(verdict: Verdict, window: Window | None, word: str) -> str:
+    if window is None or not verdict.met:
+        return f"What accounts for the decrease is {_open(verdict)} ({OURS}): {verdict.note}."
+    first, last = window.loss
+    if not first > last:
+        return (
+            f"The loss did not fall from {word} {window.start} to {window.stop}: there is no decrease to account for."
+        )
+    shares = [percent(window.share(bound)) for bound in (window.bound, window.bound_all)]
+    return (
+        f"PL with a floor ({OURS}) accounts for {shares[0]} of the decrease of log L, λ_min for {shares[1]}: one window, "
+        f"{word} {window.start} to {window.stop}, top {window.k} eigendirections at the rate a λ_k/s of λ_k >= "
+        f"{window.rate:.3g}, L_T <= {window.bound:.3g} where {last:.3g} was reached."
+    )
+
+
+def _path(verdict: Verdict) -> str:
+    if not verdict.met:
+        return f"Whether the path is explained by its time budget is {_open(verdict)} ({OURS}): {verdict.note}."
+    length = verdict.part("length")
+    return (
+        f"The time budget ({OURS}) explains the path: length {length.measured:.3g} is {_of(length)} of the budget "
+        f"{verdict.bound:.3g}, drift {verdict.measured:.3g} is {_of(verdict)} of it, without any PL constant."
+    )
+
+
+def _of(verdict: Verdict) -> str:
+    return percent(verdict.measured / verdict.bound) if verdict.bound > 0 else "all"
+
+
+def _rest(by: dict[str, Verdict], window: Window | None) -> str:
+    left = []
+    floor = by["floor_pl"]
+    if window is not None and floor.met:
+        share = window.share()
+        if share < 1:
+            left.append(f"{percent(1 - share)} of the decrease of log L")
+        left.append(f"what the kernel does between the {window.probes} probes that keep a spectrum")
+    elif floor.outcome != "not applicable" or by["linear_rate"].outcome != "not refuted":
+        left.append("the rate of the decrease")
+    if by["descent"].outcome == "refuted":
+        left.append("why the loss falls over the run though single steps raise it")
+    if not by["path"].met:
+        left.append("the length of the path")
+    return f"Unexplained: {'; '.join(left) or 'nothing of what was measured'}."
+
+
+def _open(verdict: Verdict) -> str:
+    return "refuted" if verdict.outcome == "refuted" else "open"
