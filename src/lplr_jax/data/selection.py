@@ -172,7 +172,7 @@ def _own(pool: Pool, problem: Problem, n_train: int | None, named: tuple[int, ..
         y, targets = _targets(columns, names)
     x, inputs = inputs_of(pool, ids)
     words = {"subject": pool.source, "inputs": inputs, "targets": targets}
-    return Dataset(x, y, "own", pool.source, names, pool.location, **words, files=pool.files)
+    return Dataset(x, y, "own", pool.source, names, pool.location, None, **words, files=pool.files)
 
 
 def _targets(columns: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, str]:
