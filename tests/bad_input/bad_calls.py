@@ -15,7 +15,7 @@ from lplr_jax import data, diagnostics, linalg, losses, models, ntk, parameters,
 from lplr_jax.data import DataError, Dataset
 from lplr_jax.experiments import ablation, boundary, cifar, initialisation, mnist, trust
 from lplr_jax.records import Record, RecordError
-from lplr_jax.runs.loop import probe_epochs, spread
+from lplr_jax.runs.problem import probe_epochs, spread
 
 NAN, INF = math.nan, math.inf
 X = np.arange(12.0, dtype=np.float32).reshape(4, 3) / 12

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from builders import make
 from lplr_jax import cli, experiments, records
-from lplr_jax.experiments import parts
+from lplr_jax.experiments import mnist, parts, step_size
 from lplr_jax.experiments.experiment import Experiment, record_of, trained_together
 from lplr_jax.reports.tables import Measured, Quantity, Table
 
@@ -216,6 +216,14 @@ def test_classes_are_kept_where_they_are_named(name):
     config = experiments.find(name).config
     named = parts.decisive(dataclasses.replace(config(), classes=" 4, 9"))
     assert named == {**parts.decisive(config()), "classes": "4,9"}
+
+
+def test_a_known_sharpness_is_that_of_its_classes():
+    config = mnist.MnistConfig()
+    keys = "activation data depth init loss_scale n_train seed source width"  # as in predictions of earlier versions
+    assert sorted(step_size.sharpness_setting(config)) == keys.split()
+    other = step_size.sharpness_setting(dataclasses.replace(config, classes="4,9"))
+    assert other == {**step_size.sharpness_setting(config), "classes": "4,9"}
 
 
 @pytest.mark.usefixtures("without_type_checks")

