@@ -12,7 +12,8 @@ from lplr_jax import theory
 from lplr_jax.losses import Objective
 from lplr_jax.measurement.probe import KernelProbe
 from lplr_jax.records import Record
-from lplr_jax.runs.loop import probe_epochs, run_training
+from lplr_jax.runs.loop import run_training
+from lplr_jax.runs.problem import probe_epochs
 from lplr_jax.training import evaluate, init_state, train_epochs
 
 SPECTRUM = np.array([0.5, 1.0, 1.5, 2.0, 3.0, 4.0])
