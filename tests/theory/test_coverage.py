@@ -119,8 +119,8 @@ def test_a_loss_that_rises_between_what_was_seen_holds_nowhere():
 
 def test_the_drift_between_what_was_seen_is_not_known():
     """Inside R* at every epoch seen: containment and what rests on the radius are open without the others."""
-    record = tampered(linear_regression(), affine_in_parameters=replaced(0), ntk_lipschitz_upper=replaced(1e-3))
-    record = tampered(record, radius_certified=replaced(100.0), ntk_lipschitz_lower=replaced(0.0))
+    changes = {"affine_in_parameters": 0, "ntk_lipschitz_upper": 1e-3, "radius_certified": 100.0}
+    record = tampered(linear_regression(), **{name: replaced(value) for name, value in changes.items()})
     before, after = by_claim(record), by_claim(hidden(record, [0, 1, 2, 10, 20], flags=True))
     for claim in ("compatibility", "local_pl", "linear_rate"):
         assert before[claim].outcome == "proved", before[claim]

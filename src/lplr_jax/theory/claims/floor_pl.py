@@ -130,7 +130,7 @@ def _least(found: Decrease, stop: int) -> float:
 
 
 def window_of(evidence: Evidence) -> Window | None:
-    """Return the window from step 0 to the last probe with a spectrum before which no step is missing, None for none."""
+    """Return the window from step 0 to the last probe with a spectrum before which no step is missing, or None."""
     found = decrease_of(evidence)
     if _open(evidence, found) or evidence.spectra is None:
         return None
