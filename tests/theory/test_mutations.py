@@ -40,6 +40,10 @@ MUTATIONS = [
     ("lqcr", "digits", "curvature_min", replaced(np.nan)),
     ("regime", "regression", "loss", raised(7)),
     ("regime", "regression", "ntk_shift", replaced(10.0, 2)),
+    ("descent", "regression", "loss", raised(7)),
+    ("path", "regression", "drift", scaled(10.0, slice(2, None))),
+    ("floor_pl", "regression", "spectrum", scaled(1.5)),
+    ("floor_pl", "regression", "loss", raised(7)),
 ]
 
 

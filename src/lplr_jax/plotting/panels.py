@@ -15,6 +15,7 @@ from lplr_jax.curves.rate import Decay
 from lplr_jax.curves.summary import Summary, step_word, summarise
 from lplr_jax.plotting.style import blank, numbers_of, set_title, setting, source_of, styled
 from lplr_jax.records import Record
+from lplr_jax.theory.claims.floor_pl import curves
 
 BLUE, VERMILION, GREEN, PURPLE, BLACK = "C0", "C1", "C2", "C3", "C6"
 MARKS: dict[theory.Outcome, tuple[str, str]] = {
@@ -229,6 +230,7 @@ def _loss_panel(axes: Axes, record: Record, summary: Summary) -> None:
         style = {"color": VERMILION, "linewidth": 0.9, "alpha": alpha, "label": label}
         _gap(axes, epoch[upto], loss[upto] - decay.floor, **style)
         label = None
+    _bounds(axes, record)
     limits = _positive_limits(loss, loss - summary.floor)
     fits = [(report.zero, 0.0, BLUE), (report.proxy, summary.floor, VERMILION)]
     for decay, offset, colour in fits:
@@ -254,6 +256,19 @@ def _loss_panel(axes: Axes, record: Record, summary: Summary) -> None:
         fontsize=7.5,
         bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none"},
     )
+
+
+def _bounds(axes: Axes, record: Record) -> None:
+    """Draw what bounds and what predicts the loss, where spectra are recorded: ours, not the paper's."""
+    found = curves(record)
+    if found is None:
+        return
+    axes.plot(found.steps, found.envelope, color=GREEN, linewidth=1.1, label="PL with a floor, one window (ours)")
+    axes.plot(
+        found.steps, found.all, color=GREEN, linestyle=":", linewidth=1.1, label=r"the same for $\lambda_{\min}$ alone"
+    )
+    label = "linearised at step 0, no bound"
+    axes.plot(found.steps, found.linearised, color="0.45", linestyle="--", linewidth=1.0, label=label)
 
 
 def _gap(axes: Axes, epoch: np.ndarray, gap: np.ndarray, **style: object) -> None:
@@ -304,7 +319,7 @@ def _positive_limits(*curves: np.ndarray) -> tuple[float, float]:
         return 0.1, 1.0
     # The last points of the gap fall to the proxy's own zero and would stretch the axis by decades; the table wants
     # room above.
-    return max(float(values.min()), float(values.max()) * 1e-4) * 0.7, float(values.max()) * 12
+    return max(float(values.min()), float(values.max()) * 1e-4) * 0.7, float(values.max()) * 20
 
 
 _PANELS: tuple[tuple[Callable[[Record, Summary], bool], Callable[[Axes, Record, Summary], None]], ...] = (

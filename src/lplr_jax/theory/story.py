@@ -31,9 +31,7 @@ def story(verdicts: Sequence[Verdict], record: Record) -> tuple[str, ...]:
     by = {verdict.claim: verdict for verdict in verdicts}
     wrong = [verdict.claim for verdict in verdicts if verdict.inconsistent]
     if any_inconsistent(verdicts):
-        return (
-            f"The record contradicts itself or this package is wrong ({', '.join(wrong)}): nothing is read off it.",
-        )
+        return (f"The record or this package is wrong ({', '.join(wrong)}): nothing is read off it.",)
     evidence = Evidence(record)
     if not evidence.end:
         return (by["consistency"].note[:1].upper() + by["consistency"].note[1:] + ": there is nothing to explain.",)
@@ -74,10 +72,10 @@ def _conclusions(by: dict[str, Verdict]) -> str:
 
 def _steps(verdict: Verdict, word: str) -> str:
     if verdict.outcome == "not refuted":
-        return f"Every {word} that was seen lowers the loss ({OURS}): {verdict.note}."
+        return f"No {word} that was seen raises the loss beyond rounding ({OURS}): {verdict.note}."
     if verdict.outcome == "refuted":
-        return f"Not every {word} lowers the loss ({OURS}): {verdict.note}."
-    return f"Whether every {word} lowers the loss is {verdict.outcome}: {verdict.note}."
+        return f"Some steps raise the loss ({OURS}): {verdict.note}."
+    return f"Whether every {word} lowers the loss is {_open(verdict)} ({OURS}): {verdict.note}."
 
 
 def _decrease(verdict: Verdict, window: Window | None, word: str) -> str:
@@ -85,23 +83,23 @@ def _decrease(verdict: Verdict, window: Window | None, word: str) -> str:
         return f"What accounts for the decrease is {_open(verdict)} ({OURS}): {verdict.note}."
     first, last = window.loss
     if not first > last:
-        return (
-            f"The loss did not fall from {word} {window.start} to {window.stop}: there is no decrease to account for."
-        )
+        span = f"{word} {window.start} to {window.stop}"
+        return f"The loss did not fall from {span}: there is no decrease to account for."
     shares = [percent(window.share(bound)) for bound in (window.bound, window.bound_all)]
     return (
-        f"PL with a floor ({OURS}) accounts for {shares[0]} of the decrease of log L, λ_min for {shares[1]}: one window, "
-        f"{word} {window.start} to {window.stop}, top {window.k} eigendirections at the rate a λ_k/s of λ_k >= "
-        f"{window.rate:.3g}, L_T <= {window.bound:.3g} where {last:.3g} was reached."
+        f"PL with a floor ({OURS}) accounts for {shares[0]} of the decrease of log L, λ_min for {shares[1]}: in one "
+        f"window, {word} {window.start} to {window.stop}, the loss falls in the top {window.k} eigendirections at the "
+        f"rate of λ_{window.k} >= {window.rate:.3g} to L_T <= {window.bound:.3g}, where {last:.3g} was reached; all "
+        "of it is measured along the run, not predicted."
     )
 
 
 def _path(verdict: Verdict) -> str:
     if not verdict.met:
-        return f"Whether the path is explained by its time budget is {_open(verdict)} ({OURS}): {verdict.note}."
+        return f"Whether a time budget explains the path is {_open(verdict)} ({OURS}): {verdict.note}."
     length = verdict.part("length")
     return (
-        f"The time budget ({OURS}) explains the path: length {length.measured:.3g} is {_of(length)} of the budget "
+        f"The path stays within its time budget ({OURS}): length {length.measured:.3g} is {_of(length)} of the budget "
         f"{verdict.bound:.3g}, drift {verdict.measured:.3g} is {_of(verdict)} of it, without any PL constant."
     )
 
@@ -118,9 +116,9 @@ def _rest(by: dict[str, Verdict], window: Window | None) -> str:
         if share < 1:
             left.append(f"{percent(1 - share)} of the decrease of log L")
         left.append(f"what the kernel does between the {window.probes} probes that keep a spectrum")
-    elif floor.outcome != "not applicable" or by["linear_rate"].outcome != "not refuted":
+    elif not by["linear_rate"].met:
         left.append("the rate of the decrease")
-    if by["descent"].outcome == "refuted":
+    if by["descent"].outcome == "refuted" and by["path"].outcome != "not applicable":
         left.append("why the loss falls over the run though single steps raise it")
     if not by["path"].met:
         left.append("the length of the path")

@@ -139,10 +139,7 @@ def decrease(evidence: Evidence) -> Verdict:
     if out:
         note += f"the step from epoch {evidence.steps[-1]} leads out of what is finite; "
     if known > signs:
-        why = (
-            f"the rounding of the {evidence.loss} loss has no bound here" if np.isnan(found.noise).all() else "rounding"
-        )
-        note += f"the sign of {known - signs} is not known ({why}); "
+        note += f"rounding hides the sign at {known - signs} of {known}; "
     verdict = Verdict(
         "descent", REFERENCE, outcome, measured=measured, bound=0.0, margin=margin, step=step, units="1",
         note=note + unseen,

@@ -104,10 +104,10 @@ def _open(evidence: Evidence, found: Decrease) -> tuple[Outcome, str] | None:
         return "not applicable", f"{evidence.partial}: its eigenvectors say nothing of the gradient of all data"
     if spectra is None or spectra.epochs.size < 2 or spectra.epochs[0] != 0:
         return "undecided", "the window asks for the spectrum at step 0 and at a later probe"
-    stop = int(spectra.at[-1])
-    if not found.covers(0, stop):
-        missed = int(spectra.epochs[-1]) - int(np.searchsorted(found.at, stop))
-        return "undecided", f"{missed} of the window's {spectra.epochs[-1]} steps were not seen"
+    last = _last(found, spectra)
+    if not last:
+        return "undecided", "not every step to the first probe with a spectrum after step 0 was seen and resolved"
+    stop = int(spectra.at[last])
     inside = found.at < stop
     if found.rises[inside].any():
         rises = int(found.rises[inside].sum())
@@ -117,6 +117,12 @@ def _open(evidence: Evidence, found: Decrease) -> tuple[Outcome, str] | None:
     return None
 
 
+def _last(found: Decrease, spectra: Spectra) -> int:
+    """Return which probe with a spectrum is the last one before which no step is missing; 0 where the first is."""
+    unbroken = int(np.sum(found.at == np.arange(found.at.size)))
+    return int(np.searchsorted(spectra.at, unbroken, side="right")) - 1
+
+
 def _least(found: Decrease, stop: int) -> float:
     """Return the least a_t of the steps before a position whose sign is known."""
     kept = found.resolved & (found.at < stop)
@@ -124,14 +130,14 @@ def _least(found: Decrease, stop: int) -> float:
 
 
 def window_of(evidence: Evidence) -> Window | None:
-    """Return the window from step 0 to the last probe with a spectrum, None where there is none."""
+    """Return the window from step 0 to the last probe with a spectrum before which no step is missing, or None."""
     found = decrease_of(evidence)
     if _open(evidence, found) or evidence.spectra is None:
         return None
-    spectra, series, last = evidence.spectra, evidence.series("loss"), evidence.spectra.epochs.size - 1
-    stop = int(spectra.at[-1])
+    spectra, series, last = evidence.spectra, evidence.series("loss"), _last(found, evidence.spectra)
+    stop = int(spectra.at[last])
     a, loss = _least(found, stop), float(series[0])
-    contraction = _contractions(evidence, found, a)
+    contraction = _contractions(evidence, found, a, last)
     bounds = _bound(loss, spectra, 0, last, contraction)
     k = int(np.argmin(bounds))
     in_two = [
@@ -141,11 +147,11 @@ def window_of(evidence: Evidence) -> Window | None:
     return Window(
         k=k + 1,
         start=int(spectra.epochs[0]),
-        stop=int(spectra.epochs[-1]),
+        stop=int(spectra.epochs[last]),
         probes=last + 1,
         a=a,
-        rate=float(spectra.rate[:, k].min()),
-        floor=float(spectra.floor[:, k].max()),
+        rate=float(spectra.rate[: last + 1, k].min()),
+        floor=float(spectra.floor[: last + 1, k].max()),
         bound=float(bounds[k]),
         bound_all=float(bounds[-1]),
         loss=(loss, float(series[stop])),
@@ -153,12 +159,12 @@ def window_of(evidence: Evidence) -> Window | None:
     )
 
 
-def _contractions(evidence: Evidence, found: Decrease, a: float) -> Float[np.ndarray, "k m"]:
+def _contractions(evidence: Evidence, found: Decrease, a: float, last: int) -> Float[np.ndarray, "k m"]:
     """Return Π (1 - 2 a η_t λ_k / s)_+ between neighbouring probes, with the lesser λ_k of the two."""
     spectra = evidence.spectra
     assert spectra is not None
-    least = 2 * a / evidence.s * np.minimum(spectra.rate[:-1], spectra.rate[1:])
-    ends = itertools.pairwise(spectra.at)
+    least = 2 * a / evidence.s * np.minimum(spectra.rate[:last], spectra.rate[1 : last + 1])
+    ends = itertools.pairwise(spectra.at[: last + 1].tolist())
     return np.array([_product(rate, _sizes(found, *end)) for rate, end in zip(least, ends, strict=True)])
 
 
@@ -188,8 +194,9 @@ def curves(record: Record) -> Curves | None:
     found, spectra = decrease_of(evidence), evidence.spectra
     if _open(evidence, found) or spectra is None:
         return None
-    a, loss = _least(found, int(spectra.at[-1])), float(evidence.series("loss")[0])
-    marks = np.unique(np.concatenate([spectra.at, np.linspace(0, spectra.at[-1], POINTS).astype(np.int64)]))
+    at = spectra.at[: _last(found, spectra) + 1]
+    a, loss = _least(found, int(at[-1])), float(evidence.series("loss")[0])
+    marks = np.unique(np.concatenate([at, np.linspace(0, at[-1], POINTS).astype(np.int64)]))
     product, modes = np.ones(spectra.rate.shape[1]), spectra.energy[0].copy()
     bounds, predicted = [(loss, loss)], [float(modes.sum())]
     for start, stop in itertools.pairwise(marks):
@@ -256,23 +263,24 @@ def _windows(evidence: Evidence) -> tuple[Verdict, ...]:
             units=LOSS_UNITS, note=note,
         )  # fmt: skip
 
+    span = f"epoch {window.start} to {window.stop}"
     share, all_ = (percent(window.share(bound)) for bound in (window.bound, window.bound_all))
     note = (
-        f"k = {window.k}, one window from epoch {window.start}: {share} of the decrease accounted for, {all_} by λ_min "
-        f"(bound {window.bound_all:.4g}); λ_k >= {window.rate:.4g}, E = {window.floor:.3g}, a = {window.a:.3g}; "
+        f"k = {window.k}, one window from {span}: {share} of the decrease accounted for, {all_} by λ_min (bound "
+        f"{window.bound_all:.4g}); λ_k >= {window.rate:.4g}, E = {window.floor:.3g}, a = {window.a:.3g}; "
         f"not checked between the {window.probes} probes with a spectrum"
     )
     parts = [held("window", window.bound, note)]
     if math.isfinite(window.in_two):
         share = percent(window.share(window.in_two))
-        note = f"2 windows from epoch {window.start}, a k for each: {share} accounted for; more windows follow the run"
+        note = f"2 windows from {span}, a k for each: {share} accounted for; more windows follow the run"
         parts.append(held("two_windows", window.in_two, note))
     return tuple(parts)
 
 
 def percent(share: float) -> str:
     """Return a share with two digits."""
-    return f"{100 * share:.2g} %"
+    return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
 
 
 def _pointwise(evidence: Evidence) -> tuple[Verdict, ...]:

@@ -25,8 +25,8 @@ def path(evidence: Evidence) -> Verdict:
 
     Every step must have been seen, and a_w be positive by more than its rounding. drift <= path <= budget holds then
     for every network, so "refuted" says that the record contradicts itself; the ratios in (0, 1] say how much of the
-    drift the budget explains. Parts: the path against the budget, the drift against the path, and the path under PL where
-    λ_min is positive at every probe.
+    drift the budget explains. Parts: the path against the budget, the drift against the path, and the path under PL
+    where λ_min is positive at every probe.
     """
     stopped = not_descending(evidence)
     if stopped:
