@@ -11,6 +11,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -78,11 +79,15 @@ def test_docstring_examples_run(name):
 def test_readme_code_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
+    spaces = []
     for block in blocks:
-        space = {}
-        # A narrow network keeps this quick; every other character is the README's.
-        exec(compile(block.replace("width=128", "width=16"), "README.md", "exec"), space)
-        assert space["digits"].x.shape == (1000, 784)
+        spaces.append({})
+        # A narrow network keeps this quick; every other character is the README's. Promotion is as readers have it.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            exec(compile(block.replace("width=128", "width=16"), "README.md", "exec"), spaces[-1])
+    assert spaces[0]["digits"].x.shape == (1000, 784)
+    watched = spaces[1]["watch"].record
+    assert lplr_jax.verify(watched)["linear_rate"].outcome == "not applicable"
 
 
 def test_readme_commands_exist():
