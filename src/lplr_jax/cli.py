@@ -19,7 +19,7 @@ from rich.logging import RichHandler
 from lplr_jax import checks, plotting, records, theory
 from lplr_jax import data as datasets
 from lplr_jax.experiments import ablation as ablation_experiment
-from lplr_jax.experiments import ablation_table, cifar_table, step_size
+from lplr_jax.experiments import ablation_table, cifar_table
 from lplr_jax.experiments import boundary as boundary_experiment
 from lplr_jax.experiments import cifar as cifar_experiment
 from lplr_jax.experiments import initialisation as initialisation_experiment
@@ -98,7 +98,7 @@ def _ablation(preset: Preset, config: ablation_experiment.AblationConfig, follow
     folder, figures = _places("ablation", preset, config.out)
     identity = ablation_experiment.identity(config)
     if not config.force:
-        step_size.known_sharpness(folder)  # a damaged file is refused before anything is written
+        ablation_experiment.known_sharpness(folder)  # a damaged file is refused before anything is written
     with place.claimed(folder, "ablation", identity, force=config.force, say=say) as lock:
         done = ablation_experiment.run(config, folder, say=say, follow=following, check=lock.check)
         _tabulate(ablation_table.table(done), folder / "ablation")
@@ -137,7 +137,7 @@ def _initialisation(
     widths = initialisation_experiment.widths_of(beside)
     identity = initialisation_experiment.identity(config)
     if not config.force:
-        step_size.known_sharpness(folder)
+        ablation_experiment.known_sharpness(folder)
     with place.claimed(folder, "initialisation", identity, force=config.force, say=say) as lock:
         done = initialisation_experiment.run(config, folder, say=say, follow=following, check=lock.check)
         _tabulate(initialisation_experiment.table(done), folder / "initialisation")

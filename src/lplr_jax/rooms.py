@@ -85,7 +85,6 @@ PLANNED = {
 """Names kept free for what comes next, and where it will lie; each moves to `FACE` when it exists."""
 
 DOORS = {
-    "lplr_jax": FACE,
     "lplr_jax.theory": {
         "closing_arrays": "lplr_jax.measurement.closing",
         "kernel_values": "lplr_jax.measurement.kernel",
@@ -95,6 +94,7 @@ DOORS = {
     },
     "lplr_jax.models": {"ApplyFn": "lplr_jax.types", "Params": "lplr_jax.types", "count_parameters": "lplr_jax.types"},
     "lplr_jax.training": {"LossScale": "lplr_jax.losses", "Objective": "lplr_jax.losses"},
+    "lplr_jax": FACE,
 }
 """Names that a module gives out lazily from another one: the face, names from above it, names that lay in it before.
 
