@@ -90,7 +90,6 @@ PLANNED = {
 """Names kept free for what comes next, and where it will lie; each moves to `FACE` when it exists."""
 
 DOORS = {
-    "lplr_jax": FACE,
     "lplr_jax.records": {"record_html": "lplr_jax.reports.html"},
     "lplr_jax.linalg": {"numbers_html": "lplr_jax.reports.html"},
     "lplr_jax.theory": {
@@ -108,6 +107,7 @@ DOORS = {
     },
     "lplr_jax.types": {"count_parameters": "lplr_jax.parameters"},
     "lplr_jax.training": {"LossScale": "lplr_jax.losses", "Objective": "lplr_jax.losses"},
+    "lplr_jax": FACE,
 }
 """Names that a module gives out lazily from another one: the face, names from above it, names that lay in it before.
 
