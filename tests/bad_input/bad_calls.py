@@ -198,7 +198,7 @@ def ntk_cases():
         *each("ntk kernel", lambda v: full(linear, W, X, kernel=v), ("magic", "", None, 3, ["auto"], "neural-tangents:none"), r"kernel must be one of auto.* got"),
         *each("ntk outputs", lambda v: full(linear, W, X, outputs=v), ("all", None, 3, ["full"]), r"outputs must be one of full.* got"),
         *each("explain outputs", lambda v: ntk.explain(linear, W, X, outputs=v), ("all", None, 3, ["full"]), r"outputs must be one of full.* got"),
-        *each("ntk dtype", lambda v: full(linear, W, X, dtype=v), ("float16", None, np.float64, 64, ["float64"]), r"dtype must be one of float32, float64, got"),
+        *each("ntk dtype", lambda v: full(linear, W, X, dtype=v), ("float16", None, np.float16, 64, ["float64"]), r"dtype must be one of float32, float64, got"),
         *each("explain dtype", lambda v: ntk.explain(linear, W, X, dtype=v), ("float16", None), r"dtype must be one of float32, float64, got"),
         *each("precision_scope", lambda v: ntk.precision_scope(v).__enter__(), ("double", None, 64), r"dtype must be one of float32, float64, got"),
         *each("ntk memory_budget", lambda v: full(linear, W, X, memory_budget=v), (0, -1, NAN, "1GB", 1.5, True, [1]), r"memory_budget must be .*got"),
