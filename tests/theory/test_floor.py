@@ -230,3 +230,29 @@ def test_mini_batches_are_outside():
     record = run(optax.sgd(ETA), batch=5)
     assert by_claim(record)["floor_pl"].outcome == "not applicable"
     assert curves(record) is None
+
+
+def test_between_two_probes_the_lesser_eigenvalue_counts():
+    """λ_k of the second of four probes is half of the others', so that two of the three spans fall at half the rate."""
+    record = regression([3.0], [1.0], CONSTANT, PROBES)
+    told = floor(tampered(record, spectrum=scaled(0.5, 1)))
+    a = 1 - 0.2 * 3 / 2
+    slow, fast = (1 - 2 * a * 0.2 * rate for rate in (1.5, 3.0))
+    assert told.bound == pytest.approx(0.5 * slow**12 * fast**8, rel=1e-9)
+    assert told.outcome == "not refuted"
+    assert window_of(Evidence(tampered(record, spectrum=scaled(0.5, 1)))).rate == pytest.approx(1.5, rel=1e-9)
+
+
+def test_the_largest_floor_of_the_window_counts():
+    """Past the first mode the energy is highest in the middle; λ_2 is 1e-9, so that k = 1 is the best all the same."""
+    record = regression([1e-9, 4.0], [0.1, 1.0], np.full(20, 0.1), PROBES)
+    loss = record["probe_loss"].copy()
+    loss[2] = 0.05
+    share = record["residual_energy"].copy()
+    share[2] = [0.9, 0.1]
+    changed = tampered(record, residual_energy=replaced(share), probe_loss=replaced(loss))
+    window = window_of(Evidence(changed))
+    assert window.k == 1
+    assert window.floor == pytest.approx(0.045, rel=1e-9)
+    assert window_of(Evidence(record)).floor == pytest.approx(0.005, rel=1e-9)
+    assert window.bound == pytest.approx(0.045, rel=1e-3)

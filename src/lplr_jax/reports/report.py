@@ -306,7 +306,7 @@ def verdict_matrix(arms: Mapping[str, Sequence[Verdict]]) -> Table:
         words = [f"{v.outcome} (inconsistent)" if v.inconsistent else v.outcome for v in row]
         table.add_row(row[0].claim, *(Text(word, style=COLOURS[v.outcome]) for word, v in zip(words, row, strict=True)))
     table.add_section()
-    last = [next(verdict for verdict in verdicts if verdict.claim == "regime") for verdicts in arms.values()]
+    last = [next((v for v in verdicts if v.claim == "regime"), verdicts[-1]) for verdicts in arms.values()]
     table.add_row("first to break", *(Text(checks.printable(verdict.note)) for verdict in last))
     return table
 
