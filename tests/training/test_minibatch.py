@@ -69,10 +69,12 @@ def test_batches_estimate_the_loss_without_bias():
     for scale in ("mean", "sum"):
         objective = Objective(linear, scale)
         rows = jnp.arange(12).reshape(3, 4)
-        values = [objective.batch_value({"w": w}, x[r], y[r], jnp.ones(4), n=12) for r in rows]
+        values = [objective.batch_value({"w": w}, x[r], y[r], jnp.ones(4, "float32"), n=12) for r in rows]
         assert float(sum(values)) / 3 == pytest.approx(float(objective.value({"w": w}, x, y)), rel=1e-6)
         # What fills a batch up has no weight, whatever it holds.
-        filled = objective.batch_value({"w": w}, x[:4].at[3].set(1e3), y[:4], jnp.array([1.0, 1.0, 1.0, 0.0]), n=12)
+        filled = objective.batch_value(
+            {"w": w}, x[:4].at[3].set(1e3), y[:4], jnp.array([1.0, 1.0, 1.0, 0.0], "float32"), n=12
+        )
         short = objective.batch_value({"w": w}, x[:3], y[:3], jnp.ones(3), n=12)
         assert float(filled) == pytest.approx(float(short), rel=1e-6)
 

@@ -98,7 +98,8 @@ def measure_step(params: Params, gradient: Params, after: Params) -> StepMeasure
         gradient: ∇L(θ_t), shaped like it.
         after: θ_{t+1}.
     """
-    wide = jnp.result_type(*jax.tree.leaves(gradient), jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):  # a gradient in float64 is wider than float32, which strict refuses
+        wide = jnp.result_type(*jax.tree.leaves(gradient), jnp.float32)
     moved = jax.tree.map(lambda a, b: a.astype(wide) - b.astype(wide), params, after)
     gradient = jax.tree.map(lambda leaf: leaf.astype(wide), gradient)
     length, steepness = optax.tree.norm(moved), optax.tree.norm(gradient, squared=True)
