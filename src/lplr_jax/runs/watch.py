@@ -20,7 +20,7 @@ from lplr_jax import checks
 from lplr_jax.losses import Objective
 from lplr_jax.records import Record
 from lplr_jax.runs import folder as run_folder
-from lplr_jax.runs import interrupt
+from lplr_jax.runs import handed_over, interrupt
 from lplr_jax.runs.checkpoint import Checkpoints
 from lplr_jax.runs.environment import describe_environment, peak_memory_bytes
 from lplr_jax.runs.loop import judged
@@ -34,9 +34,6 @@ _LOG = logging.getLogger(__name__)
 
 BUFFER = 256
 """Entries of the series that wait on the device, so that a loop is not held up by each. Calibrated."""
-HANDED_OVER = 1e-3
-"""Relative difference from which a loss or gradient that was handed over is called another one. Calibrated: a float32
-sum over 10^4 samples with λ_max/λ_min = 10^7 stays a factor of ten below."""
 
 
 @partial(jax.jit, static_argnames=("objective",))
@@ -115,7 +112,7 @@ class Watch:
         self._whole, self._problem = problem, problem.reduced
         self._probes, self._every = probes, checks.whole("every", every, least=1)
         self._initial, self._learning_rate = self._problem.params, learning_rate
-        self._form = _form(problem.params)
+        self._form = handed_over.form(problem.params)
         self._config = {
             "every": every,
             "loss": problem.loss.name,
@@ -309,11 +306,11 @@ class Watch:
                 f"the parameters of step {step} were deleted, as a step that donates them does: call the watch before "
                 "the step that takes them"
             )
-        form = _form(params)
+        form = handed_over.form(params)
         if form != self._form:
             raise ValueError(
                 f"the parameters of step {step} differ in structure, shape or dtype from those of the problem: "
-                f"{_difference(self._form, form)}"
+                f"{handed_over.difference(self._form, form)}"
             )
 
     def _gradient(self, grads: Params) -> Params:
@@ -409,22 +406,8 @@ class Watch:
         if self._kept is not None and self._kept.step == step - 1:
             problem = self._problem
             before = _value_and_gradient(self._kept.params, *problem.data, objective=problem.objective)
-        for name, theirs, ours, last in (
-            ("loss", handed[0], own[0], None if before is None else before[0]),
-            ("gradient", handed[1], own[1], None if before is None else before[1]),
-        ):
-            a, b = _flat(theirs), _flat(ours)
-            if not _differ(a, b):
-                continue
-            words = f"the {name} handed over at step {step} is not that of all data at these parameters"
-            if last is not None and not _differ(a, _flat(last)):
-                words += f": it is that of step {step - 1}"
-            elif np.linalg.norm(b) > 0 and not _differ(a, (factor := float(a @ b / (b @ b))) * b):
-                words += f": it is {factor:.6g} times as large; the problem's loss is {self._problem.loss!r}"
-            else:
-                norms = f"{np.linalg.norm(a):.6g} against {np.linalg.norm(b):.6g}"
-                words += f": {norms}, differing by {np.linalg.norm(a - b):.3g}"
-            self._tell(words)
+        for words in handed_over.differences(step, handed, own, before):
+            self._tell(f"{words}; the problem's loss is {self._problem.loss!r}")
 
     def _flush(self) -> None:
         if not self._buffer:
@@ -533,25 +516,3 @@ def watch(
         [0, 1, 2, 3, 4, 6, 8]
     """
     return Watch(problem, probes=probes, out=out, every=every, force=force)
-
-
-def _form(params: Params) -> tuple[Any, tuple[tuple[tuple[int, ...], Any], ...]]:
-    leaves, structure = jax.tree.flatten(params)
-    return structure, tuple((np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves)
-
-
-def _difference(before: Any, now: Any) -> str:
-    if len(before[1]) != len(now[1]):
-        return f"{len(before[1])} arrays there, {len(now[1])} here"
-    for (shape, dtype), (other, kind) in zip(before[1], now[1], strict=True):
-        if (shape, dtype) != (other, kind):
-            return f"{dtype} of shape {shape} there, {kind} of shape {other} here"
-    return "the same arrays in another tree"
-
-
-def _flat(tree: Any) -> np.ndarray:
-    return np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(jax.device_get(tree))])
-
-
-def _differ(a: np.ndarray, b: np.ndarray) -> bool:
-    return not np.linalg.norm(a - b) <= HANDED_OVER * max(np.linalg.norm(a), np.linalg.norm(b))
