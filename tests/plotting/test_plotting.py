@@ -11,6 +11,7 @@ import pytest
 from builders import make
 from lplr_jax import plotting, theory
 from lplr_jax.plotting.panels import grid, verdict_strip
+from lplr_jax.plotting.style import styled
 
 T = 400
 
@@ -250,9 +251,10 @@ def test_the_strip_of_verdicts_takes_the_lines_it_needs():
     claims = [f"claim_number_{index}" for index in range(16)]
     many = [dataclasses.replace(one[index % len(one)], claim=claim) for index, claim in enumerate(claims)]
     for verdicts, least, most in ((one, 1, 1), (many, 2, 3), (many * 4, 7, 10)):
-        figure, panels = grid(4, 11, 9)
-        verdict_strip(figure, verdicts)
-        figure.canvas.draw()
+        with styled():
+            figure, panels = grid(4, 11, 9)
+            verdict_strip(figure, verdicts)
+            figure.canvas.draw()
         (strip,) = [artist for artist in figure.artists if hasattr(artist, "get_child")]
         rows = strip.get_child().get_children()
         assert least <= len(rows) <= most
