@@ -230,8 +230,9 @@ def _loss_panel(axes: Axes, record: Record, summary: Summary) -> None:
         style = {"color": VERMILION, "linewidth": 0.9, "alpha": alpha, "label": label}
         _gap(axes, epoch[upto], loss[upto] - decay.floor, **style)
         label = None
-    _bounds(axes, record)
-    limits = _positive_limits(loss, loss - summary.floor)
+    # The flat bound of λ_min lies above the loss, where the table would hide it.
+    room = 50 if _bounds(axes, record) else 12
+    limits = _positive_limits(loss, loss - summary.floor, room=room)
     fits = [(report.zero, 0.0, BLUE), (report.proxy, summary.floor, VERMILION)]
     for decay, offset, colour in fits:
         _fits(axes, epoch, loss - offset, summary.middle, decay, colour)
@@ -258,17 +259,18 @@ def _loss_panel(axes: Axes, record: Record, summary: Summary) -> None:
     )
 
 
-def _bounds(axes: Axes, record: Record) -> None:
-    """Draw what bounds and what predicts the loss, where spectra are recorded: ours, not the paper's."""
+def _bounds(axes: Axes, record: Record) -> bool:
+    """Draw what bounds and what predicts the loss (ours, not the paper's); return whether spectra are recorded."""
     found = curves(record)
     if found is None:
-        return
+        return False
     axes.plot(found.steps, found.envelope, color=GREEN, linewidth=1.1, label="PL with a floor, one window (ours)")
     axes.plot(
         found.steps, found.all, color=GREEN, linestyle=":", linewidth=1.1, label=r"the same for $\lambda_{\min}$ alone"
     )
     label = "linearised at step 0, no bound"
     axes.plot(found.steps, found.linearised, color="0.45", linestyle="--", linewidth=1.0, label=label)
+    return True
 
 
 def _gap(axes: Axes, epoch: np.ndarray, gap: np.ndarray, **style: object) -> None:
@@ -312,14 +314,14 @@ def _rate(decay: Decay) -> str:
     return f"{decay.rate:.2g}" if decay.epochs else "unknown"
 
 
-def _positive_limits(*curves: np.ndarray) -> tuple[float, float]:
+def _positive_limits(*curves: np.ndarray, room: int) -> tuple[float, float]:
     values = np.concatenate(curves)
     values = values[np.isfinite(values) & (values > 0)]
     if not values.size:
         return 0.1, 1.0
     # The last points of the gap fall to the proxy's own zero and would stretch the axis by decades; the table wants
     # room above.
-    return max(float(values.min()), float(values.max()) * 1e-4) * 0.7, float(values.max()) * 20
+    return max(float(values.min()), float(values.max()) * 1e-4) * 0.7, float(values.max()) * room
 
 
 _PANELS: tuple[tuple[Callable[[Record, Summary], bool], Callable[[Axes, Record, Summary], None]], ...] = (
