@@ -85,7 +85,7 @@ FACE = {
 """What `import lplr_jax` gives lazily: a room itself, or a name and the module that holds it."""
 
 PLANNED = {
-    "report": "lplr_jax.reports",
+    "report": "lplr_jax.reports.html",
 }
 """Names kept free for what comes next, and where it will lie; each moves to `FACE` when it exists."""
 

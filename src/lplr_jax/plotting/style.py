@@ -34,9 +34,19 @@ def styled() -> Iterator[None]:
         yield
 
 
+class Picture(Figure):
+    """A figure that a notebook shows as it is, whatever backend the notebook has set up, or none."""
+
+    def _repr_png_(self) -> bytes:
+        drawn = io.BytesIO()
+        with styled():
+            self.savefig(drawn, format="png", dpi=100)
+        return drawn.getvalue()
+
+
 def blank(width: float | int, height: float | int) -> Figure:
     """Return an empty figure on a canvas of its own, of a size in inches."""
-    figure = Figure(figsize=(width, height))
+    figure = Picture(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
 
