@@ -1,4 +1,4 @@
-"""Files from elsewhere, opened and read as if by an enemy: no pipe is waited for, no size is believed, nothing is run.
+"""Files from elsewhere, opened and read with distrust: no pipe is waited for, no size is believed, nothing is run.
 
 An npz file is a zip of npy members. NumPy's own loader allocates what a header declares and keeps the last of two
 members of one name; here the zip directory and all headers are read and held against each other first.

@@ -1,10 +1,9 @@
-"""Checks of settings and arrays at every door: one wording, that names the value and the way out."""
+"""Checks of settings and arrays: one wording, that names the value and the way out."""
 
 import operator
 import os
 import re
 import reprlib
-import unicodedata
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -217,22 +216,3 @@ def as_array(value: Any) -> np.ndarray | None:
         return np.asarray(value)
     except Exception:  # ragged lists, objects with a broken __array__, traced values: each has its own exception
         return None
-
-
-def printable(text: Any) -> str:
-    r"""Return text from a file or a path for a label or a screen: one line, without anything that steers either.
-
-    Controls, right-to-left marks, zero-width characters, surrogates and private ones are written as escapes, white
-    space as blanks. Whoever reads markup (rich, HTML, LaTeX) must still escape its own signs.
-
-    Example:
-        >>> printable("a\tb" + chr(27) + "[2J" + chr(0x202E))
-        'a b\\x1b[2J\\u202e'
-    """
-
-    def shown_as(character: str) -> str:
-        if character.isspace():
-            return " "
-        return ascii(character)[1:-1] if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co") else character
-
-    return "".join(map(shown_as, str(text)))

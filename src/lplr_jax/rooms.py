@@ -20,6 +20,7 @@ class Room(NamedTuple):
 
 ROOMS = (
     Room("rooms", "ground", "this list"),
+    Room("printing", "ground", "text from elsewhere made fit to be shown"),
     Room("checks", "ground", "settings and arrays held against what they may be"),
     Room("archives", "ground", "files from elsewhere, read with bounds"),
     Room("files", "ground", "files written whole or not at all"),

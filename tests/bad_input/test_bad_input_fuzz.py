@@ -21,7 +21,7 @@ from lplr_jax import data, diagnostics, linalg, losses, models, ntk, plotting, r
 from lplr_jax.data import DataError, Dataset
 from lplr_jax.experiments import mnist
 from lplr_jax.records import Record, RecordError
-from lplr_jax.runs.loop import probe_epochs, spread
+from lplr_jax.runs.problem import probe_epochs, spread
 
 
 @st.composite

@@ -35,7 +35,7 @@ def room(path):
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_one_way(path):
     own = room(path)
-    if own == "__init__":
+    if own in ("__init__", "__main__"):  # the face, and the command's light entry point
         return
     assert own in ROOMS, f"{own} has no place in the list of rooms"
     for node in ast.walk(ast.parse(path.read_text())):

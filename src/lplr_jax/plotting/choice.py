@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from lplr_jax import checks
 from lplr_jax.curves.summary import check_records
 from lplr_jax.plotting.ablation import ablation, initialisation
 from lplr_jax.plotting.cifar import cifar
 from lplr_jax.plotting.panels import four_panel, known
+from lplr_jax.printing import printable
 from lplr_jax.records import Record
 
 
@@ -45,7 +45,7 @@ def plot(records: Record | Sequence[Record] | Mapping[str, Record]) -> Figure:
     check_records(several)
     if len(several) == 1:
         return plot(several[0])
-    initialisations = [checks.printable(record.config.get("init")) for record in several]
+    initialisations = [printable(record.config.get("init")) for record in several]
     if len(set(initialisations)) > 1:
         return initialisation(named or _distinct(initialisations, several))
     axes = ("epoch", "probe_epoch")

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from lplr_jax import checks
 from lplr_jax.files import atomic_write
+from lplr_jax.printing import printable
 from lplr_jax.records import SQUARED, Record
 
 STYLE = Path(__file__).with_name("lplr.mplstyle")
@@ -53,7 +54,7 @@ def blank(width: float | int, height: float | int) -> Figure:
 
 def plain(text: Any, most: int = LONGEST) -> str:
     """Return text from a record or a file name for a label: one line, no mathematics begins in it, not too long."""
-    shown = checks.printable(text)
+    shown = printable(text)
     shown = shown if len(shown) <= most else f"{shown[: most - 4]} ..."
     return shown.replace("$", r"\$")
 

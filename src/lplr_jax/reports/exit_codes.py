@@ -1,7 +1,7 @@
 """Exit codes of the command line, and what is said of an error."""
 
-from lplr_jax import checks
 from lplr_jax.files import NO_ROOM
+from lplr_jax.printing import printable
 from lplr_jax.runs.errors import DirectoryInUseError
 
 OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, IN_USE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
@@ -10,7 +10,7 @@ OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, IN_USE, INTERRUPTED = 0
 def _sentence(error: BaseException) -> str:
     """Return what an error says as one line that a terminal can show; a KeyError's text is its argument."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return checks.printable(" ".join(text.split()) or type(error).__name__)
+    return printable(" ".join(text.split()) or type(error).__name__)
 
 
 def outcome(error: BaseException) -> tuple[int, str]:

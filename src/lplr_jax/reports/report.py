@@ -10,9 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from lplr_jax import checks
 from lplr_jax.curves.rate import Decay, RateReport
 from lplr_jax.curves.summary import Summary, step_word, summarise
+from lplr_jax.printing import printable
 from lplr_jax.records import Record
 from lplr_jax.reports.text import safe
 from lplr_jax.runs.session import Observer
@@ -288,13 +288,13 @@ def verdict_table(verdicts: Sequence[Verdict], *, parts: bool = True) -> Table:
 
 
 def _verdict_cells(verdict: Verdict, name: str, note: str) -> Iterator[Text]:
-    yield Text(checks.printable(name))
+    yield Text(printable(name))
     word = f"{verdict.outcome} (inconsistent)" if verdict.inconsistent else verdict.outcome
     yield Text(word, style=COLOURS[verdict.outcome])
     for value in (verdict.measured, verdict.bound, verdict.margin):
         yield Text("" if np.isnan(value) else f"{value:.3g}")
     yield Text("" if verdict.step is None else str(verdict.step))
-    yield Text.assemble(checks.printable(note), (f"  [{verdict.units}]" if verdict.units else "", "dim"))
+    yield Text.assemble(printable(note), (f"  [{verdict.units}]" if verdict.units else "", "dim"))
 
 
 def verdict_matrix(arms: Mapping[str, Sequence[Verdict]]) -> Table:
@@ -307,16 +307,16 @@ def verdict_matrix(arms: Mapping[str, Sequence[Verdict]]) -> Table:
         table.add_row(row[0].claim, *(Text(word, style=COLOURS[v.outcome]) for word, v in zip(words, row, strict=True)))
     table.add_section()
     last = [next((v for v in verdicts if v.claim == "regime"), verdicts[-1]) for verdicts in arms.values()]
-    table.add_row("first to break", *(Text(checks.printable(verdict.note)) for verdict in last))
+    table.add_row("first to break", *(Text(printable(verdict.note)) for verdict in last))
     return table
 
 
 def print_verdicts(console: Console, verdicts: Sequence[Verdict], record: Record | None = None) -> None:
     """Print what the verdicts come to, where the record is given, the table of claims, and two sentences on it."""
     for line in story(verdicts, record) if record is not None else ():
-        console.print(checks.printable(line), highlight=False, markup=False)
+        console.print(printable(line), highlight=False, markup=False)
     console.print(verdict_table(verdicts))
-    console.print(checks.printable(reading(verdicts)), highlight=False, markup=False)
+    console.print(printable(reading(verdicts)), highlight=False, markup=False)
 
 
 def judge(
@@ -339,5 +339,5 @@ def judge(
         console.print(verdict_matrix(verdicts))
     for name, of_first in list(verdicts.items())[: 0 if several and not first_in_full else 1]:
         if several:
-            console.print(checks.printable(f"{name}:"), highlight=False, markup=False)
+            console.print(printable(f"{name}:"), highlight=False, markup=False)
         print_verdicts(console, of_first, (records or {}).get(name))

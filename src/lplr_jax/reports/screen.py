@@ -6,7 +6,7 @@ import sys
 
 from rich.console import Console
 
-from lplr_jax import checks
+from lplr_jax.printing import printable
 
 
 class Screen(Console):
@@ -53,7 +53,7 @@ CONSOLE = Screen() if sys.stdout is not None and sys.stdout.isatty() else Screen
 
 def say(line: str) -> None:
     """Show one line; what names of files and folders hold beside plain text is written as escapes."""
-    CONSOLE.print(checks.printable(line), highlight=False, soft_wrap=True, markup=False)
+    CONSOLE.print(printable(line), highlight=False, soft_wrap=True, markup=False)
 
 
 class OneLine(logging.Formatter):
@@ -61,4 +61,4 @@ class OneLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        return checks.printable(super().format(record))
+        return printable(super().format(record))

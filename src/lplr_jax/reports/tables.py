@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import rich.table
 
-from lplr_jax import checks
 from lplr_jax.files import atomic_write
+from lplr_jax.printing import printable
 from lplr_jax.reports.text import safe, safe_markdown
 
 MISSING = "-"
@@ -137,7 +137,7 @@ _LATEX = {
 
 def as_latex_text(text: str) -> str:
     """Return text with LaTeX's special characters and this project's symbols spelt out."""
-    text = checks.printable(text)
+    text = printable(text)
     text = re.sub(r"(-?\d(?:\.\d+)?)e([+-]\d+)", lambda m: f"{m[1]}×10^{int(m[2])}", text)
     marked = re.split(r"×10\^(-?\d+)", text)
     spelt = ["".join(_LATEX.get(character, character) for character in part) for part in marked[::2]]
@@ -167,11 +167,11 @@ def to_csv(table: Table) -> str:
         head += [quantity.key, *([f"{quantity.key}_deviation"] if quantity.key in deviating else [])]
     writer.writerow(head)
     for index, arm in enumerate(table.arms):
-        row: list[object] = [checks.printable(arm)]
+        row: list[object] = [printable(arm)]
         for quantity in table.quantities:
             cell = table.cells[quantity.key][index]
             measured = isinstance(cell, Measured)
-            row.append("" if cell is None else repr(cell.value) if measured else checks.printable(cell))
+            row.append("" if cell is None else repr(cell.value) if measured else printable(cell))
             if quantity.key in deviating:
                 row.append("" if not measured or cell.deviation is None else repr(cell.deviation))
         writer.writerow(row)
@@ -187,7 +187,7 @@ def to_latex(table: Table) -> str:
         cells = [as_latex_text(as_text(cell)) for cell in table.cells[quantity.key]]
         lines.append(" & ".join([quantity.latex, *cells]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    return "\n".join([*lines, *(f"% {checks.printable(note)}" for note in table.notes)]) + "\n"
+    return "\n".join([*lines, *(f"% {printable(note)}" for note in table.notes)]) + "\n"
 
 
 def to_rich(table: Table) -> rich.table.Table:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from lplr_jax import checks
+from lplr_jax.printing import printable
 
 
 def safe(text: Any) -> str:
@@ -18,7 +18,7 @@ def safe(text: Any) -> str:
         >>> safe("[red]a" + chr(27) + "[2J")
         '\\[red]a\\x1b[2J'
     """
-    shown = escape(checks.printable(text))
+    shown = escape(printable(text))
     # A backslash at the end would make text of the markup behind it.
     return shown + " " if shown.endswith("\\") else shown
 
@@ -30,7 +30,7 @@ def safe_html(text: Any) -> str:
         >>> safe_html("<b>&")
         '&lt;b&gt;&amp;'
     """
-    return html.escape(checks.printable(text))
+    return html.escape(printable(text))
 
 
 def safe_markdown(text: Any) -> str:
@@ -40,7 +40,7 @@ def safe_markdown(text: Any) -> str:
         >>> safe_markdown("a|b <i>")
         'a\\|b &lt;i>'
     """
-    shown = checks.printable(text).replace("\\", "\\\\").replace("<", "&lt;")
+    shown = printable(text).replace("\\", "\\\\").replace("<", "&lt;")
     shown = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", shown)  # one within a word begins no emphasis
     return "".join(f"\\{sign}" if sign in "|`[]*~" else sign for sign in shown)
 

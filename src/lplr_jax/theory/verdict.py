@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lplr_jax import checks, rooms
+from lplr_jax import rooms
+from lplr_jax.printing import printable
 
 Outcome = Literal["proved", "not refuted", "refuted", "undecided", "not applicable"]
 
@@ -112,7 +113,7 @@ class Verdicts(tuple[Verdict, ...]):
 
 
 def _cut(text: str) -> str:
-    line = checks.printable(" ".join(text.split()))
+    line = printable(" ".join(text.split()))
     return line if len(line) <= 90 else f"{line[:89]}…"
 
 
