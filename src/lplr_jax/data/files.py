@@ -66,7 +66,7 @@ def _open_idx(path: Path) -> Pool:
 
 
 def _read_idx(path: Path, magic: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Reads an IDX file of unsigned bytes whose items have the given shape; memory grows with what is really there."""
+    """Read an IDX file of unsigned bytes whose items have the given shape; memory grows with what is really there."""
     with reading(path, "an IDX file"), archives.open_regular(path) as raw, ExitStack() as stack:
         file = stack.enter_context(gzip.open(raw)) if path.suffix == ".gz" else raw
         head = file.read(8 + 4 * len(shape))
@@ -107,7 +107,7 @@ def _open_batches(paths: Sequence[Path]) -> Pool:
 
 
 def _open_npz(problem: Problem, path: Path) -> Pool:
-    """Reads x_train and y_train of an npz that must hold images of the problem."""
+    """Read x_train and y_train of an npz that must hold images of the problem."""
     way = "Use an intact copy, or name another data_dir."
     if problem.takes_own:
         way += f" Samples of your own are read from an npz of any name but {' and '.join(problem.npz)}: rename it."

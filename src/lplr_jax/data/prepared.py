@@ -49,7 +49,7 @@ _MNIST_LABELS_MD5 = "a25bea736e30d166cdddb491f175f624"
 
 
 def open_prepared(problem: Problem, path: Path) -> Pool:
-    """Reads a prepared array_record directory: the root, the data set's folder in it, or one version in that."""
+    """Read a prepared array_record directory: the root, the data set's folder in it, or one version in that."""
     name = problem.name
     near = [*path.glob(f"{name}/*"), *(path.glob("*") if path.name == name else ())]
     near += [path] if path.parent.name == name else []
@@ -93,7 +93,7 @@ def open_prepared(problem: Problem, path: Path) -> Pool:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuses what the library would wait for or run: pipes among the files, and features of other packages.
+    """Refuse what the library would wait for or run: pipes among the files, and features of other packages.
 
     It imports the module of every feature class that features.json names, whatever that module is.
     """
@@ -130,7 +130,7 @@ def _original_order(ids: list[bytes], labels: np.ndarray) -> np.ndarray | None:
 
 
 def download(problem: Problem, path: Path) -> Pool:
-    """Lets tensorflow-datasets download and prepare; unaided it takes minutes to find out that there is no network."""
+    """Let tensorflow-datasets download and prepare; unaided it takes minutes to find out that there is no network."""
     if importlib.util.find_spec("tensorflow") is None:
         raise AbsentError("TensorFlow, which a download needs (it is not installed)")
     if not host_answers(problem.url):

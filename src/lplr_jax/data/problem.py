@@ -240,7 +240,7 @@ _UNREADABLE = (OSError, EOFError, ValueError, RuntimeError, MemoryError, struct.
 
 @contextmanager
 def reading(path: Path, what: str, way: str = "Or name another data_dir.") -> Iterator[None]:
-    """Turns every way in which a damaged file makes a decoder fail into a DataError that names the file."""
+    """Turn every way in which a damaged file makes a decoder fail into a DataError that names the file."""
     try:
         yield
     except DataError:

@@ -223,7 +223,7 @@ def _deal(
 
 
 def _standardise(images: np.ndarray, source: str) -> tuple[np.ndarray, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """Shifts and scales each channel to mean 0 and standard deviation 1 over the given images.
+    """Shift and scale each channel to mean 0 and standard deviation 1 over the given images.
 
     The moments are sums of integers, so they are exact and the same on every machine; a table of the 256 pixel values
     saves a float64 copy of the images.

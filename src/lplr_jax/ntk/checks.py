@@ -26,17 +26,17 @@ _probes = programs.Kept(64)
 
 
 def inputs(params: Any, x: Any) -> Parameters:
-    """Checks parameters and samples.
+    """Check parameters and samples.
 
     Args:
-        params: Pytree of parameters, or `Parameters`.
-        x: Array (n, ...) or pytree of such arrays. Infinite entries are data, as those of an additive mask.
+        params: pytree of parameters, or `Parameters`.
+        x: array (n, ...) or pytree of such arrays. Infinite entries are data, as those of an additive mask.
 
     Returns:
         The parameters, taken apart.
 
     Raises:
-        ValueError: If x has no arrays, no samples or leading axes that differ, if x holds NaN, θ NaN or infinity, or
+        ValueError: if x has no arrays, no samples or leading axes that differ, if x holds NaN, θ NaN or infinity, or
             there is no θ.
         TypeError: If a parameter is complex, a leaf of x is no array, an array holds text or objects, or JAX is
             tracing one of them.
@@ -68,10 +68,10 @@ def inputs(params: Any, x: Any) -> Parameters:
 
 
 def alike(x1: Any, x2: Any) -> None:
-    """Checks that two sets of samples differ in their number alone.
+    """Check that two sets of samples differ in their number alone.
 
     Raises:
-        ValueError: If their structures or the shapes of one sample differ.
+        ValueError: if their structures or the shapes of one sample differ.
     """
     if jax.tree.structure(x1) != jax.tree.structure(x2):
         raise ValueError(
@@ -104,7 +104,7 @@ def function(apply_fn: ApplyFn, params: Parameters, x: Any, *, coupling: bool) -
 
     Raises:
         UntrustedError: If the output for the first samples is not finite.
-        ValueError: If outputs differ or are coupled, do not have one row for each sample, or the function asks for a
+        ValueError: if outputs differ or are coupled, do not have one row for each sample, or the function asks for a
             random key that it was not given.
     """
     traced = explained(lambda: trace(apply_fn, params, x), x)

@@ -145,7 +145,7 @@ def explain(
 def prepare(
     traced: Traced, outputs: str, sides: tuple[int, ...], memory_budget: int, mesh: Mesh | None = None
 ) -> tuple[Plan, "SampleFeatures", tuple[Group, ...]]:
-    """Chooses rules and block sizes for the kernel of one (n,) or two sets (n1, n2) of samples.
+    """Choose rules and block sizes for the kernel of one (n,) or two sets (n1, n2) of samples.
 
     Returns:
         Rules; the features of one sample, all terms; groups of terms that are worked on together.
@@ -232,7 +232,7 @@ class SampleFeatures:
 
     @classmethod
     def trace(cls, traced: Traced, plan: Plan, terms: tuple[int, ...]) -> "SampleFeatures":
-        """Traces the features of some terms."""
+        """Trace the features of some terms."""
         avals = traced.program.avals
         arrays = [avals[slot] for slot in traced.program.params]
         consts = [avals[slot] for slot, _ in traced.program.consts]

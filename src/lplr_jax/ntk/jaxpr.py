@@ -43,7 +43,7 @@ class Op:
         return self.eqn.params
 
     def evaluate(self, operands: Sequence[Any]) -> list[Any]:
-        """Applies the primitive to the operands and lists its results."""
+        """Apply the primitive to the operands and list its results."""
         return layouts.bind(self.eqn, operands)
 
 
@@ -95,7 +95,7 @@ class Program:
         consts: Sequence[Any],
         shifts: Mapping[int, Any] | None = None,
     ) -> dict[int, Any]:
-        """Evaluates every slot; `shifts` are added to the slots they name as soon as these are known."""
+        """Evaluate every slot; `shifts` are added to the slots they name as soon as these are known."""
         env: dict[int, Any] = dict(zip(self.params, params, strict=True))
         env.update(zip(self.inputs, inputs, strict=True))
         env.update(zip((slot for slot, _ in self.consts), consts, strict=True))
@@ -118,7 +118,7 @@ def contains(eqn: Any, primitive: str) -> bool:
 
 
 def flatten(closed: Any, num_params: int) -> Program:
-    """Flattens a closed jaxpr of one output whose first `num_params` arguments are parameters and the others x.
+    """Flatten a closed jaxpr of one output whose first `num_params` arguments are parameters and the others x.
 
     Args:
         closed: What `jax.make_jaxpr` returned.

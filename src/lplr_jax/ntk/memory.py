@@ -80,7 +80,7 @@ def make_groups(
     item: int,
     memory_budget: int,
 ) -> tuple[Group, ...]:
-    """Groups terms and sets block sizes: half of the budget for features, a quarter each for sweeps and for tiles.
+    """Group terms and set block sizes: half of the budget for features, a quarter each for sweeps and for tiles.
 
     Args:
         terms: Terms of Θ.

@@ -76,7 +76,7 @@ class _Part:
 
 
 def make_plan(program: Program, leaves: tuple[int, ...], work: Workload) -> Plan:
-    """Chooses a rule for each leaf and puts terms together.
+    """Choose a rule for each leaf and put terms together.
 
     Args:
         program: Flat program of one sample.

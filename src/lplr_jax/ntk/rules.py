@@ -37,7 +37,7 @@ def gram(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def _rows(array: jax.Array, count: int) -> jax.Array:
-    """Merges the leading `count` axes, and all others."""
+    """Merge the leading `count` axes, and all others."""
     leading = 1
     for size in array.shape[:count]:
         leading *= size

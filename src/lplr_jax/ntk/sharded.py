@@ -34,7 +34,7 @@ def share(n: int, mesh: Mesh) -> int:
 
 
 def kernel(run: Any, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
-    """Runs the compiled kernel of a mesh.
+    """Run the compiled kernel of a mesh.
 
     Args:
         run: The engine's compiled call, with a mesh and with the arrays that the function captures.

@@ -67,7 +67,7 @@ def widening(narrow: programs.Narrow) -> str:
 
 
 def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any, *, anew: bool = False) -> Traced:
-    """Traces `apply_fn` for one sample of x, or finds it traced.
+    """Trace `apply_fn` for one sample of x, or find it traced.
 
     It is found only where all that it reads beside its arguments is known not to have changed.
 

@@ -80,7 +80,7 @@ class Use:
         return scale
 
     def cotangent(self, program: Program, delta: Any) -> Any:
-        """Takes the cotangent at `cut` back to the result of `op`."""
+        """Take the cotangent at `cut` back to the result of `op`."""
         if not self.back:
             return delta
 
@@ -109,7 +109,7 @@ class Use:
 
 
 def follow(program: Program, source: int) -> Use | str | None:
-    """Follows a leaf to the operation that consumes it.
+    """Follow a leaf to the operation that consumes it.
 
     Args:
         program: The flat program.
@@ -180,7 +180,7 @@ def _isometry(program: Program, chain: list[tuple[Op, int]]) -> tuple[bool, tupl
 
 
 def _settle(program: Program, slot: int) -> tuple[int, tuple[Op, ...]]:
-    """Moves the cut from the result of an operation downstream, past additions and reshapes."""
+    """Move the cut from the result of an operation downstream, past additions and reshapes."""
     back: list[Op] = []
     while slot != program.output and len(program.uses.get(slot, ())) == 1:
         op, at = program.uses[slot][0]
