@@ -283,7 +283,7 @@ def test_paper_figures_stand_beside_ours_and_divergence_is_a_result():
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert [label.partition(": ")[2] for label in labels] == [
         "monotone descent",
-        "diverged at epoch 200",
+        "diverged at step 200",
         "monotone descent",
     ]
     assert table.cells["verdict"][1] == "hit"

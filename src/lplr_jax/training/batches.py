@@ -44,7 +44,7 @@ def _filled(order: Int[Array, " n"], size: int) -> tuple[Int[Array, "k b"], Floa
 @partial(jax.jit, static_argnames=("objective", "optimizer", "batch_size"), donate_argnames=("state",))
 def shuffled_epoch(
     state: State,
-    data: tuple[Any, Array],
+    data: tuple[Any, Any],
     *,
     objective: Objective,
     optimizer: optax.GradientTransformation,
@@ -84,7 +84,7 @@ def shuffled_epoch(
 @partial(jax.jit, static_argnames=("objective", "optimizer", "batch_size", "steps"), donate_argnames=("state",))
 def train_batches(
     state: State,
-    data: tuple[Any, Array],
+    data: tuple[Any, Any],
     *,
     objective: Objective,
     optimizer: optax.GradientTransformation,
@@ -119,7 +119,7 @@ def train_batches(
 
 
 def _batch_step(
-    data: tuple[Any, Array], *, objective: Objective, optimizer: optax.GradientTransformation
+    data: tuple[Any, Any], *, objective: Objective, optimizer: optax.GradientTransformation
 ) -> Callable[[tuple[Params, optax.OptState], tuple[Array, Array]], tuple[tuple[Params, optax.OptState], None]]:
     """Return the body of a scan over batches: rows of the data, and their weights."""
     x, y = data
@@ -137,7 +137,7 @@ def _batch_step(
 
 
 def evaluate_exactly(
-    params: Params, data: tuple[Any, Array], initial: Params, *, objective: Objective, micro_batch: int
+    params: Params, data: tuple[Any, Any], initial: Params, *, objective: Objective, micro_batch: int
 ) -> Metrics:
     """Return loss, gradient norm, drift and accuracy over all data, from one scan over micro-batches.
 
@@ -165,7 +165,7 @@ def evaluate_exactly(
 
 @partial(jax.jit, static_argnames=("objective", "micro_batch"))
 def _evaluate_exactly(
-    params: Params, data: tuple[Any, Array], initial: Params, *, objective: Objective, micro_batch: int
+    params: Params, data: tuple[Any, Any], initial: Params, *, objective: Objective, micro_batch: int
 ) -> tuple[Metrics, Params]:
     """Return the metrics, and the gradient in float64."""
     x, y = data
@@ -240,7 +240,7 @@ class MiniBatches:
 
     def __init__(
         self,
-        data: tuple[Any, Array],
+        data: tuple[Any, Any],
         initial: Params,
         *,
         objective: Objective,
@@ -324,7 +324,7 @@ class BatchSteps:
 
     def __init__(
         self,
-        data: tuple[Any, Array],
+        data: tuple[Any, Any],
         initial: Params,
         *,
         objective: Objective,

@@ -131,7 +131,7 @@ def _metrics(
 
 def train_step(
     state: State,
-    batch: tuple[Any, Array],
+    batch: tuple[Any, Any],
     initial: Params,
     *,
     objective: Objective,
@@ -168,7 +168,7 @@ def descend(
 @partial(jax.jit, static_argnames=("objective", "optimizer", "epochs"), donate_argnames=("state",))
 def train_epochs(
     state: State,
-    batch: tuple[Any, Array],
+    batch: tuple[Any, Any],
     initial: Params,
     *,
     objective: Objective,
@@ -189,7 +189,7 @@ def train_epochs(
 
 
 @partial(jax.jit, static_argnames=("objective",))
-def evaluate(params: Params, batch: tuple[Any, Array], initial: Params, *, objective: Objective) -> Metrics:
+def evaluate(params: Params, batch: tuple[Any, Any], initial: Params, *, objective: Objective) -> Metrics:
     """Return the metrics at `params` without a step: those of the epoch after the last one."""
     checks.instance("objective", objective, Objective, OBJECTIVE)
     loss, gradient = objective.value_and_gradient(params, *batch)
