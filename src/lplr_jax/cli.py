@@ -174,12 +174,15 @@ def _own(name: str) -> Callable[..., int]:
     _prepare()
     from lplr_jax.experiments import own
 
+    interrupt.check()
     return getattr(own, name)
 
 
 def _experiment(name: str, argv: Sequence[str]) -> Callable[..., int]:
     _prepare()
-    return experiments.find(name).command(argv, experiments.REGISTRY[name].help)
+    found = experiments.find(name).command(argv, experiments.REGISTRY[name].help)
+    interrupt.check()
+    return found
 
 
 def _parse_and_run(argv: Sequence[str]) -> int:
@@ -288,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_nowhere()
         return OK
     except (Exception, KeyboardInterrupt) as error:
-        code, message = outcome(error)
+        # What is being imported may make another error of an interrupt.
+        code, message = outcome(interrupt.raised() or error)
         if debug:
             traceback.print_exc()
     Console(stderr=True).print(f"lplr: {message}", style="red", highlight=False, soft_wrap=True, markup=False)

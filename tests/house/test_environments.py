@@ -136,6 +136,7 @@ from lplr_jax.__main__ import main
 class Shoot:
     def find_spec(self, name, path=None, target=None):
         if name == {place!r}:
+            sys.meta_path.remove(self)
             os.kill(os.getpid(), {int(number)})
 sys.meta_path.insert(0, Shoot())
 sys.argv[1:] = ["verify", "nothing"]
@@ -153,3 +154,34 @@ def test_the_package_runs_as_the_command(tmp_path):
     assert re.fullmatch(r"lplr-jax \S+\n", done.stdout), done.stderr
     scripts = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert 'lplr = "lplr_jax.__main__:main"' in scripts
+
+
+SWALLOWED = """
+import os, signal, sys
+from lplr_jax import cli
+class Lost:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+class Shoot:
+    def find_spec(self, name, path=None, target=None):
+        if name == "jax":
+            if sys.argv[1] == "removed":
+                Lost()
+            try:
+                os.kill(os.getpid(), signal.SIGINT) if sys.argv[1] != "removed" else None
+            except KeyboardInterrupt:
+                if sys.argv[1] == "another error":
+                    raise ImportError("a library that failed half-way")
+sys.meta_path.insert(0, Shoot())
+sys.exit(cli.main(["mnist", "--preset", "smoke", "--epochs", "2000000"]))
+"""
+
+
+@pytest.mark.parametrize("how", ["caught", "removed", "another error"])
+def test_an_interrupt_that_an_import_swallows_still_ends_the_command(how, tmp_path):
+    """Caught by the library, dropped by Python in a finaliser, or turned into another error."""
+    done = subprocess.run(
+        [sys.executable, "-c", SWALLOWED, how], capture_output=True, text=True, cwd=tmp_path, env=environment()
+    )
+    assert done.returncode == 130, done
+    assert re.fullmatch(r"lplr: interrupted by SIGINT;.*\n", done.stderr), done.stderr

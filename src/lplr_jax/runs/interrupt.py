@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C: the first one waits for the piece of work at hand, the second does not, the third kills."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ class _Requests:
     def __init__(self) -> None:
         self.waiting = False
         self.pending = False
+        self.raised = ""
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -29,7 +31,8 @@ class _Requests:
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_DFL)
         self.pending = False
-        raise Interrupted(f"interrupted by {signal.Signals(number).name}; what was saved before is intact")
+        self.raised = f"interrupted by {signal.Signals(number).name}; what was saved before is intact"
+        raise Interrupted(self.raised)
 
 
 _REQUESTS = _Requests()
@@ -45,13 +48,29 @@ def handled() -> Iterator[None]:
         yield
         return
     _REQUESTS.waiting = _REQUESTS.pending = False
+    _REQUESTS.raised = ""
     heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, _REQUESTS.handle) for number in heeded}
+    hook = sys.unraisablehook
+    # One that arrives while an object is being removed is dropped by Python, which would say so; `check` finds it.
+    sys.unraisablehook = lambda lost: None if lost.exc_type is Interrupted else hook(lost)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def raised() -> Interrupted | None:
+    """Return the interrupt that was raised since `handled` began, whatever became of it; None without one."""
+    return Interrupted(_REQUESTS.raised) if _REQUESTS.raised else None
+
+
+def check() -> None:
+    """Raise an interrupt that somebody else caught, as what is being imported may do."""
+    if (found := raised()) is not None:
+        raise found
 
 
 @contextmanager
