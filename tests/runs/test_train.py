@@ -14,10 +14,12 @@ import optax
 import pytest
 
 from lplr_jax import cli, records
+from lplr_jax.experiments import mnist
 from lplr_jax.experiments.own import load_problem, make_optimizer
 from lplr_jax.losses import Squared
 from lplr_jax.runs.loop import optimizer_digest, train
 from lplr_jax.runs.problem import Probes, Problem
+from lplr_jax.runs.watch import watch
 
 FEW = Probes(every=5, search=0, hessian=0)
 
@@ -91,6 +93,31 @@ def test_an_optimiser_is_told_by_what_it_does():
         ]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 4
+
+
+def test_the_command_our_loop_and_a_watch_agree():
+    """One run three ways: the first two are one program, the third compiles its step by itself."""
+    config = mnist.MnistConfig(
+        width=8, depth=3, n_train=20, epochs=8, probe_every=4, learning_rate=2e-3, hessian_probes=2, search_steps=0
+    )
+    problem, (_, every, beside) = mnist.set_up(config), mnist.resolve(config)
+    probes = Probes(every, beside=beside, hessian=2, spectrum=9, search=0)
+    command = mnist.run(config)
+    own = train(problem, problem.optimizer, steps=8, probes=probes, learning_rate=2e-3)
+    params, step = problem.params, jax.jit(jax.grad(problem.objective.value))
+    with watch(problem, probes=probes) as look:
+        for t in range(9):
+            look(t, params)
+            params = jax.tree.map(lambda p, g: p - np.float32(2e-3) * g, params, step(params, *problem.data))
+    for name, array in command.arrays.items():
+        np.testing.assert_array_equal(own[name], array, err_msg=name)
+        if name not in ("learning_rate", "step_deviation", "step_rounding", "curvature_min", "ntk_peer_difference"):
+            # Float32 sums of at most 784 terms in another order, over eight steps.
+            size = np.nanmax(np.abs(array), initial=1e-30)
+            known = np.isfinite(array) & np.isfinite(look.record[name])
+            np.testing.assert_allclose(
+                look.record[name][known], array[known], rtol=1e-3, atol=1e-3 * size, err_msg=name
+            )
 
 
 def test_a_folder_holds_one_run(tmp_path):
