@@ -197,6 +197,7 @@ def test_finished_arms_are_not_run_again(tiny):
         ablation.run(dataclasses.replace(TINY, epochs=9), folder)
 
 
+@pytest.mark.slow
 def test_seeds_trained_together_follow_the_same_path(tiny):
     """Over the first 20 steps, to a bound: a step adds the rounding of η ∇L and of θ, and expands by 1 + η ε at most.
 

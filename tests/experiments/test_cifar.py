@@ -247,6 +247,7 @@ def test_figure_says_whose_regime_it_shades():
     assert not any("regime" in label for label in labels)
 
 
+@pytest.mark.slow
 def test_command_writes_everything_and_plot_redraws_it(tiny, tmp_path, capsys):
     config, _, folder, _ = tiny
     options = [

@@ -376,7 +376,9 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch):
         jax.config.update("jax_compilation_cache_dir", before)
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", [*(pytest.param(one, marks=pytest.mark.slow) for one in (">&-", "2>&-", ">&- 2>&-")), "<&- >&- 2>&-"]
+)
 def test_streams_that_are_closed_from_the_start_do_no_harm(closed, saved, tmp_path):
     command = f'exec "$0" -m lplr_jax.cli "$@" {closed}'
     out = tmp_path / "a.png"

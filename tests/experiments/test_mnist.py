@@ -90,6 +90,7 @@ def test_kernels_agree_along_a_run(tiny):
     np.testing.assert_allclose(peer["ntk_min_eig"], tiny[0]["ntk_min_eig"], rtol=0, atol=slack)
 
 
+@pytest.mark.slow
 def test_divergence_is_a_result(tmp_path, capsys):
     options = ["--preset", "smoke", "--learning-rate", "1e4", "--out", str(tmp_path)]
     assert cli.main(["mnist", *options]) == cli.DIVERGED
@@ -161,6 +162,7 @@ def own(path, n=40, seed=0):
     return path
 
 
+@pytest.mark.slow
 def test_own_samples_make_a_record_and_are_read_once(tmp_path, capsys, caplog):
     path, out = own(tmp_path / "three.npz"), tmp_path / "out"
     small = ["--preset", "smoke", "--width", "8", "--epochs", "8", "--probe-every", "8", "--hessian-probes", "0"]

@@ -143,7 +143,9 @@ def test_the_project_speaks_of_itself_alone():
         assert not re.search(r"https?://[^ ]*/simple|https?://[^ ]*\.whl", text), path
 
 
-@pytest.mark.parametrize(("name", "shown"), [("quickstart", "MinEig"), ("your_own_run", "not seen")])
+@pytest.mark.parametrize(
+    ("name", "shown"), [pytest.param("quickstart", "MinEig", marks=pytest.mark.slow), ("your_own_run", "not seen")]
+)
 def test_notebook_runs(name, shown):
     """From data to the figure, as a reader would; the outputs are not stored."""
     import nbformat

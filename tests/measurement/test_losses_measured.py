@@ -172,6 +172,7 @@ def test_a_subset_has_a_scale_of_its_own():
         assert ratio * arrays["probe_loss_scale"] == pytest.approx(arrays["ntk_rayleigh"], rel=1e-10)
 
 
+@pytest.mark.slow
 def test_a_fixed_number_adds_up_over_micro_batches():
     """With a budget of one sample at a time the Hessian is that of all data at once, whatever the scale."""
     params = RNG.standard_normal((D, 3)).astype(np.float32)

@@ -121,6 +121,7 @@ def test_residual_network_is_the_formula():
     np.testing.assert_allclose(model.apply(moved, jnp.asarray(x)), expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_residual_network_starts_as_he_and_mixes_no_samples():
     model = ResNet(width=32, stages=2, blocks=1)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4, 3)).astype(np.float32))

@@ -250,7 +250,7 @@ EXPECTED = {
 }
 
 
-SLOW = {"haiku", "equinox cnn", "recurrent", "mlp relu 10"}
+SLOW = {"haiku", "equinox cnn", "recurrent", "mlp relu 10", "resnet", "transformer"}
 
 
 @pytest.mark.parametrize(

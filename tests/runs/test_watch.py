@@ -118,7 +118,13 @@ def test_every_framework(framework):
     assert not theory.any_inconsistent(theory.verify(record))
 
 
-@pytest.mark.parametrize(("method", "handed"), list(itertools.product(METHODS, (False, True))))
+@pytest.mark.parametrize(
+    ("method", "handed"),
+    [
+        pytest.param(method, handed, marks=pytest.mark.slow if handed and METHODS[method][1] != "descent" else ())
+        for method, handed in itertools.product(METHODS, (False, True))
+    ],
+)
 def test_every_method(method, handed):
     """A linear model has L_Θ = 0, so gradient descent of a fixed small step is proved and nothing else may be."""
     x, y = data()
@@ -394,7 +400,10 @@ watch.close()
 """
 
 
-@pytest.mark.parametrize(("dies_at", "where", "again_from"), [(10, "between", 0), (8, "during", 0), (10, "between", 9)])
+@pytest.mark.parametrize(
+    ("dies_at", "where", "again_from"),
+    [(10, "between", 0), pytest.param(8, "during", 0, marks=pytest.mark.slow), (10, "between", 9)],
+)
 def test_a_watched_loop_survives_sigkill(tmp_path, dies_at, where, again_from):
     """Started again from step 0 the record is that of a loop left alone; from its own checkpoint, all that was seen."""
 

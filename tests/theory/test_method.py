@@ -114,7 +114,7 @@ def test_gradient_descent_is_proved(name, dtype):
     assert method.eta == pytest.approx(ETA, rel=1e-4 if dtype == "float32" else 1e-12)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MOVING)
 def test_a_step_that_moves_is_told_with_its_range(name, dtype):
     record = run(MOVING[name], dtype=dtype)
@@ -126,7 +126,7 @@ def test_a_step_that_moves_is_told_with_its_range(name, dtype):
     assert found["regime"].part("descent").outcome == "not refuted", "every η_t is below 1/β"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OTHER)
 def test_other_methods_are_told_by_their_steps(name, dtype):
     record = run(OTHER[name], dtype=dtype)
