@@ -2,6 +2,7 @@
 
 import glob
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -202,7 +203,8 @@ def _read_orbax(path: Path) -> Mapping[str, np.ndarray]:
         ) from error
     inner = path / "default" if (path / "default").is_dir() else path
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with warnings.catch_warnings(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            warnings.simplefilter("ignore")  # of shardings, which are not asked for: everything goes to the host
             tree = checkpointer.restore(inner.absolute())
     except Exception as error:
         raise ValueError(f"{path} is no checkpoint that orbax can read ({str(error).splitlines()[0]})") from error
