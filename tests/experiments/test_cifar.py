@@ -33,6 +33,8 @@ TINY = cifar.CifarConfig(
     save_probes=True,
 )
 
+pytestmark = pytest.mark.slow  # one training of two seeds serves the whole file
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):

@@ -209,6 +209,7 @@ def test_command_draws_figure_and_tables(tmp_path, capsys):
     assert "the panel of loss against width is left out" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_network_whose_output_cancels_has_a_kernel():
     """f(θ_0) is rounding noise there, which must not be taken for coupling of samples; Θ is that of the Jacobian."""
     x, _ = batch()

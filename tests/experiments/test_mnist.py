@@ -75,6 +75,7 @@ def test_identities_hold_at_every_probe(tiny):
     assert (record["ntk_rayleigh"] <= record["ntk_max_eig"] + slack).all()
 
 
+@pytest.mark.slow
 def test_same_config_same_arrays(tiny):
     again = mnist.run(dataclasses.replace(TINY))
     assert again.checksum() == tiny[0].checksum()

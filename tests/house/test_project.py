@@ -144,7 +144,11 @@ def test_the_project_speaks_of_itself_alone():
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"), [pytest.param("quickstart", "MinEig", marks=pytest.mark.slow), ("your_own_run", "not seen")]
+    ("name", "shown"),
+    [
+        pytest.param("quickstart", "MinEig", marks=pytest.mark.slow),
+        pytest.param("your_own_run", "not seen", marks=pytest.mark.slow),
+    ],
 )
 def test_notebook_runs(name, shown):
     """From data to the figure, as a reader would; the outputs are not stored."""

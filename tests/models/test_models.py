@@ -85,6 +85,7 @@ def test_residual_network_has_the_parameters_it_says(width, expected):
     assert sum("_skip" in name for name in kernels) == 2, "the first stage keeps its shape"
 
 
+@pytest.mark.slow
 def test_residual_network_is_the_formula():
     """A block by hand in NumPy: convolution as a sum over nine shifts, norm over groups, and the way around it."""
     model = ResNet(width=4, stages=2, blocks=1, groups=2, outputs=3, activation="softplus")

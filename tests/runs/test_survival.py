@@ -80,6 +80,7 @@ def test_three_kills_and_the_record_is_that_of_one_go(tmp_path, in_one_go):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_signal_saves_first_and_says_how_to_go_on(number, tmp_path, in_one_go, monkeypatch, capsys):
     def chunk(self, epoch, loss):
         if epoch == 6:

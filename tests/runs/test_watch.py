@@ -103,7 +103,10 @@ def rate(record):
     return next(verdict for verdict in theory.verify(record) if verdict.claim == "linear_rate")
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize(
+    "framework",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("linen", "haiku") else ()) for name in FRAMEWORKS],
+)
 def test_every_framework(framework):
     x, y = data(outputs=2)
     apply_fn, params = FRAMEWORKS[framework](x, 2)
@@ -402,7 +405,11 @@ watch.close()
 
 @pytest.mark.parametrize(
     ("dies_at", "where", "again_from"),
-    [(10, "between", 0), pytest.param(8, "during", 0, marks=pytest.mark.slow), (10, "between", 9)],
+    [
+        pytest.param(10, "between", 0, marks=pytest.mark.slow),
+        pytest.param(8, "during", 0, marks=pytest.mark.slow),
+        (10, "between", 9),
+    ],
 )
 def test_a_watched_loop_survives_sigkill(tmp_path, dies_at, where, again_from):
     """Started again from step 0 the record is that of a loop left alone; from its own checkpoint, all that was seen."""
