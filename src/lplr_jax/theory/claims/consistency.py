@@ -12,7 +12,7 @@ from lplr_jax.theory.claims.agreement import REFERENCE, agree, of_probes
 from lplr_jax.theory.claims.claim import Claim, Rests
 from lplr_jax.theory.claims.example import linear_regression
 from lplr_jax.theory.evidence import SUMS, Evidence
-from lplr_jax.theory.method import NOT_SEEN
+from lplr_jax.theory.method import NOT_SEEN, UNRESOLVED
 from lplr_jax.theory.verdict import Verdict, weakest
 
 
@@ -147,14 +147,19 @@ def _steps(evidence: Evidence) -> Iterator[Verdict | None]:
         yield _first_step_unseen(evidence, recorded)
 
 
-def _first_step_unseen(evidence: Evidence, eta: float) -> Verdict:
-    """Hold drift_1 against η‖∇L_0‖; where they differ the method or η is another, and nothing here tells which."""
+def _first_step_unseen(evidence: Evidence, eta: float) -> Verdict | None:
+    """Hold drift_1 against η‖∇L_0‖; where they differ the method or η is another, and nothing here tells which.
+
+    None where rounding makes up so much of the step that its length is not read.
+    """
     drift, length = float(evidence.series("drift")[1]), float(np.sqrt(evidence.series("grad_sq_norm")[0]))
     # Each entry of θ_1 is off by half its spacing, at most that of θ_0 and u times the step.
     rounded = np.nan_to_num(evidence.number("parameter_spacing"), nan=0.0) + evidence.unit * drift
     sums = 4 * np.sqrt(evidence.number("p")) * evidence.unit
     allowed = float(rounded + 2 * eta * evidence.gradient_error[0] + sums * drift)
-    holds = abs(drift - eta * length) <= allowed < np.inf
+    if not allowed < UNRESOLVED * max(drift, eta * length):
+        return None
+    holds = abs(drift - eta * length) <= allowed
     note = "the drift after the first step is η ‖∇L_0‖"
     if not holds:
         first = drift / length if length > 0 else np.inf
