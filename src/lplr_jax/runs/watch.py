@@ -14,7 +14,6 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from lplr_jax import checks
 from lplr_jax.losses import Objective
@@ -27,7 +26,7 @@ from lplr_jax.runs.loop import judged
 from lplr_jax.runs.problem import Probes, Problem, kernel_probe
 from lplr_jax.runs.recorder import Recorder
 from lplr_jax.runs.session import Observer
-from lplr_jax.training import Metrics, StepMeasures, measure_step
+from lplr_jax.training import Metrics, StepMeasures, measure_step, metrics_of
 from lplr_jax.types import Params
 
 _LOG = logging.getLogger(__name__)
@@ -43,8 +42,7 @@ def _value_and_gradient(params: Params, x: Any, y: Any, *, objective: Objective)
 
 @jax.jit
 def _measures(loss: Any, gradient: Params, params: Params, initial: Params) -> tuple[Any, Any, Any]:
-    drift = optax.tree.norm(jax.tree.map(jnp.subtract, params, initial))
-    return loss, optax.tree.norm(gradient, squared=True), drift
+    return metrics_of(loss, gradient, params, initial)[:3]
 
 
 _measure_step = jax.jit(measure_step)
@@ -66,9 +64,7 @@ def series(problem: Problem, params: Params, initial: Params, next_params: Param
     """
     params, initial, next_params = (problem.theta(one) for one in (params, initial, next_params))
     loss, gradient = problem.reduced.objective.value_and_gradient(params, problem.x, problem.y)
-    step = measure_step(params, gradient, next_params)
-    drift = optax.tree.norm(jax.tree.map(jnp.subtract, params, initial))
-    return Metrics(loss, optax.tree.norm(gradient, squared=True), drift, *step)
+    return metrics_of(loss, gradient, params, initial, measure_step(params, gradient, next_params))
 
 
 class _Kept(NamedTuple):

@@ -26,6 +26,7 @@ from lplr_jax.training.steps import (
     init_shuffled,
     init_state,
     measure_step,
+    metrics_of,
     train_epochs,
     train_step,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "init_shuffled",
     "init_state",
     "measure_step",
+    "metrics_of",
     "momentum_sgd",
     "shuffled_epoch",
     "train_batches",

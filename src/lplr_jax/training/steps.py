@@ -119,9 +119,10 @@ def _spacing(leaf: Array) -> Array:
     return jnp.nextafter(size, jnp.full_like(size, jnp.inf)) - size
 
 
-def _metrics(
+def metrics_of(
     loss: Array, gradient: Params, params: Params, initial: Params, step: StepMeasures | None = None
 ) -> Metrics:
+    """Return the metrics of a step from loss and gradient at θ_t; of a step that is not known its measures are NaN."""
     drift = optax.tree.norm(jax.tree.map(jnp.subtract, params, initial))
     unknown = jnp.full_like(drift, jnp.nan)
     return Metrics(
@@ -153,7 +154,7 @@ def train_step(
     checks.instance("optimizer", optimizer, optax.GradientTransformation, _OPTAX)
     loss, gradient = objective.value_and_gradient(state.params, *batch)
     params, opt_state = descend(state.params, state.opt_state, gradient, optimizer)
-    metrics = _metrics(loss, gradient, state.params, initial, measure_step(state.params, gradient, params))
+    metrics = metrics_of(loss, gradient, state.params, initial, measure_step(state.params, gradient, params))
     return State(params, opt_state, state.key, state.step + 1), metrics
 
 
@@ -193,4 +194,4 @@ def evaluate(params: Params, batch: tuple[Any, Any], initial: Params, *, objecti
     """Return the metrics at `params` without a step: those of the epoch after the last one."""
     checks.instance("objective", objective, Objective, OBJECTIVE)
     loss, gradient = objective.value_and_gradient(params, *batch)
-    return _metrics(loss, gradient, params, initial)
+    return metrics_of(loss, gradient, params, initial)
