@@ -4,7 +4,13 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from lplr_jax import parameters
+from lplr_jax.ntk import engine, memory
 
 # Code, compiled programs and thread buffers that come with the first kernel of a process, whatever its size
 # (calibrated: 0.11 GB is seen; what is resident before the call is taken off).
@@ -75,3 +81,23 @@ def test_peak_memory(name):
         assert len(seen["blocks"]) > 1 or min(seen["blocks"]) < case["n"]
     print(name, seen)
     assert seen["used"] <= case["budget"] + seen["result"] + CONSTANT, seen
+
+
+@pytest.mark.parametrize(("platform", "count"), [("cpu", 3), ("gpu", 1), ("tpu", 1)])
+def test_an_accelerator_takes_one_tile_where_a_cpu_takes_many(monkeypatch, platform, count):
+    rows = memory.tile_rows(platform)
+    monkeypatch.setattr(memory, "tile_rows", lambda: rows)
+    n = 2 * 256 + 3
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(n, 3)), jnp.float32)
+    weights = [jnp.ones((3, 4), jnp.float32), jnp.ones((4, 2), jnp.float32)]
+
+    def net(params, a):  # a function of its own, since compiled kernels are kept
+        return jnp.tanh(a @ params[0]) @ params[1] * count
+
+    traced = engine.trace(net, parameters.split(weights), x)
+    (group,) = engine.prepare(traced, "trace", (n,), memory.budget(None))[2]
+    assert -(-n // group.tile) == count
+    jac = jax.vmap(jax.jacrev(lambda p, a: net(p, a[None])[0]), (None, 0))(weights, x)
+    flat = np.concatenate([np.asarray(leaf, np.float64).reshape(n, -1) for leaf in jac], axis=1)
+    found = engine.kernel(net, weights, x, outputs="trace")
+    np.testing.assert_allclose(found, flat @ flat.T, rtol=2e-4)
