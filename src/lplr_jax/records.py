@@ -259,9 +259,14 @@ def _check_values(arrays: Mapping[str, np.ndarray]) -> None:
     rows = samples * (1 if trace else c)
     for name in ("spectrum", "residual_energy"):
         if name in arrays and arrays[name].shape[1] != rows:
-            of = f"{samples} samples" + ("" if trace else f" and {c} outputs")
             found = arrays[name].shape[1]
-            raise RecordError(f"{name} must have {rows} entries along 'eigenvalue', the rows of {of}; got {found}")
+            if f"{name}_rest" in arrays and 1 <= found < rows:
+                continue
+            of = f"{samples} samples" + ("" if trace else f" and {c} outputs")
+            fewer = f", or fewer and {name}_rest"
+            raise RecordError(
+                f"{name} must have {rows} entries along 'eigenvalue', the rows of {of}{fewer}; got {found}"
+            )
     if "subset_ids" in arrays and arrays["subset_ids"].size:
         ids = arrays["subset_ids"]
         if int(ids.max()) >= n:

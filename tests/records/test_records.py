@@ -258,9 +258,12 @@ def test_divergence_is_a_step_number_and_a_gap_is_none(loss, seen, expected):
         ({"residual_energy": np.ones((3, 4)), "c": np.array(3)}, "energy must have 12 entries .* and 3 outputs"),
         (
             {"spectrum": np.ones((3, 12)), "c": np.array(3), "kernel_trace": np.array(1)},
-            "spectrum must have 4 entries .* the rows of 4 samples; got 12",
+            "spectrum must have 4 entries .* the rows of 4 samples, or fewer and spectrum_rest; got 12",
         ),
         ({"spectrum": np.ones((3, 4)), "kernel_samples": np.array(2)}, "spectrum must have 2 entries"),
+        ({"spectrum": np.ones((3, 2))}, "spectrum must have 4 entries .*, or fewer and spectrum_rest; got 2"),
+        ({"spectrum": np.ones((3, 5)), "spectrum_rest": np.ones(3)}, "spectrum must have 4 entries .* got 5"),
+        ({"spectrum": np.ones((3, 2)), "residual_energy_rest": np.ones(3)}, "spectrum must have 4 entries .* got 2"),
         ({"ntk_pair_shift": np.ones((3, 2))}, "ntk_pair_shift must be square in the probes, got 3 by 2"),
         ({"ntk_pair_shift": np.full((3, 3), -1.0)}, "ntk_pair_shift must be a number >= 0, got -1.0 at entry 0, 0"),
         ({"n": np.array(1e18)}, "n must be below 2.53, got 1e[+]18"),

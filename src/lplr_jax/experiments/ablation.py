@@ -142,7 +142,6 @@ def _base(config: AblationConfig, width: int, seed: int, learning_rate: float) -
         "learning_rate": learning_rate,
         "hessian_probes": config.hessian_probes if width < WIDE else min(2, config.hessian_probes),
         "hessian_precision": "float32",
-        "spectrum_probes": 2,
         "search_steps": 0,
     }
     return mnist.MnistConfig(**shared(config, mnist.MnistConfig) | own)

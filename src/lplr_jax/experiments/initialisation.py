@@ -143,7 +143,6 @@ def _base(config: InitialisationConfig, init: str, learning_rate: float) -> mnis
         "probe_every": config.spacing(),
         "hessian_probes": 2,
         "hessian_precision": "float32",
-        "spectrum_probes": 2,
         "search_steps": 0,
     }
     return mnist.MnistConfig(**shared(config, mnist.MnistConfig) | own)

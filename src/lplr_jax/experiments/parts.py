@@ -159,15 +159,15 @@ class ProbePart(Part):
 class SpectrumPart(Part):
     """What of the kernel is measured beside its ends."""
 
-    spectrum_probes: int = 9
-    """Probes, evenly spread with both ends, at which the whole spectrum is kept; 0 for none. Calibrated."""
+    spectrum_probes: int | Literal["all"] = "all"
+    """Probes, evenly spread with both ends, at which the spectrum is kept; 0 for none."""
     search_steps: int = 6
     """Power iterations of the search for a lower estimate of L_Θ in the ball of the run; 0 for none. Calibrated."""
 
     def check(self) -> None:
         """Raise ValueError for the first field whose value cannot be run."""
         super().check()
-        self._check_counts("spectrum_probes", "search_steps", least=0)
+        self._check_counts("search_steps", *(["spectrum_probes"] if self.spectrum_probes != "all" else []), least=0)
 
 
 def _kept_labels(text: str | None) -> str | None:

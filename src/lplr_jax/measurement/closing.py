@@ -184,7 +184,7 @@ def _bounds(
 ) -> dict[str, np.ndarray]:
     """Return the proved bounds on the ball of the run, and R*."""
     error = float(arrays["ntk_assembly_error"][0]) if "ntk_assembly_error" in arrays else math.nan
-    largest = max_eig_upper(theta, error) if math.isfinite(error) else math.nan
+    largest = max_eig_upper(theta, error)
     budget = float(arrays["ntk_min_eig_lower"][0]) if math.isfinite(error) else math.nan
     gradient, curvature = output_gradient_at(objective, initial, x, y), objective.loss.curvature
     scale = objective.scale(*gradient.shape)

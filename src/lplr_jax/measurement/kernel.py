@@ -1,6 +1,7 @@
 """What a probe measures of a full kernel, and of loss and gradient beside it."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,25 @@ def min_eig_with_assembly(
     return least, (least.assembly_error + least.factor_error * (2 * size + least.factor_error)) * (1 + 1e-9)
 
 
-def max_eig_upper(theta: Float[np.ndarray, "nc nc"], error: float) -> float:
-    """Return a proved upper bound of λ_max of every symmetric matrix within `error` of the given one; NaN for NaN."""
+WHOLE = 1024
+"""Rows of a kernel up to which a record keeps its whole spectrum. Calibrated: 41 probes are below a megabyte."""
+LARGEST = 200
+"""Eigenvalues that a record keeps of a larger kernel, beside the sum of the others. Calibrated."""
+
+
+def max_eig_upper(theta: Float[np.ndarray, "nc nc"], error: float, largest: float | None = None) -> float:
+    """Return a proved upper bound of λ_max of every symmetric matrix within `error` of the given one; NaN for NaN.
+
+    Args:
+        theta: the matrix.
+        error: of the matrix, in spectral norm.
+        largest: an estimate of λ_max; None has it computed.
+    """
+    if math.isnan(error):
+        return math.nan
     bound = certificates.row_sum_bound(theta)
     # A tighter one where a Cholesky factorisation of shift - Θ succeeds; a tenth of a per cent of room is for rounding.
-    shift = linalg.max_eig(theta) * (1 + 1e-3)
+    shift = (linalg.max_eig(theta) if largest is None else largest) * (1 + 1e-3)
     if 2.0**-300 < shift < bound and certificates.cholesky_test(-theta, -shift, np.empty(theta.shape, order="F")):
         bound = shift
     return certificates.up(bound + error)
@@ -49,6 +64,22 @@ def spectrum_and_energy(
     energy = np.square(flat @ vectors)
     total = energy.sum()
     return values, energy / total if total > 0 else np.full_like(energy, np.nan)
+
+
+def recorded_spectra(spectra: Sequence[tuple[np.ndarray, np.ndarray] | None]) -> dict[str, np.ndarray]:
+    """Return what a record keeps of the spectra and energies of its probes, by record name; None for none of a probe.
+
+    Kernels of more than `WHOLE` rows leave their `LARGEST` eigenvalues and the sums of the others.
+    """
+    size = next(values.size for values, _ in filter(None, spectra))
+    kept = size if size <= WHOLE else LARGEST
+    found = {name: np.full((len(spectra), kept), np.nan) for name in ("spectrum", "residual_energy")}
+    rest = {name: np.full(len(spectra), np.nan) for name in ("spectrum_rest", "residual_energy_rest")}
+    for place, one in enumerate(spectra):
+        if one is not None:
+            for name, values in zip(("spectrum", "residual_energy"), one, strict=True):
+                found[name][place], rest[f"{name}_rest"][place] = values[size - kept :], values[: size - kept].sum()
+    return found if kept == size else {**found, **rest}
 
 
 def kernel_values(
@@ -77,4 +108,5 @@ def kernel_values(
         "ntk_min_eig_lower": least.lower,
         "ntk_min_eig_upper": least.upper,
         "ntk_assembly_error": error,
+        "ntk_max_eig_upper": max_eig_upper(theta, error, values["ntk_max_eig"]),
     }

@@ -19,7 +19,7 @@ from lplr_jax import diagnostics, linalg
 from lplr_jax.files import atomic_write
 from lplr_jax.losses import Objective
 from lplr_jax.measurement.closing import closing_arrays
-from lplr_jax.measurement.kernel import kernel_values, spectrum_and_energy
+from lplr_jax.measurement.kernel import kernel_values, recorded_spectra, spectrum_and_energy
 from lplr_jax.measurement.peer import peer_difference, peer_samples
 from lplr_jax.ntk.empirical import Precision, empirical_ntk
 from lplr_jax.ntk.memory import total_memory
@@ -38,6 +38,7 @@ KERNEL_VALUES = (
     "ntk_min_eig_upper",
     "ntk_assembly_error",
     "ntk_max_eig",
+    "ntk_max_eig_upper",
     "ntk_effective_rank",
     "ntk_rayleigh",
     "ntk_shift",
@@ -262,12 +263,7 @@ class KernelProbe:
             closing["probe_loss_scale"] = np.asarray(self._objective.scale(n, rows // n))
             closing |= self._second_opinion(arrays["probe_epoch"], rows // n, seed)
         if self._spectra:
-            shape = (arrays["probe_epoch"].size, next(iter(self._spectra.values()))[0].size)
-            spectrum, energy = np.full(shape, np.nan), np.full(shape, np.nan)
-            for k, epoch in enumerate(arrays["probe_epoch"]):
-                if int(epoch) in self._spectra:
-                    spectrum[k], energy[k] = self._spectra[int(epoch)]
-            closing |= {"spectrum": spectrum, "residual_energy": energy}
+            closing |= recorded_spectra([self._spectra.get(int(epoch)) for epoch in arrays["probe_epoch"]])
         return closing
 
     def _second_opinion(self, epochs: np.ndarray, outputs: int, seed: int) -> dict[str, np.ndarray]:
