@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the names of `rooms.FACE` once more, for tools that read an
     from lplr_jax.plotting import plot as plot
     from lplr_jax.records import Record as Record
     from lplr_jax.records import RecordError as RecordError
+    from lplr_jax.reports.page import report as report
     from lplr_jax.runs.loop import train as train
     from lplr_jax.runs.point import verify_point as verify_point
     from lplr_jax.runs.problem import Probes as Probes

@@ -67,6 +67,23 @@ def _plot(record: Annotated[Path, tyro.conf.Positional], /, out: Path | None = N
     return OK
 
 
+def _report(record: Annotated[Path, tyro.conf.Positional], /, out: Path | None = None) -> int:
+    """Write one page of HTML about a run, or the arms of an experiment: story, verdicts, figure, numbers, set-up.
+
+    The page needs nothing else: no script, no other file, no network.
+
+    Args:
+        record: record.npz, or the folder that holds it, or one that holds a folder for each arm of an experiment.
+        out: file or folder to write to [default: report.html beside the record].
+    """
+    _pass_over_backend()
+    from lplr_jax import checks
+    from lplr_jax.reports.page import report
+
+    say(f"report   {report(checks.path('RECORD', record), out)}")
+    return OK
+
+
 def _claims() -> Any:
     from lplr_jax.theory import Claim
 
@@ -144,6 +161,7 @@ def _data(
 GENERAL: dict[str, Callable[..., int]] = {
     "verify": _verify,
     "plot": _plot,
+    "report": _report,
     "data": _data,
 }
 """Commands that belong to no experiment."""

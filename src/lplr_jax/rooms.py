@@ -79,16 +79,12 @@ FACE = {
     "Watch": "lplr_jax.runs.watch",
     "measure": "lplr_jax.runs.snapshots",
     "plot": "lplr_jax.plotting",
+    "report": "lplr_jax.reports.page",
     "series": "lplr_jax.runs.watch",
     "train": "lplr_jax.runs.loop",
     "watch": "lplr_jax.runs.watch",
 }
 """What `import lplr_jax` gives lazily: a room itself, or a name and the module that holds it."""
-
-PLANNED = {
-    "report": "lplr_jax.reports.html",
-}
-"""Names kept free for what comes next, and where it will lie; each moves to `FACE` when it exists."""
 
 DOORS = {
     "lplr_jax.records": {"record_html": "lplr_jax.reports.html"},
@@ -124,8 +120,7 @@ def through_door(module: str, name: str) -> Any:
     """
     target = DOORS.get(module, {}).get(name)
     if target is None:
-        later = f" yet; it is kept for {PLANNED[name]}" if module == "lplr_jax" and name in PLANNED else ""
-        raise AttributeError(f"module {module!r} has no attribute {name!r}{later}")
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
     found = importlib.import_module(target)
     return found if target == f"{module}.{name}" else getattr(found, name)
 

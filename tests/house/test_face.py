@@ -101,26 +101,9 @@ def test_a_name_is_that_of_its_module(name):
 def test_a_lazy_name_is_that_of_no_other_module(package):
     """Importing `package.name` binds the module to that name, and a lazy name would be gone."""
     module = importlib.import_module(package)
-    kept = rooms.PLANNED if package == "lplr_jax" else {}
-    for name, target in {**rooms.DOORS[package], **kept}.items():
+    for name, target in rooms.DOORS[package].items():
         if target != f"{package}.{name}" and hasattr(module, "__path__"):
             assert importlib.util.find_spec(f"{package}.{name}") is None, f"{package}.{name} is a module as well"
-
-
-def exists(module, name):
-    try:
-        return hasattr(importlib.import_module(module), name)
-    except ModuleNotFoundError:
-        return False
-
-
-@pytest.mark.parametrize("name", rooms.PLANNED)
-def test_a_planned_name_is_kept_free(name):
-    assert name not in rooms.FACE
-    assert name not in dir(lplr_jax)
-    assert not exists(rooms.PLANNED[name], name), f"{name} exists: it belongs in FACE"
-    with pytest.raises(AttributeError, match=f"'{name}' yet; it is kept for {rooms.PLANNED[name]}"):
-        getattr(lplr_jax, name)
 
 
 @pytest.mark.parametrize("module", rooms.DOORS)

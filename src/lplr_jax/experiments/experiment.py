@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from lplr_jax import checks, theory
 from lplr_jax.experiments.parts import FolderPart, decisive
 from lplr_jax.records import Record
-from lplr_jax.reports import output, report
+from lplr_jax.reports import output, page, report
 from lplr_jax.reports.exit_codes import DIVERGED, INCONSISTENT, OK
 from lplr_jax.reports.follow import SCREEN_ALONE, FollowConfig, Following
 from lplr_jax.reports.screen import CONSOLE, say
@@ -111,10 +111,13 @@ class Experiment(Generic[Config, Given, Done]):
         if self.table is None:
             for record in found.values():
                 CONSOLE.print(report.summary_table(record))
-        if self.figure is not None:
-            output.draw(self.figure(done, config), figures / f"{self.name}.png")
+        drawn = None if self.figure is None else self.figure(done, config)
+        if drawn is not None:
+            output.draw(drawn, figures / f"{self.name}.png")
         verdicts = {name: theory.verify(record) for name, record in found.items()}
         report.judge(CONSOLE, verdicts, found, first_in_full=self.first_in_full)
+        if found:
+            say(f"report   {page.write(page.page(found, verdicts, drawn), folder / page.NAME)}")
         for line in self.notes(done, config):
             say(line)
         for name, record in found.items():

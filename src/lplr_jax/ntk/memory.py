@@ -51,7 +51,7 @@ def budget(requested: int | None) -> int:
     return total_memory() // 4 // share
 
 
-def _default_device() -> jax.Device:
+def _default_device() -> Any:
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     return device if isinstance(device, jax.Device) else jax.local_devices()[0]
 

@@ -2,6 +2,7 @@
 
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -59,6 +60,13 @@ def _unchanging() -> Mapping[str, Any]:
         "platform": platform.platform(),
         "git_revision": _git_revision(),
     }
+
+
+def command_line() -> str:
+    """Return the command of ours that this process was started by, as a shell reads it; empty for any other process."""
+    program = Path(sys.argv[0]) if sys.argv else Path()
+    ours = program.stem == "lplr" or (program.name, program.parent.name) == ("__main__.py", "lplr_jax")
+    return shlex.join(["lplr", *sys.argv[1:]]) if ours else ""
 
 
 def peak_memory_bytes() -> int:

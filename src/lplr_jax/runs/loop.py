@@ -22,7 +22,7 @@ from lplr_jax.records import Record
 from lplr_jax.runs import folder as run_folder
 from lplr_jax.runs import interrupt
 from lplr_jax.runs.checkpoint import Checkpoints
-from lplr_jax.runs.environment import describe_environment, peak_memory_bytes
+from lplr_jax.runs.environment import command_line, describe_environment, peak_memory_bytes
 from lplr_jax.runs.problem import MOST, Probes, Problem, kernel_probe
 from lplr_jax.runs.recorder import Probe, Recorder
 from lplr_jax.runs.session import Observer, Say
@@ -224,6 +224,7 @@ def run_and_record(
                 "seconds": {**spent, "total": time.perf_counter() - began},
                 "resumed_at": list(result.resumed_at),
                 "peak_memory_bytes": peak_memory_bytes(),
+                **({"command": command} if (command := command_line()) else {}),
                 **({"untrusted": probe.untrusted} if probe.untrusted else {}),
             },
         )
