@@ -303,6 +303,12 @@ SCHEMA: dict[str, Entry] = {
         "step size η, of the first step where it moves; NaN where unknown",
         Values(least=0.0, above=True, finite=True),
     ),
+    "path_budget": Entry(
+        (),
+        "parameter",
+        "R, below which the step rule was to hold the length of the path Σ η_t ‖∇L_t‖; absent: no budget",
+        Values(least=0.0, above=True, finite=True),
+    ),
     "n": Entry((), "samples", "training samples", COUNT),
     "c": Entry((), "outputs", "outputs per sample", COUNT),
     "p": Entry((), "parameters", "parameters", COUNT),
@@ -343,9 +349,14 @@ SINCE_2 = frozenset(
         "interpolation_lipschitz",
         "interpolation_reach",
         "interpolation_steps",
+        "path_budget",
     }
 )
 """Arrays that files of schema 1 do not hold."""
+
+
+PATH_SHARE = 0.5
+"""Share of what is left of `path_budget` that one step may use up."""
 
 
 INTEGERS = ("epoch", "probe_epoch", "subset_ids", "seen")

@@ -40,6 +40,7 @@ RANGES = {
     "learning_rate": (("0", "-1", "nan", "inf", "1e-300"), r"learning_rate must be a finite number > 0.*got"),
     "smaller_learning_rate": (("0", "-1", "nan"), r"smaller_learning_rate must be a finite number > 0.*got"),
     "share": (("0", "nan", "-1"), r"share must be a finite number > 0, got"),
+    "step_rule": (("newton:1", "sharpness:2", "budget:-1", "armijo:x", "fixed"), r"step rule .*got"),
     "restore": (("0", "nan", "-1"), r"restore must be a finite number > 0, got"),
     "place": (("0", "1", "nan"), r"place must lie between 0 and 1, got"),
     "tolerance": (("0", "nan", "-1", "inf"), r"tolerance must be a finite number > 0, got"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -27,7 +28,8 @@ from lplr_jax.runs.problem import MOST, Probes, Problem, kernel_probe
 from lplr_jax.runs.recorder import Probe, Recorder
 from lplr_jax.runs.session import Observer, Say
 from lplr_jax.theory import Verdict
-from lplr_jax.training import BatchSteps, Metrics, State, batches_of, evaluate, init_state, train_epochs
+from lplr_jax.training import BatchSteps, Metrics, State, StepRule, batches_of, evaluate, init_state, train_epochs
+from lplr_jax.training.rules import check_loss, rule_numbers
 from lplr_jax.types import Params
 
 Advance = Callable[[Any, int], tuple[Any, Any]]
@@ -290,6 +292,7 @@ def train(
     checks.instance("problem", problem, Problem, "as lplr_jax.Problem makes one")
     checks.instance("probes", probes, Probes, "as lplr_jax.Probes makes one")
     checks.whole("steps", steps, least=1, most=MOST["epochs"])
+    check_loss(optimizer, problem.loss.name)
     size = problem.n if batch_size is None else checks.whole("batch_size", batch_size, least=1, most=problem.n, of="n")
     whole = batches_of(problem.n, size) == 1
     settings = {"steps": steps, "seed": seed, "batch_size": None if whole else size}
@@ -326,7 +329,7 @@ def train(
             probes_at=at,
             advance=advance,
             evaluate=at_point,
-            numbers={**samples, **problem.numbers(learning_rate)},
+            numbers={**samples, **problem.numbers(learning_rate), **rule_numbers(optimizer)},
             config=whole_config,
             search_steps=probes.search,
             seed=probes.seed,
@@ -345,8 +348,12 @@ def train(
 def optimizer_digest(optimizer: optax.GradientTransformation, params: Params) -> str:
     """Return the SHA-256 of what an optimiser does, its jaxpr, and of the state it begins with."""
     checks.instance("optimizer", optimizer, optax.GradientTransformation, "such as optax.sgd(0.1)")
-    state = optimizer.init(params)
-    closed = jax.make_jaxpr(optimizer.update)(params, state, params)
+    state, update = optimizer.init(params), optimizer.update
+    if isinstance(optimizer, StepRule):  # any loss will do: what is told apart is the rule
+        seen = {"value": jnp.zeros(()), "value_fn": lambda q: optax.tree.norm(q, squared=True)}
+        losses = {"losses_fn": lambda q: jnp.zeros(1)} if optimizer.losses else {}
+        update = lambda g, s, q: optimizer.update(g, s, q, grad=g, **seen, **losses)  # noqa: E731
+    closed = jax.make_jaxpr(update)(params, state, params)
     text = hashlib.sha256(f"{closed.jaxpr}".encode())
     for leaf in [*jax.tree.leaves(state), *closed.consts]:
         text.update(np.asarray(leaf).tobytes())

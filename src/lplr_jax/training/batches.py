@@ -71,8 +71,15 @@ def shuffled_epoch(
     x, y = data
     n = y.shape[0]
     if batches_of(n, batch_size) == 1:
-        _, gradient = objective.value_and_gradient(state.params, x, y)
-        params, opt_state = descend(state.params, state.opt_state, gradient, optimizer)
+        value, gradient = objective.value_and_gradient(state.params, x, y)
+        params, opt_state = descend(
+            *state[:2],
+            gradient,
+            optimizer,
+            value=value,
+            value_fn=lambda q: objective.value(q, x, y),
+            losses_fn=lambda q: objective.loss.per_sample(*objective.rows(q, x, y)),
+        )
         return State(params, opt_state, state.key, state.step + 1)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     body = _batch_step(data, objective=objective, optimizer=optimizer)
@@ -123,15 +130,25 @@ def _batch_step(
 ) -> Callable[[tuple[Params, optax.OptState], tuple[Array, Array]], tuple[tuple[Params, optax.OptState], None]]:
     """Return the body of a scan over batches: rows of the data, and their weights."""
     x, y = data
-    gradient_of = plain_convolutions(jax.grad(partial(objective.batch_value, n=y.shape[0])))
+    value_of = partial(objective.batch_value, n=y.shape[0])
+    gradient_of = plain_convolutions(jax.value_and_grad(value_of))
 
     def body(
         carry: tuple[Params, optax.OptState], batch: tuple[Array, Array]
     ) -> tuple[tuple[Params, optax.OptState], None]:
         rows, weights = batch
+        inputs, targets, weights = jax.tree.map(lambda a: a[rows], x), y[rows], weights.astype(y.dtype)
         with jax.default_matmul_precision("highest"):
-            gradient = gradient_of(carry[0], jax.tree.map(lambda a: a[rows], x), y[rows], weights.astype(y.dtype))
-        return descend(*carry, gradient, optimizer), None
+            value, gradient = gradient_of(carry[0], inputs, targets, weights)
+        return descend(
+            *carry,
+            gradient,
+            optimizer,
+            value=value,
+            value_fn=lambda q: value_of(q, inputs, targets, weights),
+            # What fills a batch up repeats its first sample, which the mean of the losses can bear.
+            losses_fn=lambda q: objective.loss.per_sample(*objective.rows(q, inputs, targets)),
+        ), None
 
     return body
 
