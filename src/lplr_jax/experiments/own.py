@@ -20,6 +20,7 @@ from lplr_jax.runs.loop import train
 from lplr_jax.runs.problem import Probes, Problem
 from lplr_jax.runs.snapshots import measure as measure_snapshots
 from lplr_jax.training import rules
+from lplr_jax.training.batches import Sampling
 
 OPTIMIZERS = (
     "sgd",
@@ -119,6 +120,7 @@ def run(
     step_rule: str | None = None,
     steps: int = 1000,
     batch_size: int | None = None,
+    sampling: Sampling = "reshuffle",
     seed: int = 0,
     probe_every: int | None = None,
     hessian_probes: int = 9,
@@ -141,6 +143,7 @@ def run(
             loss-scaled or decay:α.
         steps: how many.
         batch_size: samples of a shuffled mini-batch [default: all data in every step].
+        sampling: "reshuffle" for passes in which every sample comes once, "independent" for batches drawn anew.
         seed: of the order of mini-batches and of random subsets.
         probe_every: steps between kernel probes [default: a fortieth of the run].
         hessian_probes: probes, evenly spread, at which the Hessian's extremes are measured.
@@ -167,6 +170,7 @@ def run(
             update,
             steps=steps,
             batch_size=batch_size,
+            sampling=sampling,
             seed=seed,
             probes=probes,
             out=folder,

@@ -20,12 +20,12 @@ from lplr_jax.theory.verdict import NAN, Outcome, Verdict, factor, weakest
 def linear_rate(evidence: Evidence) -> Verdict:
     """Theorem 5.7: L_t <= (1 - η μ)^t L_0 where μ > 0, η <= 1/β and every iterate stays in the region.
 
-    The method is read off the steps of the run. Where η_t moves, a product of ours stands for the power: L_T <=
-    L_0 Π (1 - 2 a_t η_t μ_t)_+ with the a_t of `descent`, all of them > 0, and μ_t = λ_min(θ_t)/s; "not applicable"
-    where a loss rises, or where a bound of the path that the steps kept decided their length. For a fixed step:
-    "not applicable" where the steps are not -η ∇L with one η, and where a
-    hypothesis is refuted; "undecided" where no step was seen; "refuted" where the descent lemma or the bound fails on
-    the run. "proved" needs every step seen. `measured` and `bound` belong to the bound that decides.
+    The method is read off the steps of the run: "not applicable" where they are not along -∇L, and where a hypothesis
+    is refuted; "undecided" where no step was seen; "refuted" where the descent lemma or the bound fails on the run.
+    "proved" needs every step seen. `measured` and `bound` belong to the bound that decides.
+
+    Where η_t moves, a product of ours stands for the power: L_T <= L_0 Π (1 - 2 a_t η_t μ_t)_+ with the a_t of
+    `descent` and μ_t = λ_min(θ_t)/s; "not applicable" where a loss rises, or where a budget of the path decided steps.
     """
     reference, method = "Theorem 5.7", evidence.method
     note = "the theorem is about gradient descent with a fixed step; "
