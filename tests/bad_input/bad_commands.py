@@ -34,7 +34,7 @@ RANGES = {
     "width": (("0", "-3", "10000000"), r"width must be (>= 1|at most 1000000), got"),
     "depth": (("0", "-1", "5000"), r"depth must be (>= 1|at most 1000), got"),
     "epochs": (("0", "-1", "99999999999"), r"epochs must be (>= 1|at most 10000000), got"),
-    "steps": (("0", "-1"), r"steps must be >= 1, got"),
+    "steps": (("0", "-1"), r"steps must be >= [12], got"),
     "n_train": (("0", "-5"), r"n_train must be >= 1, got"),
     "classes": (("", "4", "4,4", "4;9", "4,x", "3,12"), r"classes must be .*got"),
     "seed": (("-1", "4294967296", "99999999999999999999"), r"seed must be (>= 0|at most 4294967295), got"),
@@ -149,7 +149,7 @@ def option_cases():
                     2,
                 ),
             )
-            if command != "boundary"
+            if hasattr(CONFIGS[command], "learning_rate")
             else ()
         ):
             found.append(

@@ -19,25 +19,29 @@ def known(*, eta=0.2, variance=1.0):
     return dataclasses.replace(record, arrays=arrays)
 
 
+RATIO = 0.125 * float(example()["probe_grad_sq_norm"][-1] / example()["grad_sq_norm"][10:].mean())
+"""R of the example, whose second half begins at step 10."""
+
+
 def test_the_ratio_is_that_of_the_last_probe():
-    """S² = 3‖G‖² - ‖G‖², σ² = S²/2 · 1/2 = ‖G‖²/2; η β = 0.4, so that R = 0.4/1.6/2."""
+    """S² = 3‖G‖² - ‖G‖², σ² = S²/2 · 1/2 = ‖G‖²/2; η β = 0.4, so that R = 0.4/1.6 σ² over the mean ‖G‖²."""
     found = noise._of_probe(known())
     slope = float(example()["probe_grad_sq_norm"][-1])
     assert found["variance"] == pytest.approx(slope / 2, rel=1e-12)
-    assert found["ratio"] == pytest.approx(0.125, rel=1e-12)
+    assert found["ratio"] == pytest.approx(RATIO, rel=1e-12)
     assert found["loose"] == pytest.approx(slope / 2 / (2 * 3 * 2 / 4 * float(example()["probe_loss"][-1])), rel=1e-12)
 
 
 @pytest.mark.usefixtures("without_type_checks")
 def test_the_table_has_a_ball_where_the_noise_outweighs_the_fall():
-    calm, loud = known(), known(variance=20.0)
+    calm, loud = known(), known(variance=2000.0)
     done = {(1, 0): loud, (2, 0): calm, (2, 1): calm}
     table = noise.table(done)
     assert table.arms == ("b = 1", "b = 2")
     assert table.cells["ball"][1] == "none"
-    ratio = 0.125 * 20
+    ratio = RATIO * 2000
     assert table.cells["ratio"][0].value == pytest.approx(ratio)
-    assert table.cells["ball"][0].value == pytest.approx(ratio * float(loud["probe_loss"][-1]))
+    assert table.cells["ball"][0].value == pytest.approx(ratio * float(loud["loss"][10:].mean()))
     labels = noise.figure(done).axes[0].get_legend_handles_labels()[1]
     assert labels == ["b = 1", "b = 1: predicted ball", "b = 2"]
     with pytest.raises(ValueError, match="curves must hold every method that has a level"):
