@@ -21,7 +21,7 @@ PYTHON_LATEST ?= $(shell for v in 3.14 3.13 3.12; do for p in python$$v "$$HOME"
 VENV_LATEST ?= .venv-latest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mnist ablation boundary initialisation cifar bench test test-all test-worlds test-latest check lock clean
+.PHONY: help setup mnist ablation boundary initialisation steps noise cifar bench test test-all test-worlds test-latest check lock clean
 
 help:  ## show this list
 	@echo 'lplr-jax: which hypotheses of local Polyak-Lojasiewicz theory hold on a training run'
@@ -50,6 +50,12 @@ boundary: $(STAMP)  ## the largest step size that descends, for every width, aga
 
 initialisation: $(STAMP)  ## three initialisations side by side, and the figures of the paper's earlier version
 	@$(BIN)/lplr initialisation $(OPTIONS)
+
+steps: $(STAMP)  ## step rules against width: which keep drift, kernel and PL ratio stable without a tuned η
+	@$(BIN)/lplr steps $(OPTIONS)
+
+noise: $(STAMP)  ## mini-batches of 10 to 1000, five seeds: a noise ball, or none where the network interpolates
+	@$(BIN)/lplr noise $(OPTIONS)
 
 cifar: $(STAMP)  ## CIFAR-10, five classes: residual network, SGD, three seeds, and a subset's kernel (needs DATA=)
 	@$(BIN)/lplr cifar $(OPTIONS)

@@ -303,6 +303,32 @@ SCHEMA: dict[str, Entry] = {
         "step size η, of the first step where it moves; NaN where unknown",
         Values(least=0.0, above=True, finite=True),
     ),
+    "sample_grad_sq_norm": Entry(
+        ("probe",),
+        "L² / parameter²",
+        "(1/n) Σ ‖G_i‖² with G_i = (n/s) ∇ℓ_i, the gradients whose mean is ∇L, from diagonal blocks of Θ in float64",
+        NON_NEGATIVE,
+    ),
+    "sample_kernel_max": Entry(("probe",), KERNEL, "largest λ_max of the c × c blocks Θ_ii", NON_NEGATIVE),
+    "batch_decrease": Entry(
+        ("probe",), LOSS, "mean of L(θ_t - η g_B) - L(θ_t) over batches B drawn without replacement, in float64"
+    ),
+    "batch_decrease_error": Entry(
+        ("probe",),
+        LOSS,
+        "half the width of an empirical Bernstein interval at 95 % around it; 0 where every batch was tried",
+        NON_NEGATIVE,
+    ),
+    "batch_size": Entry((), "samples", "samples of a mini-batch; absent: all data in every step", COUNT),
+    "batches_independent": Entry(
+        (), "1", "1 where each batch was drawn anew, 0 where a pass over the data uses every sample once", FLAG
+    ),
+    "path_budget": Entry(
+        (),
+        "parameter",
+        "R, below which the step rule was to hold the length of the path Σ η_t ‖∇L_t‖; absent: no budget",
+        Values(least=0.0, above=True, finite=True),
+    ),
     "n": Entry((), "samples", "training samples", COUNT),
     "c": Entry((), "outputs", "outputs per sample", COUNT),
     "p": Entry((), "parameters", "parameters", COUNT),
@@ -343,9 +369,20 @@ SINCE_2 = frozenset(
         "interpolation_lipschitz",
         "interpolation_reach",
         "interpolation_steps",
+        "path_budget",
+        "sample_grad_sq_norm",
+        "sample_kernel_max",
+        "batch_decrease",
+        "batch_decrease_error",
+        "batch_size",
+        "batches_independent",
     }
 )
 """Arrays that files of schema 1 do not hold."""
+
+
+PATH_SHARE = 0.5
+"""Share of what is left of `path_budget` that one step may use up."""
 
 
 INTEGERS = ("epoch", "probe_epoch", "subset_ids", "seen")

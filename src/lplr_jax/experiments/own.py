@@ -19,6 +19,8 @@ from lplr_jax.reports.screen import CONSOLE, say
 from lplr_jax.runs.loop import train
 from lplr_jax.runs.problem import Probes, Problem
 from lplr_jax.runs.snapshots import measure as measure_snapshots
+from lplr_jax.training import rules
+from lplr_jax.training.batches import Sampling
 
 OPTIMIZERS = (
     "sgd",
@@ -115,8 +117,10 @@ def run(
     problem: Annotated[str, tyro.conf.Positional],
     /,
     optimizer: str = "sgd:0.1",
+    step_rule: str | None = None,
     steps: int = 1000,
     batch_size: int | None = None,
+    sampling: Sampling = "reshuffle",
     seed: int = 0,
     probe_every: int | None = None,
     hessian_probes: int = 9,
@@ -135,8 +139,11 @@ def run(
     Args:
         problem: FILE.py:NAME, where NAME is an lplr_jax.Problem, or a function that makes one.
         optimizer: name of an optimiser of optax, its step size, and further settings: sgd:0.05,momentum=0.9.
+        step_rule: rule of the step size in place of the optimiser: fixed:η, sharpness:κ, armijo:σ, polyak:κ, budget:R,
+            loss-scaled or decay:α.
         steps: how many.
         batch_size: samples of a shuffled mini-batch [default: all data in every step].
+        sampling: "reshuffle" for passes in which every sample comes once, "independent" for batches drawn anew.
         seed: of the order of mini-batches and of random subsets.
         probe_every: steps between kernel probes [default: a fortieth of the run].
         hessian_probes: probes, evenly spread, at which the Hessian's extremes are measured.
@@ -151,6 +158,10 @@ def run(
     kept = {"hessian": hessian_probes, "search": search_steps, "subset": subset_size, "kernel": kernel, "seed": seed}
     probes = Probes(probe_every, **kept)
     update, rate = make_optimizer(optimizer)
+    said = {"optimizer": optimizer}
+    if step_rule is not None:
+        update, rate = rules.parse(step_rule), math.nan
+        said = {"step_rule": update.text}
     what = load_problem(problem)
     folder = checks.folder("--out", out or Path("runs") / what.name)
     with Following(CONSOLE, FollowConfig(log, tensorboard)) as following, following(what.name, steps) as observer:
@@ -159,12 +170,13 @@ def run(
             update,
             steps=steps,
             batch_size=batch_size,
+            sampling=sampling,
             seed=seed,
             probes=probes,
             out=folder,
             observer=observer,
             learning_rate=rate,
-            config={"optimizer": optimizer},
+            config=said,
             force=force,
             say=say,
         )

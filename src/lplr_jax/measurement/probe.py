@@ -20,6 +20,7 @@ from lplr_jax.files import atomic_write
 from lplr_jax.losses import Objective
 from lplr_jax.measurement.closing import closing_arrays
 from lplr_jax.measurement.kernel import kernel_values, recorded_spectra, spectrum_and_energy
+from lplr_jax.measurement.noise import Batches, batch_decrease, sample_noise
 from lplr_jax.measurement.peer import peer_difference, peer_samples
 from lplr_jax.ntk.empirical import Precision, empirical_ntk
 from lplr_jax.ntk.memory import total_memory
@@ -46,6 +47,9 @@ KERNEL_VALUES = (
     "probe_grad_sq_norm",
 )
 """Names in the record of what is measured of the kernel, and of loss and gradient beside it."""
+
+NOISE_VALUES = ("sample_grad_sq_norm", "sample_kernel_max", "batch_decrease", "batch_decrease_error")
+"""Names of what is measured of mini-batches."""
 
 
 Epochs = Collection[int] | Callable[[int], bool]
@@ -76,6 +80,7 @@ class KernelProbe:
         spectrum_epochs: Epochs = (),
         save_to: Path | None = None,
         most_bytes: int | None = None,
+        batches: Batches | None = None,
     ) -> None:
         """Set up.
 
@@ -90,7 +95,9 @@ class KernelProbe:
             spectrum_epochs: at which probes the whole spectrum is kept.
             save_to: where to keep the parameters of every probe.
             most_bytes: of kernels that are kept for the pairs of probes; None for a third of the machine's memory.
+            batches: mini-batches whose noise is measured; None for none.
         """
+        self._batches = batches
         self._most_bytes = total_memory() // 3 if most_bytes is None else most_bytes
         self._full = False
         self._objective, self._x, self._y = objective, x, y
@@ -112,6 +119,8 @@ class KernelProbe:
         values: dict[str, float] = dict.fromkeys(KERNEL_VALUES, math.nan)
         if self._subset is not None:
             values["ntk_min_eig_subset"] = math.nan
+        if self._batches is not None:
+            values |= dict.fromkeys(NOISE_VALUES, math.nan)
         with self._losing("kernel", KERNEL_LOST, epoch, values):
             values |= self._measure_kernel(params, epoch)
         if _among(epoch, self._hessian_epochs):
@@ -141,6 +150,11 @@ class KernelProbe:
         theta = linalg.as_symmetric(np.asarray(empirical_ntk(apply_fn, params, self._x, kernel=self._kernel)))
         point = diagnostics.evaluate_point(apply_fn, params, self._x, self._y, loss=self._objective.loss)
         values = kernel_values(apply_fn, params, self._x, theta, point)
+        if self._batches is not None:
+            n, c = point.gradient.shape
+            values |= sample_noise(theta, point.gradient, self._objective.scale(n, c))
+            if math.isfinite(self._batches.learning_rate):
+                values |= batch_decrease(self._objective, params, self._x, self._y, self._batches)
         values["ntk_effective_rank"] = diagnostics.effective_rank(theta)
         if self._subset is not None:
             block = diagnostics.principal_block(theta, self._subset, point.gradient.shape[1])

@@ -10,13 +10,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from lplr_jax import checks, theory
+from lplr_jax.measurement.noise import Batches
 from lplr_jax.measurement.probe import KernelProbe
 from lplr_jax.records import Record
 from lplr_jax.runs import folder as run_folder
@@ -27,7 +29,9 @@ from lplr_jax.runs.problem import MOST, Probes, Problem, kernel_probe
 from lplr_jax.runs.recorder import Probe, Recorder
 from lplr_jax.runs.session import Observer, Say
 from lplr_jax.theory import Verdict
-from lplr_jax.training import BatchSteps, Metrics, State, batches_of, evaluate, init_state, train_epochs
+from lplr_jax.training import BatchSteps, Metrics, State, StepRule, batches_of, evaluate, init_state, train_epochs
+from lplr_jax.training.batches import Sampling
+from lplr_jax.training.rules import check_loss, rule_numbers
 from lplr_jax.types import Params
 
 Advance = Callable[[Any, int], tuple[Any, Any]]
@@ -248,6 +252,7 @@ def train(
     *,
     steps: int,
     batch_size: int | None = None,
+    sampling: Sampling = "reshuffle",
     seed: int = 0,
     probes: Probes = Probes(),  # noqa: B008  # a frozen value
     out: str | Path | None = None,
@@ -265,6 +270,8 @@ def train(
         steps: how many.
         batch_size: samples of a shuffled mini-batch; None, or n, for all data in every step. With mini-batches loss
             and gradient of all data are measured at the first step of every pass, and at the one after it.
+        sampling: "reshuffle" for passes in which every sample comes once, or "independent" for batches that are each
+            drawn anew without replacement, which the statements on noise are about.
         seed: of the order of mini-batches.
         probes: what is measured at probes, and when.
         out: folder in which the run survives, and is resumed bit for bit by the same call.
@@ -291,9 +298,17 @@ def train(
     checks.instance("problem", problem, Problem, "as lplr_jax.Problem makes one")
     checks.instance("probes", probes, Probes, "as lplr_jax.Probes makes one")
     checks.whole("steps", steps, least=1, most=MOST["epochs"])
+    check_loss(optimizer, problem.loss.name)
     size = problem.n if batch_size is None else checks.whole("batch_size", batch_size, least=1, most=problem.n, of="n")
     whole = batches_of(problem.n, size) == 1
+    checks.one_of("sampling", sampling, get_args(Sampling))
     settings = {"steps": steps, "seed": seed, "batch_size": None if whole else size}
+    if not whole and sampling != "reshuffle":
+        settings["sampling"] = sampling
+    rate = rule_numbers(optimizer).get("learning_rate", np.asarray(learning_rate))
+    batches = None if whole else Batches(size, float(rate), seed)
+    drawn = {} if whole else {"batch_size": size, "batches_independent": int(sampling == "independent")}
+    drawn = {name: np.asarray(value) for name, value in drawn.items()}
     whole_config = {
         **(config or {}),
         **settings,
@@ -307,7 +322,7 @@ def train(
     state = init_state(initial, optimizer, seed=seed)
 
     def make(checkpoints: Checkpoints | None) -> Record:
-        probe, samples = kernel_probe(problem, probes, steps=at)
+        probe, samples = kernel_probe(problem, probes, steps=at, batches=batches)
         common = {"objective": objective, "optimizer": optimizer}
         if whole:
             pieces = _lengths(at)
@@ -317,7 +332,7 @@ def train(
             at_point = partial(evaluate, batch=batch, initial=initial, objective=objective)
             where = {}
         else:
-            stepper = BatchSteps(batch, initial, batch_size=size, **common)
+            stepper = BatchSteps(batch, initial, batch_size=size, sampling=sampling, **common)
             advance, at_point = stepper.advance, stepper.evaluate
             where = {"measured": stepper.measured, "dense": False}
         return run_and_record(
@@ -327,7 +342,7 @@ def train(
             probes_at=at,
             advance=advance,
             evaluate=at_point,
-            numbers={**samples, **problem.numbers(learning_rate)},
+            numbers={**samples, **problem.numbers(learning_rate), **rule_numbers(optimizer), **drawn},
             config=whole_config,
             search_steps=probes.search,
             seed=probes.seed,
@@ -346,8 +361,12 @@ def train(
 def optimizer_digest(optimizer: optax.GradientTransformation, params: Params) -> str:
     """Return the SHA-256 of what an optimiser does, its jaxpr, and of the state it begins with."""
     checks.instance("optimizer", optimizer, optax.GradientTransformation, "such as optax.sgd(0.1)")
-    state = optimizer.init(params)
-    closed = jax.make_jaxpr(optimizer.update)(params, state, params)
+    state, update = optimizer.init(params), optimizer.update
+    if isinstance(optimizer, StepRule):  # any loss will do: what is told apart is the rule
+        seen = {"value": jnp.zeros(()), "value_fn": lambda q: optax.tree.norm(q, squared=True)}
+        losses = {"losses_fn": lambda q: jnp.zeros(1)} if optimizer.losses else {}
+        update = lambda g, s, q: optimizer.update(g, s, q, grad=g, **seen, **losses)  # noqa: E731
+    closed = jax.make_jaxpr(update)(params, state, params)
     text = hashlib.sha256(f"{closed.jaxpr}".encode())
     for leaf in [*jax.tree.leaves(state), *closed.consts]:
         text.update(np.asarray(leaf).tobytes())

@@ -15,6 +15,7 @@ import numpy as np
 
 from lplr_jax import checks, diagnostics, parameters
 from lplr_jax.losses import Loss, Objective, Squared
+from lplr_jax.measurement.noise import Batches
 from lplr_jax.measurement.probe import KernelProbe
 from lplr_jax.ntk.empirical import Precision, check_kernel_name
 from lplr_jax.ntk.memory import bytes_of, total_memory
@@ -327,6 +328,7 @@ def kernel_probe(
     taken: Collection[int] = (),
     ending: Callable[[], bool] = lambda: False,
     save_to: Path | None = None,
+    batches: Batches | None = None,
 ) -> tuple[KernelProbe, dict[str, np.ndarray]]:
     """Return what measures a problem at its probes, and the record's arrays that say of which samples.
 
@@ -337,6 +339,7 @@ def kernel_probe(
         taken: steps probed so far, kept by the caller, where they are not known.
         ending: whether the probe at hand is the last one, where they are not known.
         save_to: where to keep the parameters of every probe.
+        batches: mini-batches whose noise is measured, where the kernel is of all samples; None for none.
     """
     subset, beside = probes.ids(problem, "subset"), probes.ids(problem, "beside")
     if subset is not None and beside is not None:
@@ -368,5 +371,6 @@ def kernel_probe(
         hessian_precision=probes.hessian_precision,
         spectrum_epochs=when(probes.spectrum),
         save_to=save_to,
+        batches=batches if subset is None else None,
     )
     return probe, said

@@ -98,7 +98,8 @@ def measure(evidence: "Evidence") -> Method:
     if (resolved & (size <= 0)).any():
         worst, step = at(resolved & (size <= 0), -size)
         return method("other", f"the update is along +∇L: η = {-worst:.3g} at step {step}")
-    stays = _stays(seen & np.isinf(rounding), resolved, size, length, rounding, gradient)
+    still = seen & np.isinf(rounding) & ~_spent(evidence, np.where(resolved, size, 0.0) * length)
+    stays = _stays(still, resolved, size, length, rounding, gradient)
     if stays.any():
         _, step = at(stays, length)
         return method("other", f"θ does not move at step {step}, where ∇L is not 0")
@@ -109,6 +110,12 @@ def measure(evidence: "Evidence") -> Method:
     first, last = sorted((int(places[np.argmax(low)]), int(places[np.argmin(high)])))
     moved = f"η moved from {size[first]:.4g} at step {evidence.steps[first]} to "
     return method("gradient descent", f"{moved}{size[last]:.4g} at step {evidence.steps[last]}")
+
+
+def _spent(evidence: "Evidence", lengths: Float[np.ndarray, " t"]) -> Bool[np.ndarray, " t"]:
+    """Return where a budget of the path that the steps were to keep is used up, to a thousandth."""
+    budget = evidence.number("path_budget")
+    return np.cumsum(lengths) >= (1 - 1e-3) * budget if np.isfinite(budget) else np.zeros(lengths.size, bool)
 
 
 def _stays(

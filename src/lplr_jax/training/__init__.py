@@ -14,6 +14,8 @@ from lplr_jax.training.batches import (
     shuffled_epoch,
     train_batches,
 )
+from lplr_jax.training.rules import StepRule
+from lplr_jax.training.rules import parse as step_rule
 from lplr_jax.training.steps import (
     EpochMetrics,
     ExactMetrics,
@@ -42,6 +44,7 @@ __all__ = [
     "ShuffledState",
     "State",
     "StepMeasures",
+    "StepRule",
     "TrainState",
     "batches_of",
     "evaluate",
@@ -52,6 +55,7 @@ __all__ = [
     "metrics_of",
     "momentum_sgd",
     "shuffled_epoch",
+    "step_rule",
     "train_batches",
     "train_epochs",
     "train_step",

@@ -71,8 +71,15 @@ def shuffled_epoch(
     x, y = data
     n = y.shape[0]
     if batches_of(n, batch_size) == 1:
-        _, gradient = objective.value_and_gradient(state.params, x, y)
-        params, opt_state = descend(state.params, state.opt_state, gradient, optimizer)
+        value, gradient = objective.value_and_gradient(state.params, x, y)
+        params, opt_state = descend(
+            *state[:2],
+            gradient,
+            optimizer,
+            value=value,
+            value_fn=lambda q: objective.value(q, x, y),
+            losses_fn=lambda q: objective.loss.per_sample(*objective.rows(q, x, y)),
+        )
         return State(params, opt_state, state.key, state.step + 1)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     body = _batch_step(data, objective=objective, optimizer=optimizer)
@@ -81,7 +88,13 @@ def shuffled_epoch(
     return State(params, opt_state, state.key, state.step + 1)
 
 
-@partial(jax.jit, static_argnames=("objective", "optimizer", "batch_size", "steps"), donate_argnames=("state",))
+Sampling = Literal["reshuffle", "independent"]
+"""Passes in which every sample comes once, or batches that are each drawn anew, without replacement within one."""
+
+
+@partial(
+    jax.jit, static_argnames=("objective", "optimizer", "batch_size", "steps", "sampling"), donate_argnames=("state",)
+)
 def train_batches(
     state: State,
     data: tuple[Any, Any],
@@ -90,6 +103,7 @@ def train_batches(
     optimizer: optax.GradientTransformation,
     batch_size: int,
     steps: int,
+    sampling: Sampling = "reshuffle",
 ) -> State:
     """Take steps on shuffled mini-batches, within one pass over the data; the state's buffers are donated.
 
@@ -102,18 +116,29 @@ def train_batches(
         optimizer: an optax transformation, updated once a batch.
         batch_size: samples of a batch.
         steps: how many; the caller sees to it that they do not pass the end of the pass.
+        sampling: "independent" draws the batch of step t from the seed's key and t alone, b of n without replacement.
 
     Returns:
         The state after them.
     """
     n = data[1].shape[0]
     count = batches_of(n, batch_size)
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step // count)
+    whole_key = jax.random.wrap_key_data(state.key)
+    body = _batch_step(data, objective=objective, optimizer=optimizer)
+    if sampling == "independent":
+
+        def drawn(carry: tuple[Params, optax.OptState], step: Array) -> tuple[tuple[Params, optax.OptState], None]:
+            rows = jax.random.choice(jax.random.fold_in(whole_key, step), n, (batch_size,), replace=False)
+            return body(carry, (rows, jnp.ones(batch_size, jnp.float32)))
+
+        places = state.step + jnp.arange(steps, dtype=state.step.dtype)
+        (params, opt_state), _ = jax.lax.scan(drawn, (state.params, state.opt_state), places)
+        return State(params, opt_state, state.key, state.step + steps)
+    key = jax.random.fold_in(whole_key, state.step // count)
     order, weights = _filled(jax.random.permutation(key, n), batch_size)
     start = state.step % count
     cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=steps)
     batches = (cut(order), cut(weights))
-    body = _batch_step(data, objective=objective, optimizer=optimizer)
     (params, opt_state), _ = jax.lax.scan(body, (state.params, state.opt_state), batches)
     return State(params, opt_state, state.key, state.step + steps)
 
@@ -123,15 +148,25 @@ def _batch_step(
 ) -> Callable[[tuple[Params, optax.OptState], tuple[Array, Array]], tuple[tuple[Params, optax.OptState], None]]:
     """Return the body of a scan over batches: rows of the data, and their weights."""
     x, y = data
-    gradient_of = plain_convolutions(jax.grad(partial(objective.batch_value, n=y.shape[0])))
+    value_of = partial(objective.batch_value, n=y.shape[0])
+    gradient_of = plain_convolutions(jax.value_and_grad(value_of))
 
     def body(
         carry: tuple[Params, optax.OptState], batch: tuple[Array, Array]
     ) -> tuple[tuple[Params, optax.OptState], None]:
         rows, weights = batch
+        inputs, targets, weights = jax.tree.map(lambda a: a[rows], x), y[rows], weights.astype(y.dtype)
         with jax.default_matmul_precision("highest"):
-            gradient = gradient_of(carry[0], jax.tree.map(lambda a: a[rows], x), y[rows], weights.astype(y.dtype))
-        return descend(*carry, gradient, optimizer), None
+            value, gradient = gradient_of(carry[0], inputs, targets, weights)
+        return descend(
+            *carry,
+            gradient,
+            optimizer,
+            value=value,
+            value_fn=lambda q: value_of(q, inputs, targets, weights),
+            # What fills a batch up repeats its first sample, which the mean of the losses can bear.
+            losses_fn=lambda q: objective.loss.per_sample(*objective.rows(q, inputs, targets)),
+        ), None
 
     return body
 
@@ -331,11 +366,13 @@ class BatchSteps:
         optimizer: optax.GradientTransformation,
         batch_size: int,
         micro_batch: int | None = None,
+        sampling: Sampling = "reshuffle",
     ) -> None:
-        """Set up; see `MiniBatches`."""
+        """Set up; see `MiniBatches` and `train_batches`."""
         n = data[1].shape[0]
         self._count = batches_of(n, batch_size)
-        self._train = partial(train_batches, data=data, objective=objective, optimizer=optimizer, batch_size=batch_size)
+        settings = {"objective": objective, "optimizer": optimizer, "batch_size": batch_size, "sampling": sampling}
+        self._train = partial(train_batches, data=data, **settings)
         self._exact = partial(
             _evaluate_exactly, data=data, initial=initial, objective=objective, micro_batch=micro_batch or min(n, 1024)
         )

@@ -3,6 +3,7 @@
 Each quantity of a step is taken from the gradient that the step needs anyway.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from lplr_jax import checks
 from lplr_jax.losses import Objective
+from lplr_jax.training.rules import StepRule
 from lplr_jax.types import Params
 
 _OPTAX = "such as optax.sgd(0.1)"
@@ -153,16 +155,41 @@ def train_step(
     checks.instance("objective", objective, Objective, OBJECTIVE)
     checks.instance("optimizer", optimizer, optax.GradientTransformation, _OPTAX)
     loss, gradient = objective.value_and_gradient(state.params, *batch)
-    params, opt_state = descend(state.params, state.opt_state, gradient, optimizer)
+    seen = {"value": loss, "value_fn": lambda q: objective.value(q, *batch)}
+    losses_fn = lambda q: objective.loss.per_sample(*objective.rows(q, *batch))  # noqa: E731
+    params, opt_state = descend(state.params, state.opt_state, gradient, optimizer, **seen, losses_fn=losses_fn)
     metrics = metrics_of(loss, gradient, state.params, initial, measure_step(state.params, gradient, params))
     return State(params, opt_state, state.key, state.step + 1), metrics
 
 
 def descend(
-    params: Params, opt_state: optax.OptState, gradient: Params, optimizer: optax.GradientTransformation
+    params: Params,
+    opt_state: optax.OptState,
+    gradient: Params,
+    optimizer: optax.GradientTransformation,
+    *,
+    value: Array,
+    value_fn: Callable[[Params], Array],
+    losses_fn: Callable[[Params], Array],
 ) -> tuple[Params, optax.OptState]:
-    """Return parameters and optimiser state after one update."""
-    updates, opt_state = optimizer.update(gradient, opt_state, params)
+    """Return parameters and optimiser state after one update.
+
+    Args:
+        params: θ.
+        opt_state: the optimiser's state.
+        gradient: ∇L(θ), or that of a batch.
+        optimizer: an optax transformation; one with extra arguments is handed `value`, `grad` and `value_fn`.
+        value: the loss at θ, of the same samples.
+        value_fn: from θ to that loss; costs nothing where the optimiser does not call it.
+        losses_fn: from θ to the losses of these samples, for a `StepRule` that asks for them.
+    """
+    extra: dict[str, Any] = {}
+    if isinstance(optimizer, optax.GradientTransformationExtraArgs):
+        extra = {"value": value, "grad": gradient, "value_fn": value_fn}
+        if isinstance(optimizer, StepRule) and optimizer.losses:
+            extra["losses_fn"] = losses_fn
+    with jax.default_matmul_precision("highest"):
+        updates, opt_state = optimizer.update(gradient, opt_state, params, **extra)
     return optax.apply_updates(params, updates), opt_state
 
 

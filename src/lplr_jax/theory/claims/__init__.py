@@ -14,6 +14,7 @@ from lplr_jax.theory.claims.floor_pl import FLOOR_PL
 from lplr_jax.theory.claims.linear_rate import LINEAR_RATE
 from lplr_jax.theory.claims.local_pl import LOCAL_PL
 from lplr_jax.theory.claims.lqcr import LQCR
+from lplr_jax.theory.claims.noise import NOISE
 from lplr_jax.theory.claims.ntk_lipschitz import NTK_LIPSCHITZ
 from lplr_jax.theory.claims.ntk_positive import NTK_POSITIVE
 from lplr_jax.theory.claims.path import PATH
@@ -37,6 +38,7 @@ _ALL = (
     DESCENT,
     PATH,
     FLOOR_PL,
+    NOISE,
 )
 
 REGISTRY: Mapping[str, Claim] = {claim.id: claim for claim in _ALL}

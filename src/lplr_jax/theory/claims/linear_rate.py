@@ -9,8 +9,10 @@ from jaxtyping import Float, Int
 from lplr_jax.theory.claims.claim import Claim, Rests
 from lplr_jax.theory.claims.descent import descent
 from lplr_jax.theory.claims.example import linear_regression
+from lplr_jax.theory.claims.held import held
 from lplr_jax.theory.claims.local_pl import mu_lower
-from lplr_jax.theory.evidence import HESSIAN_ERROR, LOSS_UNITS, Evidence
+from lplr_jax.theory.claims.moving_step import moving_rate
+from lplr_jax.theory.evidence import HESSIAN_ERROR, Evidence
 from lplr_jax.theory.method import NOT_SEEN
 from lplr_jax.theory.verdict import NAN, Outcome, Verdict, factor, weakest
 
@@ -18,17 +20,22 @@ from lplr_jax.theory.verdict import NAN, Outcome, Verdict, factor, weakest
 def linear_rate(evidence: Evidence) -> Verdict:
     """Theorem 5.7: L_t <= (1 - η μ)^t L_0 where μ > 0, η <= 1/β and every iterate stays in the region.
 
-    The method is read off the steps of the run: "not applicable" where they are not -η ∇L with one η, and where a
-    hypothesis is refuted; "undecided" where no step was seen; "refuted" where the descent lemma or the bound fails on
-    the run. "proved" needs every step seen. `measured` and `bound` belong to the bound that decides.
+    The method is read off the steps of the run: "not applicable" where they are not along -∇L, and where a hypothesis
+    is refuted; "undecided" where no step was seen; "refuted" where the descent lemma or the bound fails on the run.
+    "proved" needs every step seen. `measured` and `bound` belong to the bound that decides.
+
+    Where η_t moves, a product of ours stands for the power: L_T <= L_0 Π (1 - 2 a_t η_t μ_t)_+ with the a_t of
+    `descent` and μ_t = λ_min(θ_t)/s; "not applicable" where a loss rises, or where a budget of the path decided steps.
     """
     reference, method = "Theorem 5.7", evidence.method
     note = "the theorem is about gradient descent with a fixed step; "
     if not method.total:
         return Verdict("linear_rate", reference, "not applicable", note=f"{note}no step was taken")
-    if method.kind == "other" or (method.kind == "gradient descent" and not method.fixed):
+    if method.kind == "other":
         return Verdict("linear_rate", reference, "not applicable", note=note + method.note)
     mu = mu_lower(evidence)
+    if method.kind == "gradient descent" and not method.fixed:
+        return moving_rate(evidence, mu / evidence.s, _containment(evidence), _law(evidence))
     step, lemma = _step_size(evidence), descent(evidence)
     bounds = tuple(_capped(part, evidence) for part in _bounds(evidence, mu / evidence.s))
     parts = (step, lemma, *_containment(evidence), *bounds, _law(evidence))
@@ -131,30 +138,6 @@ def _containment(evidence: Evidence) -> tuple[Verdict, ...]:
     return (part,)
 
 
-def _held(
-    evidence: Evidence, name: str, bound: Float[np.ndarray, " k"], at: Int[np.ndarray, " k"], proof: bool, note: str
-) -> Verdict:
-    """Hold the losses at the positions `at` against a curve; the first that breaks it is shown, or the last."""
-    loss, noise = evidence.series("loss")[at], evidence.loss_noise[at]
-    slack = 2 * noise + 2 * noise[0]
-    broken, open_ = np.flatnonzero(loss > bound + slack), ~np.isfinite(bound + slack)
-    worst = int(broken[0]) if broken.size else bound.size - 1
-    outcome: Outcome = (
-        "refuted" if broken.size else "undecided" if open_.any() else "proved" if proof else "not refuted"
-    )
-    return Verdict(
-        name,
-        "Theorem 5.7",
-        outcome,
-        measured=float(loss[worst]),
-        bound=float(bound[worst]),
-        margin=factor(float(loss[worst]), float(bound[worst])),
-        step=int(evidence.steps[at[worst]]),
-        units=LOSS_UNITS,
-        note=note,
-    )
-
-
 def _bounds(evidence: Evidence, theorem: float) -> tuple[Verdict, ...]:
     """Return L_t <= Π (1 - η μ) L_0 for the μ of the theorem, of the kernel at probes, of the envelope, and ours."""
     loss, eta, regime = evidence.series("loss"), evidence.eta, evidence.summary.regime
@@ -171,17 +154,17 @@ def _bounds(evidence: Evidence, theorem: float) -> tuple[Verdict, ...]:
     if theorem > 0:
         note = f"L_t <= (1 - η μ)^t L_0{seen} with μ = {theorem:.4g} in units of L"
         note += f", {theorem * evidence.s:.4g} for the sum loss"
-        parts.append(_held(evidence, "bound_theorem", power(theorem, at), at, True, note))
+        parts.append(held(evidence, "bound_theorem", power(theorem, at), at, True, note))
     least = evidence.probe("ntk_min_eig") / evidence.probe_scale
     pointwise = float(np.nanmin(least)) if np.isfinite(least).any() else NAN
     if pointwise > 0:
         note = f"L_t <= (1 - η μ)^t L_0 with the least λ_min(θ_t)/s of the probes, {pointwise:.4g} in units of L"
-        parts.append(_held(evidence, "bound_pointwise", power(pointwise, at), at, False, note))
+        parts.append(held(evidence, "bound_pointwise", power(pointwise, at), at, False, note))
     envelope = evidence.summary.envelope[0]
     inside = at[(at >= regime.start) & (at < regime.stop)] if regime.stop else at[:0]
     if inside.size and envelope > 0:
         note = f"the same form on the regime with the measured envelope, {envelope:.4g} in units of L"
-        parts.append(_held(evidence, "bound_envelope", power(envelope, inside), inside, False, note))
+        parts.append(held(evidence, "bound_envelope", power(envelope, inside), inside, False, note))
     return (*parts, *_refined(evidence, theorem, pointwise))
 
 
@@ -204,7 +187,7 @@ def _refined(evidence: Evidence, theorem: float, pointwise: float) -> tuple[Verd
         f"ours, not the paper's: L_t <= Π (1 - η ρ_t/s) L_0, ρ_t = rᵀΘr/‖r‖² the residual-weighted spectrum; "
         f"{1 - mean:.8f} per epoch in the mean{against}; along this run alone"
     )
-    return (_held(evidence, "refined", curve, at, False, note),)
+    return (held(evidence, "refined", curve, at, False, note),)
 
 
 def _law(evidence: Evidence) -> Verdict:
