@@ -107,24 +107,6 @@ SCHEMA: dict[str, Entry] = {
     "probe_epoch": Entry(("probe",), "steps", "step number of each kernel probe, one of `epoch`", PLACE),
     "probe_loss": Entry(("probe",), LOSS, "L(θ_t) evaluated in float64"),
     "probe_grad_sq_norm": Entry(("probe",), "L² / parameter²", "‖∇L(θ_t)‖² evaluated in float64", NON_NEGATIVE),
-    "probe_loss_error": Entry(
-        ("probe",), LOSS, "proved bound on |probe_loss - L(θ_t)|; NaN where none is known", NON_NEGATIVE
-    ),
-    "probe_grad_sq_norm_error": Entry(
-        ("probe",),
-        "L² / parameter²",
-        "proved bound on |probe_grad_sq_norm - ‖∇L(θ_t)‖²|; NaN where none is known",
-        NON_NEGATIVE,
-    ),
-    "probe_step_size": Entry(
-        ("probe",),
-        "parameter² / L",
-        "η of the step that was tried from θ_t in float64, beside the run's own; NaN: none",
-    ),
-    "probe_step_loss": Entry(("probe",), LOSS, "L(θ_t - η ∇L_t) of that step, in float64"),
-    "probe_step_loss_error": Entry(
-        ("probe",), LOSS, "proved bound on the error of probe_step_loss; NaN where none is known", NON_NEGATIVE
-    ),
     "ntk_min_eig": Entry(("probe",), KERNEL, "λ_min of the full (n c, n c) kernel"),
     "ntk_min_eig_lower": Entry(("probe",), KERNEL, "proved lower bound on λ_min"),
     "ntk_min_eig_upper": Entry(("probe",), KERNEL, "proved upper bound on λ_min"),
@@ -178,38 +160,6 @@ SCHEMA: dict[str, Entry] = {
     "residual_energy_rest": Entry(
         ("probe",), "1", "share of ‖g‖² along the eigenvectors that `spectrum` leaves out", NON_NEGATIVE
     ),
-    "jacobian_shift_upper": Entry(
-        ("probe",), JACOBIAN, "proved upper bound of ‖J_t - J_0‖₂; NaN where none is known", NON_NEGATIVE
-    ),
-    "restart_ratio": Entry(
-        ("probe",),
-        "1",
-        "4 L_J ‖r_t‖ / λ_min(Θ_t) from proved bounds, L_J on the ball of radius 4 ‖r_t‖ / √λ_min around θ_t; inf where "
-        "it overflowed or λ_min is not known to be positive",
-        NON_NEGATIVE,
-    ),
-    "restart_radius": Entry(
-        ("probe",),
-        "parameter",
-        "proved bound of all further motion of gradient descent with η <= 1/β from θ_t; NaN where restart_ratio >= 1",
-        NON_NEGATIVE,
-    ),
-    "restart_smoothness": Entry(
-        ("probe",), "L / parameter²", "proved upper bound of β on the ball of that radius around θ_t", NON_NEGATIVE
-    ),
-    "rsc_cosine": Entry(
-        ("probe",), "1", "|1ᵀΘr| / √(1ᵀΘ1 · rᵀΘr), of restricted strong convexity", Values(least=0.0, most=1.0 + 1e-9)
-    ),
-    "gauss_newton_curvature": Entry(
-        ("probe",), "L / parameter²", "rᵀΘ²r / (s rᵀΘr), the Gauss-Newton curvature along the gradient", NON_NEGATIVE
-    ),
-    "critical_step": Entry(
-        ("probe",),
-        "parameter² / L",
-        "the largest η, to a tenth, for which a step along -∇L_t does not raise the loss; 2 / η is critical sharpness",
-        NON_NEGATIVE,
-    ),
-    "aiming": Entry(("probe",), "1", "⟨∇L_t, θ_t - θ̂⟩ / L_t, θ̂ the certified point of zero loss; 2 for a linear model"),
     "ntk_pair_shift": Entry(
         ("probe", "other_probe"), KERNEL, "‖Θ_s - Θ_t‖₂ for every pair of probes, from below", NON_NEGATIVE
     ),
@@ -244,36 +194,6 @@ SCHEMA: dict[str, Entry] = {
         "R*: proved that L_Θ(R) R < λ_0 for R < R*; NaN where none, inf only where L_Θ = 0",
         NON_NEGATIVE,
     ),
-    "loss_floor_lower": Entry(
-        (),
-        LOSS,
-        "proved lower bound of L at every θ: what samples with equal inputs and unlike targets leave",
-        NON_NEGATIVE,
-    ),
-    "interpolation_distance": Entry(
-        (), "parameter", "‖θ̃ - θ_0‖₂ of the point θ̃ near which a zero loss is sought", NON_NEGATIVE
-    ),
-    "interpolation_from_end": Entry((), "parameter", "‖θ̃ - θ_T‖₂", NON_NEGATIVE),
-    "interpolation_residual": Entry(
-        (),
-        "output",
-        "‖f(θ̃) - y‖₂: a proved upper bound where interpolation_lipschitz is there, else as computed",
-        NON_NEGATIVE,
-    ),
-    "interpolation_min_eig": Entry((), KERNEL, "λ_min(Θ(θ̃)): a proved lower bound, likewise"),
-    "interpolation_lipschitz": Entry(
-        (),
-        "output / parameter²",
-        "L_J: proved Lipschitz constant of the Jacobian on the ball of radius interpolation_reach around θ̃; NaN: none",
-        NON_NEGATIVE,
-    ),
-    "interpolation_reach": Entry(
-        (),
-        "parameter",
-        "radius around θ̃ on which interpolation_lipschitz holds, at least t* of the certificate",
-        NON_NEGATIVE,
-    ),
-    "interpolation_steps": Entry((), "steps", "Gauss-Newton steps that led to θ̃", PLACE),
     "parameter_spacing": Entry((), "parameter", "2-norm of the spacings of θ_0, each in its own dtype", NON_NEGATIVE),
     "parameter_eps": Entry(
         (),
@@ -346,29 +266,8 @@ SINCE_2 = frozenset(
         "probe_loss_scale",
         "ntk_peer_difference",
         "ntk_max_eig_upper",
-        "probe_loss_error",
-        "probe_grad_sq_norm_error",
-        "probe_step_size",
-        "probe_step_loss",
-        "probe_step_loss_error",
         "spectrum_rest",
         "residual_energy_rest",
-        "jacobian_shift_upper",
-        "restart_ratio",
-        "restart_radius",
-        "restart_smoothness",
-        "rsc_cosine",
-        "gauss_newton_curvature",
-        "critical_step",
-        "aiming",
-        "loss_floor_lower",
-        "interpolation_distance",
-        "interpolation_from_end",
-        "interpolation_residual",
-        "interpolation_min_eig",
-        "interpolation_lipschitz",
-        "interpolation_reach",
-        "interpolation_steps",
         "path_budget",
         "sample_grad_sq_norm",
         "sample_kernel_max",

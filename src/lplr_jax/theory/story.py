@@ -12,6 +12,10 @@ from lplr_jax.theory.verdict import Verdict, any_inconsistent
 LINES = 6
 """Lines that a story has at most."""
 OURS = "ours, not the paper's"
+_CONTAINED = {
+    "proved": " That it stays near θ_0 is proved from θ_0 alone (containment).",
+    "refuted": " From θ_0 alone it does not follow: the Jacobian moves too far (containment is refuted).",
+}
 
 
 def story(verdicts: Sequence[Verdict], record: Record) -> tuple[str, ...]:
@@ -41,7 +45,7 @@ def story(verdicts: Sequence[Verdict], record: Record) -> tuple[str, ...]:
         _conclusions(by),
         _steps(by["descent"], word),
         _decrease(by["floor_pl"], window, word),
-        _path(by["path"]),
+        _path(by["path"], by["containment"]),
         _rest(by, window),
     )
 
@@ -94,13 +98,14 @@ def _decrease(verdict: Verdict, window: Window | None, word: str) -> str:
     )
 
 
-def _path(verdict: Verdict) -> str:
+def _path(verdict: Verdict, containment: Verdict) -> str:
     if not verdict.met:
         return f"Whether a time budget explains the path is {_open(verdict)} ({OURS}): {verdict.note}."
     length = verdict.part("length")
     return (
         f"The path stays within its time budget ({OURS}): length {length.measured:.3g} is {_of(length)} of the budget "
         f"{verdict.bound:.3g}, drift {verdict.measured:.3g} is {_of(verdict)} of it, without any PL constant."
+        f"{_CONTAINED.get(containment.outcome, '')}"
     )
 
 

@@ -9,6 +9,7 @@ from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
 from lplr_jax.theory.claims.claim import Claim, Rests
 from lplr_jax.theory.claims.compatibility import COMPATIBILITY
 from lplr_jax.theory.claims.consistency import CONSISTENCY
+from lplr_jax.theory.claims.containment import CONTAINMENT
 from lplr_jax.theory.claims.decrease import DESCENT
 from lplr_jax.theory.claims.floor_pl import FLOOR_PL
 from lplr_jax.theory.claims.linear_rate import LINEAR_RATE
@@ -38,6 +39,7 @@ _ALL = (
     DESCENT,
     PATH,
     FLOOR_PL,
+    CONTAINMENT,
     NOISE,
 )
 
