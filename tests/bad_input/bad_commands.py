@@ -84,7 +84,8 @@ def options_of(command):
     for field in dataclasses.fields(CONFIGS[command]):
         kind, flag = str(field.type), option(field.name)
         if "Literal" in kind or field.name in ("loss_scale", "hessian_precision", "source", "activation", "init"):
-            values, message = ("magic", "", "HE", "3"), rf"{flag}|invalid choice"
+            # A word, or an integer where one is taken as well.
+            values, message = ("magic", "", "HE", *(() if "int" in kind else ("3",))), rf"{flag}|invalid choice"
         elif "bool" in kind:
             values, message = ("maybe", "2"), "Unrecognized options: (maybe|2)"
         elif "float" in kind:

@@ -250,7 +250,7 @@ def test_the_strip_of_verdicts_takes_the_lines_it_needs():
     one = theory.verify(run_record())
     claims = [f"claim_number_{index}" for index in range(16)]
     many = [dataclasses.replace(one[index % len(one)], claim=claim) for index, claim in enumerate(claims)]
-    for verdicts, least, most in ((one, 1, 1), (many, 2, 3), (many * 4, 7, 10)):
+    for verdicts, least, most in ((one, 1, 2), (many, 2, 3), (many * 4, 7, 10)):
         with styled():
             figure, panels = grid(4, 11, 9)
             verdict_strip(figure, verdicts)

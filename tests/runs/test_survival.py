@@ -60,7 +60,8 @@ def assert_same(folder, record):
         assert found[name].tobytes() == array.tobytes(), name
     assert found.checksum() == record.checksum()
     left = {path.name for path in folder.iterdir()}
-    assert left == {"record.npz", "config.json", "probes", "figures"}, "nothing half-written, no checkpoint, no lock"
+    whole = {"record.npz", "config.json", "report.html", "probes", "figures"}
+    assert left == whole, "nothing half-written, no checkpoint, no lock"
     assert not list(folder.rglob(f"*{HALF}*"))
 
 
