@@ -16,7 +16,8 @@ from lplr_jax.measurement.probe import KernelProbe
 from lplr_jax.measurement.spacing import parameter_eps, parameter_spacing
 from lplr_jax.models import MLP
 from lplr_jax.ntk import empirical_ntk
-from lplr_jax.proofs.ball import Anchor
+from lplr_jax.proofs.ball import Anchor, Layer
+from lplr_jax.proofs.rounding import ACTIVATIONS
 
 N, D = 6, 4
 RNG = np.random.default_rng(0)
@@ -225,8 +226,9 @@ def test_smoothness_of_an_affine_model_is_attained():
 @pytest.mark.parametrize("curvature", [0.25, 0.5, 1.0])
 def test_smoothness_on_a_ball_follows_the_curvature(curvature):
     """β <= (κ B² + L_J (‖g_0‖ + κ B R))/s, written out from the bounds of J and its Lipschitz constant."""
-    one = np.ones(1)
-    base = Anchor((one, one), (one, one), (one, one), (1.0, 1.0), (0.25, 0.25), 3.0, 2.0, 5.0, curvature)
+    one, entry = np.ones(1), np.ones((1, 1))
+    layer = Layer(one, one, entry, entry, 0 * one, 1.0, ACTIVATIONS["softplus"])
+    base = Anchor((layer, layer), 3.0, 2.0, 5.0, curvature)
     ball = base.on_ball(0.5)
     g = 2.0 + curvature * ball.jacobian * 0.5
     expected = (curvature * ball.jacobian**2 + ball.jacobian_lipschitz * g) / 5

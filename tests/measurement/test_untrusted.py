@@ -254,8 +254,9 @@ def test_closing_measurements_that_are_lost(monkeypatch, undisturbed):
     with pytest.raises(linalg.FAILURES):
         search.pair_shifts([np.eye(3), np.diag([1.0, np.nan, 1.0])])
     monkeypatch.setattr(np.linalg, "norm", fails)
-    one = (np.ones(1),)
-    base = bounds.Anchor(one, one, one, (1.0,), (0.0,), jacobian=1.0, residual=1.0, loss_scale=1.0)
+    one, entry = np.ones(1), np.ones((1, 1))
+    layer = bounds.Layer(one, one, entry, entry, one, 1.0, bounds.ACTIVATIONS["tanh"])
+    base = bounds.Anchor((layer,), jacobian=1.0, residual=1.0, loss_scale=1.0)
     assert base.on_ball(0.5).lipschitz == np.inf, "no norm, no bound"
 
 

@@ -11,8 +11,8 @@ import pytest
 from lplr_jax.linalg import min_eig
 from lplr_jax.models import MLP
 from lplr_jax.ntk import empirical_ntk
-from lplr_jax.proofs import assembly
-from lplr_jax.proofs.assembly import assembly_bound, kernel_factors, spectral_norm_bound
+from lplr_jax.proofs import assembly, dense
+from lplr_jax.proofs.assembly import assembly_bound, dense_network, spectral_norm_bound
 
 U = 2.0**-53
 EXACT = {
@@ -107,8 +107,8 @@ def cancelling(activation, *, depth=4, steep=0.0, last=1.0):
 
 def check_factors(model, params, x, activation, c):
     """Assert that all errors are below their bounds; return the largest ratio for each kind of row."""
-    factors = kernel_factors(model.apply, params, x)
-    assert factors is not None
+    network = dense_network(model.apply, params, x)
+    assert network is not None
     # The error of the factors does not depend on the kernel that is compared with theirs.
     bound = assembly_bound(model.apply, params, x, np.zeros((len(x) * c, len(x) * c)))
     assert bound is not None
@@ -116,7 +116,7 @@ def check_factors(model, params, x, activation, c):
     with mpmath.workdps(50):
         exact = exact_factors(params, x, activation)
         total = mpmath.mpf(0)
-        for at, part in enumerate(reversed(factors)):
+        for at, part in enumerate(network.factors):
             for row, (inputs, deltas) in enumerate(exact):
                 h, delta = (mpmath.matrix(a.tolist()).T for a in (part.h[row // c], part.delta[row]))
                 for kind, error, limit in (
@@ -215,7 +215,7 @@ def test_kernel_in_blocks_gives_the_same_distance(monkeypatch):
     model, params, x = network(n=7, outputs=2)
     theta = np.asarray(empirical_ntk(model.apply, params, x)) + 1e-6 * np.eye(14)
     whole = assembly_bound(model.apply, params, x, theta)
-    monkeypatch.setattr(assembly, "_BLOCK_ENTRIES", 1)
+    monkeypatch.setattr(dense, "_BLOCK_ENTRIES", 1)
     blocks = assembly_bound(model.apply, params, x, theta)
     assert whole is not None
     assert blocks is not None
@@ -263,7 +263,7 @@ B = jnp.ones(2)
 )
 def test_programs_that_are_no_chain_of_dense_layers_have_no_factors(apply_fn, params):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3)), jnp.float32)
-    assert kernel_factors(apply_fn, params, x) is None
+    assert dense_network(apply_fn, params, x) is None
 
 
 def test_relu_at_its_kink_has_no_bound():

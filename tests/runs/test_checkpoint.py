@@ -16,7 +16,7 @@ from lplr_jax import archives
 from lplr_jax.runs import checkpoint
 from lplr_jax.runs.checkpoint import Checkpoints, ConfigMismatchError, Identity
 
-STATE = {"w": jnp.arange(3.0)}
+STATE = {"w": jnp.arange(3, dtype=jnp.float32)}
 ONE = Identity.of("mnist", {"width": 8, "data_checksum": "a"})
 
 

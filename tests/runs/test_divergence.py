@@ -41,7 +41,7 @@ def train(apply_fn, params, eta, *, epochs=6, every=3, advance=None, probed=None
 def test_parameters_that_leave_the_floats_end_a_run_whose_loss_stays_finite():
     """f = exp(-u): one huge step sends u to infinity, where loss and gradient are as finite as can be."""
     probed = []
-    result = train(lambda u, x: jnp.exp(-u) * x, jnp.full((1, 1), -10.0), 1e38, probed=probed)
+    result = train(lambda u, x: jnp.exp(-u) * x, jnp.full((1, 1), -10.0, jnp.float32), 1e38, probed=probed)
     assert np.isinf(jax.device_get(result.params)).all()
     arrays = result.arrays
     for name in ("loss", "grad_sq_norm", "drift"):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -66,10 +67,12 @@ def test_eight_devices_agree_with_one(one, tmp_path):
 
 def test_another_block_size_agrees(one, monkeypatch):
     budgets = []
+    # Of several devices each holds its share of the samples at once.
+    budget = 30_000 * jax.device_count()
 
     def small(*args, **settings):
-        budgets.append(30_000)
-        return empirical_ntk(*args, **settings, memory_budget=30_000)
+        budgets.append(budget)
+        return empirical_ntk(*args, **settings, memory_budget=budget)
 
     monkeypatch.setattr(probe, "empirical_ntk", small)
     found = mnist.run(TINY)

@@ -13,7 +13,7 @@ from lplr_jax import checks, data, linalg
 from lplr_jax.linalg import MinEig
 from lplr_jax.models import MLP
 from lplr_jax.ntk import empirical_ntk
-from lplr_jax.proofs.assembly import assembly_bound, kernel_factors
+from lplr_jax.proofs.assembly import assembly_bound, dense_network
 
 DISTANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 """Euclidean distances between the images of a pair; two different digits are about 10 apart."""
@@ -59,11 +59,11 @@ def round_to_tf32(a: np.ndarray) -> np.ndarray:
 
 def tf32_kernel(apply_fn: Any, params: Any, x: Any) -> np.ndarray:
     """Return the kernel of a fully connected network with a single output, its products in emulated TF32."""
-    factors = kernel_factors(apply_fn, params, x)
-    if factors is None:
+    network = dense_network(apply_fn, params, x)
+    if network is None:
         raise ValueError("the emulation covers dense layers with softplus, tanh or relu; this program has another step")
     theta = np.zeros((x.shape[0], x.shape[0]), np.float32)
-    for factor in factors:
+    for factor in reversed(network.factors):
         h, delta = round_to_tf32(factor.h), round_to_tf32(factor.delta)
         theta += (h @ h.T + np.float32(factor.bias)) * (delta @ delta.T)
     return theta

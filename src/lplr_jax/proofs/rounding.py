@@ -47,10 +47,22 @@ class AssemblyBound:
     factor_error: float
     assumptions: tuple[str, ...] = ASSUMPTIONS
 
+    @property
+    def finite(self) -> bool:
+        """Whether no number overflowed."""
+        return math.isfinite(self.assembly_error) and math.isfinite(self.factor_error)
+
+
+Near = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""From z and a reach to a bound on [z - reach, z + reach]."""
+
 
 @dataclass(frozen=True)
 class Activation:
-    """Value and derivative with relative error `value_error` and absolute error `slope_error`; sup|σ''| = `bend`."""
+    """Value and derivative with relative error `value_error` and absolute error `slope_error`; sup|σ''| = `bend`.
+
+    `slope_near` and `bend_near` bound |σ'| and |σ''| on [z - reach, z + reach] from above, rounding included.
+    """
 
     name: str
     reference: Callable[[Any], Any]
@@ -59,6 +71,8 @@ class Activation:
     bend: float
     value_error: float
     slope_error: float
+    slope_near: Near
+    bend_near: Near
 
 
 def _softplus(z: np.ndarray) -> np.ndarray:
@@ -70,15 +84,68 @@ def _logistic(z: np.ndarray) -> np.ndarray:
     return np.where(z >= 0.0, 1.0, e) / (1.0 + e)
 
 
-IDENTITY = Activation("identity", lambda z: z, lambda z: z, np.ones_like, 0.0, 0.0, 0.0)
-_ACTIVATIONS = (
-    Activation("softplus", jax.nn.softplus, _softplus, _logistic, 0.25, 20 * UNIT, 20 * UNIT),
-    # sup|tanh''| = 4 / (3 √3) = 0.7698
-    Activation("tanh", jax.numpy.tanh, np.tanh, lambda z: 1.0 - np.square(np.tanh(z)), 0.77, 8 * UNIT, 20 * UNIT),
+def _flat(value: float) -> Near:
+    return lambda z, reach: np.full(np.broadcast_shapes(z.shape, reach.shape), value)
+
+
+def _inner(z: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    """Return the least |z| within reach."""
+    return np.maximum(np.abs(z) - reach, 0.0)
+
+
+def _softplus_bend(z: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    e = np.exp(-_inner(z, reach))  # σ'' = e / (1 + e)² falls with |z|
+    return e / np.square(1.0 + e) + _NEAR
+
+
+def _tanh_bend(z: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    # |σ''| = 2 t (1 - t²) rises up to t = tanh |z| = 1/√3, and falls from there on.
+    t = np.tanh(np.clip(_TANH_STEEPEST, _inner(z, reach), np.abs(z) + reach))
+    return 2.0 * t * (1.0 - np.square(t)) + _NEAR
+
+
+_NEAR = 64 * UNIT
+"""Absolute error of the bounds on an interval: as that of the slopes, for numbers of at most one."""
+_TANH_STEEPEST = math.atanh(1 / math.sqrt(3))
+
+IDENTITY = Activation("identity", lambda z: z, lambda z: z, np.ones_like, 0.0, 0.0, 0.0, _flat(1.0), _flat(0.0))
+_FOUND = (
     Activation(
-        "relu", jax.nn.relu, lambda z: np.maximum(z, 0.0), lambda z: (z > 0.0).astype(np.float64), 0.0, 0.0, 0.0
+        "softplus",
+        jax.nn.softplus,
+        _softplus,
+        _logistic,
+        bend=0.25,
+        value_error=20 * UNIT,
+        slope_error=20 * UNIT,
+        slope_near=lambda z, reach: _logistic(z + reach) + _NEAR,
+        bend_near=_softplus_bend,
+    ),
+    Activation(
+        "tanh",
+        jax.numpy.tanh,
+        np.tanh,
+        lambda z: 1.0 - np.square(np.tanh(z)),
+        bend=0.77,  # sup|tanh''| = 4 / (3 √3) = 0.7698
+        value_error=8 * UNIT,
+        slope_error=20 * UNIT,
+        slope_near=lambda z, reach: 1.0 - np.square(np.tanh(_inner(z, reach))) + _NEAR,
+        bend_near=_tanh_bend,
+    ),
+    Activation(
+        "relu",
+        jax.nn.relu,
+        lambda z: np.maximum(z, 0.0),
+        lambda z: (z > 0.0).astype(np.float64),
+        bend=0.0,
+        value_error=0.0,
+        slope_error=0.0,
+        slope_near=_flat(1.0),
+        bend_near=_flat(math.inf),
     ),
 )
+ACTIVATIONS = {activation.name: activation for activation in (IDENTITY, *_FOUND)}
+"""By name."""
 
 
 def in_float64(program: Program) -> bool:
@@ -104,7 +171,7 @@ def match_activation(op: Op, program: Program) -> Activation | None:
     spec = program.avals[op.outs[0]]
     with jax.enable_x64(True):
         found = _signature(op)
-        for activation in _ACTIVATIONS:
+        for activation in _FOUND:
             function = activation.reference
             # A network may be written for one sample, or for one unit; its rules are then traced for a batch of them.
             for _ in range(min(len(spec.shape), 2) + 1):
