@@ -206,6 +206,14 @@ def count_parameters(params: Params, trainable: Trainable = None) -> int:
     return split(params, trainable).size
 
 
+def strong(params: Params) -> Params:
+    """Return a tree whose array leaves compute in the type that they are stored in.
+
+    JAX lets an array made of a Python number alone, such as `jnp.full(3, 0.1)`, give way to any other floating type.
+    """
+    return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype) if getattr(leaf, "weak_type", False) else leaf, params)
+
+
 def on_theta(function: Callable[..., Any], params: Parameters) -> Callable[..., Any]:
     """Return a function of (params, ...) as one of (θ, carried, ...), both lists of arrays."""
     structure = params.structure  # values would keep functions that compute the same apart

@@ -198,7 +198,13 @@ SCHEMA: dict[str, Entry] = {
     "parameter_eps": Entry(
         (),
         "1",
-        "coarsest spacing of 1 among the dtypes of θ, 2^-23 for float32; absent: float32",
+        "coarsest spacing of 1 among the dtypes of θ and of what the loss is computed in; absent: float32",
+        Values(least=0.0, above=True, most=1.0, nan=False),
+    ),
+    "probe_eps": Entry(
+        (),
+        "1",
+        "coarsest spacing of 1 in what the probes compute in, 2^-52 unless the network rounds inside; absent: 2^-52",
         Values(least=0.0, above=True, most=1.0, nan=False),
     ),
     "affine_in_parameters": Entry((), "1", "1 where the program is affine in its parameters, read off its jaxpr", FLAG),
@@ -263,6 +269,7 @@ SINCE_2 = frozenset(
         "step_deviation",
         "step_rounding",
         "parameter_eps",
+        "probe_eps",
         "probe_loss_scale",
         "ntk_peer_difference",
         "ntk_max_eig_upper",

@@ -14,6 +14,7 @@ from lplr_jax.experiments import mnist
 from lplr_jax.measurement import closing, probe, search
 from lplr_jax.ntk import empirical_ntk
 from lplr_jax.proofs import ball as bounds
+from lplr_jax.proofs.rounding import ACTIVATIONS
 from lplr_jax.proofs.rounding import spectral_norm_bound
 from lplr_jax.reports import report
 from lplr_jax.runs.checkpoint import Checkpoints
@@ -255,7 +256,7 @@ def test_closing_measurements_that_are_lost(monkeypatch, undisturbed):
         search.pair_shifts([np.eye(3), np.diag([1.0, np.nan, 1.0])])
     monkeypatch.setattr(np.linalg, "norm", fails)
     one, entry = np.ones(1), np.ones((1, 1))
-    layer = bounds.Layer(one, one, entry, entry, one, 1.0, bounds.ACTIVATIONS["tanh"])
+    layer = bounds.Layer(one, one, entry, entry, one, 1.0, ACTIVATIONS["tanh"])
     base = bounds.Anchor((layer,), jacobian=1.0, residual=1.0, loss_scale=1.0)
     assert base.on_ball(0.5).lipschitz == np.inf, "no norm, no bound"
 

@@ -1,5 +1,6 @@
 """Any loop becomes a record: verdicts expected from theory, series against the loop's own numbers and closed forms."""
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -135,7 +136,7 @@ def test_every_method(method, handed):
     """
     x, y = data()
     x = np.linalg.qr(np.random.default_rng(2).normal(size=(N + 2, N)))[0].T.astype(np.float32)
-    problem = Problem(lambda w, x: x @ w, jnp.full((N + 2, 1), 0.1), x, y, loss=Squared("sum"))
+    problem = Problem(lambda w, x: x @ w, jnp.full((N + 2, 1), 0.1, jnp.float32), x, y, loss=Squared("sum"))
     optimizer, kind = METHODS[method][0](), METHODS[method][1]
     with watch(problem, probes=FEW) as look:
         loop(problem, optimizer, look, handed=handed)
@@ -185,6 +186,26 @@ def test_outputs_inputs_and_scales(form, scale):
     # No bound is known on the rounding of a kernel of several inputs.
     whole = next(v for v in theory.verify(record) if v.claim == "consistency").outcome
     assert whole == ("not refuted" if form == "pytree of inputs" else "proved")
+
+
+@pytest.mark.filterwarnings("ignore:apply_fn rounds to a unit")
+@pytest.mark.parametrize("inner", ["weak", "float32", "bfloat16"])
+def test_a_program_narrower_than_its_parameters_is_no_contradiction(inner):
+    """θ in float64 and a loss in less: by a cast, or as an array of a Python number alone gives way to its data."""
+    x, y = data()
+    narrow = jnp.float32 if inner == "weak" else jnp.dtype(inner)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        start = jnp.full((D, 1), 0.1) if inner == "weak" else jnp.full((D, 1), 0.1, "float64")
+        cast = (lambda a: a) if inner == "weak" else (lambda a: a.astype(narrow))
+        problem = Problem(lambda w, x: jnp.tanh(cast(x) @ cast(w)), start, x, y, loss=Squared("sum"))
+        record = train(problem, optax.sgd(0.05), steps=8, probes=FEW)
+    eps = 2.0**-52 if inner == "weak" else float(jnp.finfo(narrow).eps)
+    assert float(record["parameter_eps"]) == float(record["probe_eps"]) == eps
+    verdict = theory.verify(record)["consistency"]
+    assert not verdict.inconsistent, verdict
+    if inner != "weak":
+        wide = dataclasses.replace(record, arrays={**record.arrays, "probe_eps": np.asarray(2.0**-52)})
+        assert theory.verify(wide)["consistency"].inconsistent, "rounding inside is what makes the gap"
 
 
 def test_every_kth_step_sees_the_one_after_it():
@@ -292,7 +313,7 @@ def test_a_wrong_loss_is_told(caplog, wrong, words):
 
 def test_what_cannot_be_watched_is_one_sentence():
     x, y = data()
-    problem = Problem(lambda w, x: x @ w, jnp.zeros((D, 1)), x, y)
+    problem = Problem(lambda w, x: x @ w, jnp.zeros((D, 1), jnp.float32), x, y)
     look = watch(problem, probes=FEW)
     with pytest.raises(TypeError, match="inside a transformation of JAX"):
         jax.jit(lambda w: look(0, w))(problem.params)
@@ -317,7 +338,7 @@ def test_what_cannot_be_watched_is_one_sentence():
 
 def test_divergence_ends_the_measurements(caplog):
     x, y = data()
-    problem = Problem(lambda w, x: x @ w, jnp.zeros((D, 1)), x, y)
+    problem = Problem(lambda w, x: x @ w, jnp.zeros((D, 1), jnp.float32), x, y)
     with watch(problem, probes=Probes(every=4, search=0, hessian=0)) as look:
         loop(problem, optax.sgd(1e20), look)
     record = look.record
@@ -328,7 +349,7 @@ def test_divergence_ends_the_measurements(caplog):
 
 def test_a_loop_that_fails_keeps_what_there_is():
     x, y = data()
-    problem = Problem(lambda w, x: x @ w, jnp.zeros((D, 1)), x, y)
+    problem = Problem(lambda w, x: x @ w, jnp.zeros((D, 1), jnp.float32), x, y)
     look = watch(problem, probes=FEW)
     with pytest.raises(ZeroDivisionError), look:  # noqa: PT012
         for t in range(4):
@@ -382,7 +403,7 @@ from lplr_jax.measurement.probe import KernelProbe
 folder, first, dies_at, where = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 rng = np.random.default_rng(0)
 x, y = rng.normal(size=(6, 4)).astype("f4"), rng.normal(size=(6, 1)).astype("f4")
-problem = lp.Problem(lambda w, x: jnp.tanh(x @ w), jnp.full((4, 1), 0.1), x, y, name="loop")
+problem = lp.Problem(lambda w, x: jnp.tanh(x @ w), jnp.full((4, 1), 0.1, "f4"), x, y, name="loop")
 measure = KernelProbe.__call__
 
 def killed(self, params, epoch):

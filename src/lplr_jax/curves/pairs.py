@@ -22,10 +22,10 @@ class Ratio:
 
 
 def kernel_error(
-    bound: Float[np.ndarray, " k"], max_eig: Float[np.ndarray, " k"], size: int
+    bound: Float[np.ndarray, " k"], max_eig: Float[np.ndarray, " k"], size: int, unit: float = UNIT_64
 ) -> Float[np.ndarray, " k"]:
     """Return the bound on the error of each kernel; size · u · λ_max where there is none, 0 where that is unknown."""
-    return np.where(np.isfinite(bound), bound, np.nan_to_num(size * UNIT_64 * max_eig, nan=0.0))
+    return np.where(np.isfinite(bound), bound, np.nan_to_num(size * unit * max_eig, nan=0.0))
 
 
 def proof_radius(drift: Float[np.ndarray, " t"], p: int) -> float:

@@ -16,7 +16,7 @@ from lplr_jax.curves.pairs import kernel_error, pair_ratio, proof_radius
 from lplr_jax.losses import Objective
 from lplr_jax.measurement.kernel import max_eig_upper
 from lplr_jax.measurement.search import pair_shifts, search_ball
-from lplr_jax.measurement.spacing import parameter_eps, parameter_spacing
+from lplr_jax.measurement.spacing import loss_eps, parameter_spacing, probe_eps
 from lplr_jax.ntk import precision_scope
 from lplr_jax.ntk.empirical import cast_floating
 from lplr_jax.parameters import count_parameters, split
@@ -95,14 +95,15 @@ def closing_arrays(
     result: dict[str, np.ndarray] = {
         "affine_in_parameters": np.asarray(int(is_affine(objective.apply_fn, initial, x))),
         "parameter_spacing": np.asarray(parameter_spacing(initial)),
-        "parameter_eps": np.asarray(parameter_eps(initial)),
+        "parameter_eps": np.asarray(loss_eps(objective, initial, x, y)),
+        "probe_eps": np.asarray(probe_eps(objective, initial, x, y)),
     }
     places = [place for place, epoch in enumerate(epochs) if epoch in points]
     result["param_pair_distance"], result["lqcr_inner"] = _distances(
         objective, x, y, points, known, places, len(epochs)
     )
     bounds = arrays.get("ntk_assembly_error", np.full(len(epochs), np.nan))
-    error = kernel_error(bounds, arrays["ntk_max_eig"], kernels[known[0]].shape[0])
+    error = kernel_error(bounds, arrays["ntk_max_eig"], kernels[known[0]].shape[0], float(result["probe_eps"]) / 2)
     with _losing("pairs of probes", lose):
         shift = np.full((len(epochs), len(epochs)), np.nan)
         shift[np.ix_(places, places)] = pair_shifts([kernels[epoch] for epoch in known])

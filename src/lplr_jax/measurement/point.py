@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from lplr_jax import diagnostics, linalg
-from lplr_jax.losses import Loss, Scale
+from lplr_jax.losses import Loss, Objective, Scale, as_loss
 from lplr_jax.measurement.kernel import kernel_values, spectrum_and_energy
-from lplr_jax.measurement.spacing import parameter_eps, parameter_spacing
+from lplr_jax.measurement.spacing import parameter_eps, parameter_spacing, probe_eps
 from lplr_jax.ntk import empirical_ntk
 from lplr_jax.parameters import count_parameters
 from lplr_jax.proofs.affine import is_affine
@@ -50,6 +50,7 @@ def point_arrays(
         "p": count_parameters(params),
         "parameter_spacing": parameter_spacing(params),
         "parameter_eps": parameter_eps(params),
+        "probe_eps": probe_eps(Objective(apply_fn, as_loss(loss, loss_scale=loss_scale)), params, x, y),
         "affine_in_parameters": int(is_affine(apply_fn, params, x)),
     }
     series = {"epoch": [0], "loss": [point.loss], "grad_sq_norm": [point.grad_sq_norm], "drift": [0.0]}

@@ -107,6 +107,7 @@ class Problem:
         checks.instance("loss", self.loss, Loss, 'such as losses.Squared("mean")')
         checks.name("name", self.name)
         parameters.split(self.params)  # says what cannot be trained
+        object.__setattr__(self, "params", parameters.strong(self.params))
         leaves = [leaf for leaf in jax.tree.leaves(self.x) if hasattr(leaf, "shape")]
         lengths = {leaf.shape[0] if leaf.shape else None for leaf in leaves}
         if len(lengths) != 1 or None in lengths:
@@ -160,7 +161,7 @@ class Problem:
 
     def theta(self, params: Params) -> Params:
         """Return what the parameters of `reduced` are in a tree of this problem's structure."""
-        return params if self.reduced is self else parameters.split(params).values
+        return parameters.strong(params if self.reduced is self else parameters.split(params).values)
 
     @property
     def n(self) -> int:

@@ -286,7 +286,7 @@ class Evidence:
         """
         bound, largest = self.probe("ntk_assembly_error"), self.probe("ntk_max_eig")
         known = np.isfinite(bound) | np.isfinite(largest)
-        return np.where(known, kernel_error(bound, largest, self.kernel_size), np.nan)
+        return np.where(known, kernel_error(bound, largest, self.kernel_size, self.probe_unit), np.nan)
 
     def interval(self, k: int) -> Interval:
         """Return λ_min at the k-th probe with its bounds; an end that was not recorded is the value's own error off."""
@@ -367,9 +367,15 @@ class Evidence:
 
     @cached_property
     def unit(self) -> float:
-        """Unit roundoff of the parameters, the coarsest of their types."""
+        """Unit roundoff of the loss and the parameters, the coarsest of their types."""
         eps = self.number("parameter_eps")
         return eps / 2 if math.isfinite(eps) else UNIT_32
+
+    @cached_property
+    def probe_unit(self) -> float:
+        """Unit roundoff of what the probes measure: that of float64, or of what the network rounds to inside."""
+        eps = self.number("probe_eps")
+        return max(eps / 2, UNIT_64) if math.isfinite(eps) else UNIT_64
 
     @cached_property
     def rounding(self) -> float:

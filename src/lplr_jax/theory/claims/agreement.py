@@ -80,14 +80,14 @@ def of_probes(evidence: Evidence) -> Iterator[Verdict | None]:
             gap = np.abs(evidence.probe("probe_grad_sq_norm") * evidence.probe_scale**2 / (rayleigh * g_sq) - 1)
             tolerance = error / rayleigh + np.array(
                 [
-                    pl_identity_tolerance(max_eig=a, rayleigh=b, chain=int(chain), unit_roundoff=UNIT_64)
+                    pl_identity_tolerance(max_eig=a, rayleigh=b, chain=int(chain), unit_roundoff=evidence.probe_unit)
                     for a, b in zip(high, rayleigh, strict=True)
                 ]
             )
         note = "relative gap between gradient and kernel, in float64"
         kept = evidence.probe("probe_loss") != 0  # an exact fit has no ratio
         yield agree("identity", gap[kept], tolerance[kept], at[kept], units="1", note=note, outcome=quality)
-        slack = error + evidence.kernel_size * UNIT_64 * high
+        slack = error + evidence.kernel_size * evidence.probe_unit * high
         note = "λ_min <= rᵀΘr/‖r‖² <= λ_max"
         gap = np.maximum(low - rayleigh, rayleigh - high)[kept]
         yield agree("position", gap, slack[kept], at[kept], units=KERNEL_UNITS, note=note)

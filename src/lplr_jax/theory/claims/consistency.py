@@ -65,7 +65,7 @@ def _form(evidence: Evidence) -> Verdict:
             bad.append(f"{name} is negative")
     if end and record["drift"][0] != 0:
         bad.append("drift is not 0 at epoch 0")
-    for name in ("loss_scale", "n", "c", "p", "smoothness_upper", "parameter_eps", "probe_loss_scale"):
+    for name in ("loss_scale", "n", "c", "p", "smoothness_upper", "parameter_eps", "probe_eps", "probe_loss_scale"):
         if evidence.number(name) <= 0:
             bad.append(f"{name} is not positive")
     if np.unique(evidence.epochs).size != evidence.epochs.size or (evidence.epochs < 0).any():
