@@ -68,6 +68,9 @@ LIPSCHITZ = "output² / parameter³"
 JACOBIAN = "output / parameter"
 
 
+JACOBIAN_SLOPE = "output / parameter²"
+
+
 SCHEMA: dict[str, Entry] = {
     "epoch": Entry(
         ("epoch",),
@@ -201,6 +204,26 @@ SCHEMA: dict[str, Entry] = {
         "coarsest spacing of 1 among the dtypes of θ and of what the loss is computed in; absent: float32",
         Values(least=0.0, above=True, most=1.0, nan=False),
     ),
+    "loss_floor_lower": Entry(
+        (),
+        LOSS,
+        "lower bound of the squared loss of any function of each sample alone: equal inputs with unlike targets",
+        NON_NEGATIVE,
+    ),
+    "interpolant_residual": Entry((), "output", "upper bound of ‖f(θ̃) - y‖ at a polished θ̃", NON_NEGATIVE),
+    "interpolant_min_eig_lower": Entry((), KERNEL, "proved lower bound of λ_min(Θ(θ̃)); NaN where none is known"),
+    "interpolant_jacobian_lipschitz": Entry(
+        (), JACOBIAN_SLOPE, "proved L_J on the ball around θ̃; NaN where none is known", NON_NEGATIVE
+    ),
+    "interpolant_ball": Entry((), "parameter", "radius of that ball", NON_NEGATIVE),
+    "interpolant_distance": Entry((), "parameter", "upper bound of ‖θ̃ - θ_0‖", NON_NEGATIVE),
+    "interpolant_stationarity": Entry(
+        (),
+        "1",
+        "‖P (θ̃ - θ_0)‖/‖θ̃ - θ_0‖, P onto the kernel of J: 0 where no zero of f - y nearby is nearer to θ_0",
+        NON_NEGATIVE,
+    ),
+    "interpolant_steps": Entry((), "steps", "kernels that were factorised to find θ̃", PLACE),
     "probe_eps": Entry(
         (),
         "1",
@@ -270,6 +293,14 @@ SINCE_2 = frozenset(
         "step_rounding",
         "parameter_eps",
         "probe_eps",
+        "loss_floor_lower",
+        "interpolant_residual",
+        "interpolant_min_eig_lower",
+        "interpolant_jacobian_lipschitz",
+        "interpolant_ball",
+        "interpolant_distance",
+        "interpolant_stationarity",
+        "interpolant_steps",
         "probe_loss_scale",
         "ntk_peer_difference",
         "ntk_max_eig_upper",

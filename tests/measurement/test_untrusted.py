@@ -14,8 +14,7 @@ from lplr_jax.experiments import mnist
 from lplr_jax.measurement import closing, probe, search
 from lplr_jax.ntk import empirical_ntk
 from lplr_jax.proofs import ball as bounds
-from lplr_jax.proofs.rounding import ACTIVATIONS
-from lplr_jax.proofs.rounding import spectral_norm_bound
+from lplr_jax.proofs.rounding import ACTIVATIONS, spectral_norm_bound
 from lplr_jax.reports import report
 from lplr_jax.runs.checkpoint import Checkpoints
 

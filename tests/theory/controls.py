@@ -142,6 +142,11 @@ def scaled(by, *at):
     return change
 
 
+def without(record, *names):
+    """Leave arrays out of a record."""
+    return dataclasses.replace(record, arrays={k: v for k, v in record.arrays.items() if k not in names})
+
+
 def replaced(value, *at):
     def change(array):
         array[at or ...] = value

@@ -10,7 +10,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from controls import by_claim, replaced, scaled, tampered
+from controls import by_claim, replaced, scaled, tampered, without
 from test_moving_step import budgeted, with_budget
 
 from lplr_jax import schema, theory
@@ -21,10 +21,6 @@ from lplr_jax.theory.evidence import Evidence
 from lplr_jax.theory.verdict import MET
 
 ROOT = Path(__file__).parents[2]
-
-
-def without(record, *names):
-    return dataclasses.replace(record, arrays={k: v for k, v in record.arrays.items() if k not in names})
 
 
 def of_loss(record, loss):
@@ -96,7 +92,7 @@ def test_ids_follow_from_the_registry():
         *("consistency", "ntk_positive", "ntk_lipschitz", "compatibility", "weyl"),
         *("local_pl", "linear_rate", "lqcr", "regime"),
     )
-    assert theory.CLAIMS[9:] == ("descent", "path", "floor_pl", "containment", "noise")
+    assert theory.CLAIMS[9:] == ("descent", "path", "floor_pl", "containment", "interpolation", "noise")
     for name, claim in claims.REGISTRY.items():
         assert claim.reference.startswith("ours (") == (name in theory.CLAIMS[9:])
 
@@ -114,7 +110,7 @@ def test_a_claim_for_another_loss_is_not_applicable():
             assert verdict.note == "stated for the loss squared; that of this run is logistic"
     assert found["ntk_positive"].outcome == "proved"
     assert {name for name in found if claims.REGISTRY[name].loss != "any"} == {
-        *("local_pl", "linear_rate", "floor_pl", "containment", "noise")
+        *("local_pl", "linear_rate", "floor_pl", "containment", "interpolation", "noise")
     }
 
 
@@ -211,6 +207,11 @@ def rising_to(p):
 # For each threshold: what to look at, what it is within the threshold and beyond, and records on both sides of it, each
 # by a factor of three.
 THRESHOLDS = {
+    "claims.interpolation.NEAREST": (
+        lambda record: "not the nearest" in Evidence(record).verdict("interpolation").note,
+        (False, True),
+        [tampered(linear_regression(), interpolant_stationarity=replaced(found)) for found in (3e-3, 3e-2)],
+    ),
     "evidence.HESSIAN_ERROR": (
         part("linear_rate", "step_size"),
         ("not refuted", "refuted"),

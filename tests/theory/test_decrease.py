@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import optax
 import pytest
-from controls import by_claim, replaced, scaled, tampered
+from controls import by_claim, replaced, scaled, tampered, without
 from descents import catapult, regression
 from test_coverage import PAIRS, hidden
 from test_method import EPOCHS, ETA, MOVING, data, run
@@ -19,10 +19,6 @@ CONSTANT, DECAYING = np.full(20, 0.2), 0.4 / (1 + np.arange(20))
 
 def verdict(record, claim="descent"):
     return Evidence(record).verdict(claim)
-
-
-def without(record, *names):
-    return dataclasses.replace(record, arrays={k: v for k, v in record.arrays.items() if k not in names})
 
 
 @pytest.mark.parametrize("sizes", [CONSTANT, DECAYING], ids=["constant", "decaying"])

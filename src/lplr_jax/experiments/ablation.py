@@ -143,6 +143,7 @@ def _base(config: AblationConfig, width: int, seed: int, learning_rate: float) -
         "hessian_probes": config.hessian_probes if width < WIDE else min(2, config.hessian_probes),
         "hessian_precision": "float32",
         "search_steps": 0,
+        "certify_floor": 0.0,
     }
     return mnist.MnistConfig(**shared(config, mnist.MnistConfig) | own)
 

@@ -144,6 +144,7 @@ def _base(config: InitialisationConfig, init: str, learning_rate: float) -> mnis
         "hessian_probes": 2,
         "hessian_precision": "float32",
         "search_steps": 0,
+        "certify_floor": 0.0,
     }
     return mnist.MnistConfig(**shared(config, mnist.MnistConfig) | own)
 

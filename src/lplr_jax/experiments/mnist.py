@@ -32,7 +32,15 @@ from lplr_jax.models import INITS, MLP
 from lplr_jax.records import Record
 from lplr_jax.runs.checkpoint import Checkpoints
 from lplr_jax.runs.loop import run_and_record
-from lplr_jax.runs.problem import Probes, Problem, check_learning_rate, check_memory, kernel_probe, probe_epochs
+from lplr_jax.runs.problem import (
+    Probes,
+    Problem,
+    check_learning_rate,
+    check_memory,
+    check_seconds,
+    kernel_probe,
+    probe_epochs,
+)
 from lplr_jax.runs.session import Follow, Observer, Say
 from lplr_jax.training import EpochMetrics, TrainState, evaluate, init_state, rules, train_epochs
 from lplr_jax.training.rules import check_loss, rule_numbers
@@ -62,6 +70,8 @@ class MnistConfig(FolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedP
     """Precision of the Hessian's products and eigenvalues; float32 agrees to about 1e-4 of the largest. Calibrated."""
     subset_size: int | None = None
     """Images of the random subset whose λ_min stands beside that of all [default: a fifth of them]. Calibrated."""
+    certify_floor: float = 25.0
+    """Seconds of two cores for a network of zero loss near the end and its certificate; 0 for none. Calibrated."""
     regime_start: int | None = None
     """First epoch of the stable regime, instead of the rule."""
     regime_stop: int | None = None
@@ -77,6 +87,7 @@ class MnistConfig(FolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedP
         self._check_counts("width", least=1)
         self._check_counts("hessian_probes", least=0)
         checks.whole("subset_size", self.images_of_subset(), least=1, most=self.n_train, of="n_train")
+        check_seconds("certify_floor", self.certify_floor)
         check_learning_rate("learning_rate", self.learning_rate)
         if self.step_rule is not None:
             check_loss(rules.parse(self.step_rule), "squared")
@@ -94,7 +105,9 @@ class MnistConfig(FolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedP
 
 
 PRESETS: dict[str, MnistConfig] = {
-    "smoke": MnistConfig(width=32, epochs=60, probe_every=10, n_train=200, hessian_probes=2, spectrum_probes=2),
+    "smoke": MnistConfig(
+        width=32, epochs=60, probe_every=10, n_train=200, hessian_probes=2, spectrum_probes=2, certify_floor=5.0
+    ),
     "default": MnistConfig(),
     "paper": MnistConfig(epochs=10_000),
 }
@@ -235,6 +248,7 @@ def run(
         hessian_precision=config.hessian_precision,
         spectrum=config.spectrum_probes,
         search=config.search_steps,
+        certify_floor=config.certify_floor,
         seed=config.seed,
     )
     probe, samples = kernel_probe(problem, measured, steps=probes_at, save_to=probe_dir)

@@ -125,6 +125,7 @@ def run(
     probe_every: int | None = None,
     hessian_probes: int = 9,
     search_steps: int = 6,
+    certify_floor: float = 0.0,
     subset_size: int | None = None,
     kernel: str = "auto",
     out: Path | None = None,
@@ -148,6 +149,7 @@ def run(
         probe_every: steps between kernel probes [default: a fortieth of the run].
         hessian_probes: probes, evenly spread, at which the Hessian's extremes are measured.
         search_steps: power iterations of the search for a lower estimate of L_Θ; 0 for none.
+        certify_floor: seconds of two cores for a network of zero loss near the end and its certificate; 0 for none.
         subset_size: samples of a subset whose kernel is measured instead of that of all.
         kernel: implementation: auto, engine, neural-tangents, or neural-tangents:NAME.
         out: folder for record and figure [default: runs/NAME of the problem].
@@ -156,6 +158,7 @@ def run(
         tensorboard: folder for TensorBoard's scalars.
     """
     kept = {"hessian": hessian_probes, "search": search_steps, "subset": subset_size, "kernel": kernel, "seed": seed}
+    kept["certify_floor"] = certify_floor
     probes = Probes(probe_every, **kept)
     update, rate = make_optimizer(optimizer)
     said = {"optimizer": optimizer}
@@ -191,6 +194,7 @@ def measure(
     params: str | None = None,
     hessian_probes: int = 9,
     search_steps: int = 6,
+    certify_floor: float = 0.0,
     subset_size: int | None = None,
     kernel: str = "auto",
     out: Path | None = None,
@@ -207,13 +211,16 @@ def measure(
         params: path of the parameters within what a checkpoint holds, such as state.params.
         hessian_probes: snapshots, evenly spread, at which the Hessian's extremes are measured.
         search_steps: power iterations of the search for a lower estimate of L_Θ; 0 for none.
+        certify_floor: seconds of two cores for a network of zero loss near the end and its certificate; 0 for none.
         subset_size: samples of a subset whose kernel is measured instead of that of all.
         kernel: implementation: auto, engine, neural-tangents, or neural-tangents:NAME.
         out: folder for record and figure [default: runs/NAME of the problem].
         force: start afresh; what is in the folder is kept aside under another name.
         log: file of JSON lines, one a probe.
     """
-    probes = Probes(hessian=hessian_probes, search=search_steps, subset=subset_size, kernel=kernel)
+    probes = Probes(
+        hessian=hessian_probes, search=search_steps, subset=subset_size, kernel=kernel, certify_floor=certify_floor
+    )
     what = load_problem(problem)
     folder = checks.folder("--out", out or Path("runs") / what.name)
     paths = snapshots[0] if len(snapshots) == 1 else list(snapshots)

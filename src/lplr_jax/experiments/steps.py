@@ -85,6 +85,7 @@ def _base(config: StepsConfig, width: int, rule: str | None) -> mnist.MnistConfi
         "hessian_precision": "float32",
         "spectrum_probes": 2,
         "search_steps": 0,
+        "certify_floor": 0.0,
     }
     return mnist.MnistConfig(**shared(config, mnist.MnistConfig) | own)
 

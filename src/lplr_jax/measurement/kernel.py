@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from lplr_jax import certificates, diagnostics, linalg
 from lplr_jax.diagnostics.kernel import certified_min_eig
+from lplr_jax.proofs.rounding import AssemblyBound
 from lplr_jax.types import ApplyFn, Params
 
 
@@ -24,9 +25,7 @@ def min_eig_with_assembly(
     least = certified_min_eig(apply_fn, params, x, theta)
     if not least.proved:
         return least, math.nan
-    # ‖K̂ K̂ᵀ - K Kᵀ‖ <= e (2 ‖K̂‖ + e), and ‖K̂‖² <= ‖Θ_computed‖ + assembly error, by row sums.
-    size = math.sqrt(certificates.row_sum_bound(theta) + least.assembly_error)
-    return least, (least.assembly_error + least.factor_error * (2 * size + least.factor_error)) * (1 + 1e-9)
+    return least, AssemblyBound(least.assembly_error, least.factor_error).kernel_error(theta)
 
 
 WHOLE = 1024

@@ -17,8 +17,9 @@ from jaxtyping import Num
 
 from lplr_jax import diagnostics, linalg
 from lplr_jax.files import atomic_write
-from lplr_jax.losses import Objective
+from lplr_jax.losses import Objective, Squared
 from lplr_jax.measurement.closing import closing_arrays
+from lplr_jax.measurement.interpolation import duplicate_floor, find_interpolant
 from lplr_jax.measurement.kernel import kernel_values, recorded_spectra, spectrum_and_energy
 from lplr_jax.measurement.noise import Batches, batch_decrease, sample_noise
 from lplr_jax.measurement.peer import peer_difference, peer_samples
@@ -81,6 +82,7 @@ class KernelProbe:
         save_to: Path | None = None,
         most_bytes: int | None = None,
         batches: Batches | None = None,
+        certify_floor: float = 0.0,
     ) -> None:
         """Set up.
 
@@ -96,7 +98,9 @@ class KernelProbe:
             save_to: where to keep the parameters of every probe.
             most_bytes: of kernels that are kept for the pairs of probes; None for a third of the machine's memory.
             batches: mini-batches whose noise is measured; None for none.
+            certify_floor: seconds of two cores for a certificate of zero loss after the last probe; 0 for none.
         """
+        self._certify_floor = certify_floor
         self._batches = batches
         self._most_bytes = total_memory() // 3 if most_bytes is None else most_bytes
         self._full = False
@@ -249,13 +253,18 @@ class KernelProbe:
                 del kept[later]
         self.untrusted = {at: why for at, why in self.untrusted.items() if not at.isdecimal() or int(at) < epoch}
 
-    def close(self, arrays: Mapping[str, np.ndarray], *, search_steps: int, seed: int) -> dict[str, np.ndarray]:
-        """Return what only the whole run can tell, by names in the record: spectra, pairs of probes, bounds of L_Θ, R*.
+    def close(
+        self, arrays: Mapping[str, np.ndarray], *, search_steps: int, seed: int, whole: bool = True
+    ) -> dict[str, np.ndarray]:
+        """Return what only the whole run can tell, by names in the record.
+
+        Spectra, pairs of probes, bounds of L_Θ, R*, and what certifies zero loss nearby.
 
         Args:
             arrays: what the run measured, by record name.
             search_steps: steps of the search for L_Θ; 0 for none.
             seed: of the search's random directions.
+            whole: whether the run has ended, so that zero loss is worth certifying.
         """
         if search_steps:
             _LOG.info("after the last epoch: pairs of probes, and L_Θ from below and above")
@@ -276,9 +285,40 @@ class KernelProbe:
             rows = next(iter(self._kernels.values())).shape[0]
             closing["probe_loss_scale"] = np.asarray(self._objective.scale(n, rows // n))
             closing |= self._second_opinion(arrays["probe_epoch"], rows // n, seed)
+            if isinstance(self._objective.loss, Squared):
+                closing["loss_floor_lower"] = np.asarray(
+                    duplicate_floor(self._x, np.reshape(self._y, (n, -1)), float(closing["probe_loss_scale"]))
+                )
+                if whole and self._certify_floor > 0:
+                    closing |= self._interpolant()
         if self._spectra:
             closing |= recorded_spectra([self._spectra.get(int(epoch)) for epoch in arrays["probe_epoch"]])
         return closing
+
+    def _interpolant(self) -> dict[str, np.ndarray]:
+        """Return what certifies a network of zero loss near the last probe; nothing where none is reached."""
+        first, last = min(self._points), max(self._points)
+        if first != 0:
+            return {}
+        _LOG.info("zero loss near the end of the run: a point of it, and its certificate")
+        try:
+            found = find_interpolant(
+                self._objective,
+                self._points[last],
+                self._x,
+                self._y,
+                initial=self._points[0],
+                seconds=self._certify_floor,
+                kernel=self._kernel,
+            )
+        except linalg.FAILURES as error:
+            self._lose("closing", f"certificate of zero loss: {error}")
+            return {}
+        if found is None:
+            return {}
+        if self._save_to is not None:
+            save_params(found.params, self._save_to / "interpolant.npz")
+        return found.arrays()
 
     def _second_opinion(self, epochs: np.ndarray, outputs: int, seed: int) -> dict[str, np.ndarray]:
         """Return how far the first and the last kernel are from those of another implementation; nothing without it."""

@@ -52,6 +52,14 @@ class AssemblyBound:
         """Whether no number overflowed."""
         return math.isfinite(self.assembly_error) and math.isfinite(self.factor_error)
 
+    def kernel_error(self, theta: Float[np.ndarray, "nc nc"]) -> float:
+        """Return a bound on ‖Θ - K Kᵀ‖₂ of the given kernel and the exact one.
+
+        ‖K̂ K̂ᵀ - K Kᵀ‖ <= e (2 ‖K̂‖ + e), and ‖K̂‖² <= ‖Θ‖ + assembly error, by row sums.
+        """
+        size = math.sqrt(certificates.row_sum_bound(theta) + self.assembly_error)
+        return (self.assembly_error + self.factor_error * (2 * size + self.factor_error)) * (1 + 1e-9)
+
 
 Near = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """From z and a reach to a bound on [z - reach, z + reach]."""

@@ -45,6 +45,12 @@ def check_memory(params: Params, width: int) -> None:
         )
 
 
+def check_seconds(name: str, value: float) -> None:
+    """Raise ValueError for a number of seconds that is not finite or below 0."""
+    if not (isinstance(value, int | float | np.number) and 0 <= value < math.inf):
+        raise ValueError(f"{name} must be a finite number of seconds >= 0, got {checks.shown(value)}")
+
+
 def probe_epochs(epochs: int, every: int) -> tuple[int, ...]:
     """Return the epochs at which the kernel is probed: every `every` epochs and both ends.
 
@@ -232,6 +238,8 @@ class Probes:
             which; None for none.
         hessian_precision: precision of the Hessian's products and eigenvalues.
         seed: of random subsets and of the search.
+        certify_floor: seconds of two cores for a network of zero loss near the last step, and its certificate; 0 for
+            none. Squared loss and a kernel of all samples alone.
 
     Raises:
         ValueError: for a number out of range.
@@ -247,6 +255,7 @@ class Probes:
     beside: int | Sequence[int] | np.ndarray | None = field(default=None, kw_only=True)
     hessian_precision: Precision = field(default="float64", kw_only=True)
     seed: int = field(default=0, kw_only=True)
+    certify_floor: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.every is not None and self.at is not None:
@@ -260,6 +269,7 @@ class Probes:
                 raise ValueError(f"at must name at most {MOST_PROBES:,} steps, got {len(steps):,}")
         for name in ("hessian", "search", "seed"):
             checks.whole(name, getattr(self, name), least=0)
+        check_seconds("certify_floor", self.certify_floor)
         if self.spectrum != "all":
             checks.whole('spectrum (a number of probes, or "all")', self.spectrum, least=0)
         check_kernel_name(self.kernel)
@@ -373,5 +383,6 @@ def kernel_probe(
         spectrum_epochs=when(probes.spectrum),
         save_to=save_to,
         batches=batches if subset is None else None,
+        certify_floor=probes.certify_floor if subset is None else 0.0,
     )
     return probe, said

@@ -170,7 +170,7 @@ class Watch:
         """Keep what there is of a loop that failed: nothing more is measured."""
         try:
             if self._record is None and self._folder is None and self._last >= 0:
-                self._record = self._make(search=0)
+                self._record = self._make(search=0, whole=False)
         finally:
             self._stack.close()
 
@@ -455,11 +455,11 @@ class Watch:
         if self._diverged is None and self._recorder.diverged(*(self._recorder.series.last, ())):
             self._diverge()
 
-    def _make(self, *, search: int) -> Record:
+    def _make(self, *, search: int, whole: bool = True) -> Record:
         assert self._recorder is not None
         self._flush()
         arrays = self._recorder.arrays()
-        closing = self._kernel_probe.close(arrays, search_steps=search, seed=self._probes.seed)
+        closing = self._kernel_probe.close(arrays, search_steps=search, seed=self._probes.seed, whole=whole)
         numbers = {**self._samples, **self._problem.numbers(self._learning_rate)}
         provenance = {
             **describe_environment(),

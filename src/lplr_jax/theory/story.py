@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from lplr_jax.curves.summary import check_record, step_word
 from lplr_jax.records import Record
 from lplr_jax.theory.claims.floor_pl import Window, percent, window_of
+from lplr_jax.theory.claims.interpolation import certificate_of
 from lplr_jax.theory.evidence import Evidence
 from lplr_jax.theory.verdict import Verdict, any_inconsistent
 
@@ -19,7 +20,7 @@ _CONTAINED = {
 
 
 def story(verdicts: Sequence[Verdict], record: Record) -> tuple[str, ...]:
-    """Say which hypotheses hold, what accounts for the decrease and for the path, and what remains unexplained.
+    """Say which hypotheses hold, what accounts for the decrease and for the path, of zero loss, and what remains.
 
     Args:
         verdicts: what `verify` returned for the record.
@@ -41,11 +42,11 @@ def story(verdicts: Sequence[Verdict], record: Record) -> tuple[str, ...]:
         return (by["consistency"].note[:1].upper() + by["consistency"].note[1:] + ": there is nothing to explain.",)
     window, word = window_of(evidence), step_word(record)
     return (
-        _hypotheses(by),
-        _conclusions(by),
+        f"{_hypotheses(by)} {_conclusions(by)}",
         _steps(by["descent"], word),
         _decrease(by["floor_pl"], window, word),
         _path(by["path"], by["containment"]),
+        _zero(by["interpolation"], evidence),
         _rest(by, window),
     )
 
@@ -106,6 +107,19 @@ def _path(verdict: Verdict, containment: Verdict) -> str:
         f"The path stays within its time budget ({OURS}): length {length.measured:.3g} is {_of(length)} of the budget "
         f"{verdict.bound:.3g}, drift {verdict.measured:.3g} is {_of(verdict)} of it, without any PL constant."
         f"{_CONTAINED.get(containment.outcome, '')}"
+    )
+
+
+def _zero(verdict: Verdict, evidence: Evidence) -> str:
+    if verdict.outcome == "refuted":
+        return f"Zero loss is out of reach ({OURS}): {verdict.note}."
+    found = certificate_of(evidence)
+    if verdict.outcome != "proved" or found is None:
+        return f"Whether zero loss is within reach is {_open(verdict)} ({OURS}): {verdict.note}."
+    inside = "on the ball of the run itself" if evidence.radius >= found.radius else "on larger balls alone"
+    return (
+        f"Zero loss is proved to be attained within {found.radius:.4g} of θ_0 ({OURS}), where the run drifted "
+        f"{evidence.radius:.3g}: L* = 0 is a theorem {inside}."
     )
 
 

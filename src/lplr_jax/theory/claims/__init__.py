@@ -12,6 +12,7 @@ from lplr_jax.theory.claims.consistency import CONSISTENCY
 from lplr_jax.theory.claims.containment import CONTAINMENT
 from lplr_jax.theory.claims.decrease import DESCENT
 from lplr_jax.theory.claims.floor_pl import FLOOR_PL
+from lplr_jax.theory.claims.interpolation import INTERPOLATION
 from lplr_jax.theory.claims.linear_rate import LINEAR_RATE
 from lplr_jax.theory.claims.local_pl import LOCAL_PL
 from lplr_jax.theory.claims.lqcr import LQCR
@@ -40,6 +41,7 @@ _ALL = (
     PATH,
     FLOOR_PL,
     CONTAINMENT,
+    INTERPOLATION,
     NOISE,
 )
 
