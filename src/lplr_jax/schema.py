@@ -204,6 +204,18 @@ SCHEMA: dict[str, Entry] = {
         "coarsest spacing of 1 among the dtypes of θ and of what the loss is computed in; absent: float32",
         Values(least=0.0, above=True, most=1.0, nan=False),
     ),
+    "probe_loss_lower": Entry(("probe",), LOSS, "proved lower bound of L(θ_t)", NON_NEGATIVE),
+    "probe_loss_upper": Entry(("probe",), LOSS, "proved upper bound of L(θ_t)", NON_NEGATIVE),
+    "probe_decrease_lower": Entry(
+        ("probe",), "1", "proved lower bound of a = (L(θ_t) - L(θ_t - η∇L)) / (η ‖∇L‖²), η the learning rate"
+    ),
+    "probe_decrease_upper": Entry(("probe",), "1", "proved upper bound of the same"),
+    "restart_ratio": Entry(
+        ("probe",), "1", "4 L_J ‖r_t‖/λ_min(Θ_t), L_J proved on the ball of restart_radius around θ_t", NON_NEGATIVE
+    ),
+    "restart_radius": Entry(("probe",), "parameter", "4 ‖r_t‖/√λ_min(Θ_t), rounded up", NON_NEGATIVE),
+    "restart_smoothness": Entry(("probe",), "L / parameter²", "proved bound of β on that ball", NON_NEGATIVE),
+    "target_norm": Entry((), "output", "‖y‖ of the squared loss: f may be far larger than f - y", NON_NEGATIVE),
     "loss_floor_lower": Entry(
         (),
         LOSS,
@@ -293,6 +305,14 @@ SINCE_2 = frozenset(
         "step_rounding",
         "parameter_eps",
         "probe_eps",
+        "probe_loss_lower",
+        "probe_loss_upper",
+        "probe_decrease_lower",
+        "probe_decrease_upper",
+        "restart_ratio",
+        "restart_radius",
+        "restart_smoothness",
+        "target_norm",
         "loss_floor_lower",
         "interpolant_residual",
         "interpolant_min_eig_lower",

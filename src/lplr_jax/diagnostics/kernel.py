@@ -23,6 +23,7 @@ from lplr_jax.ntk.empirical import (
 from lplr_jax.parameters import Trainable
 from lplr_jax.programs import Narrow
 from lplr_jax.proofs.assembly import assembly_bound
+from lplr_jax.proofs.rounding import AssemblyBound
 from lplr_jax.types import ApplyFn, Params
 
 
@@ -102,11 +103,8 @@ def certified_min_eig(
 
 def _certified(apply_fn: ApplyFn, at: Point, x: Any, theta: Float[np.ndarray, "nc nc"]) -> linalg.MinEig:
     bound = assembly_bound(apply_fn, at.params, x, theta)
-    if theta.shape[0] > at.params.size:
-        known = {} if bound is None else {"assembly_error": bound.assembly_error, "factor_error": bound.factor_error}
-        return replace(_by_counting(theta.shape[0], at.params.size), **known)
-    if bound is not None:
-        return linalg.min_eig(theta, **vars(bound))
+    if bound is not None or theta.shape[0] > at.params.size:
+        return min_eig_within(theta, bound, at.params.size)
     reason = "no bound on the assembly of this network's kernel is known, so the interval is about the computed kernel"
     narrow, error = at.traced.narrow, 0.0
     if narrow is not None:
@@ -114,6 +112,18 @@ def _certified(apply_fn: ApplyFn, at: Point, x: Any, theta: Float[np.ndarray, "n
         reason = f"{engine.widening(narrow)}; the interval is widened by an estimate of that rounding"
     found = linalg.min_eig(theta, assembly_error=error)
     return replace(found, proved=False, assumptions=(), reason="; ".join(filter(None, (reason, found.reason))))
+
+
+def min_eig_within(theta: Float[np.ndarray, "nc nc"], bound: AssemblyBound | None, p: int) -> linalg.MinEig:
+    """Return λ_min of the exact kernel of p parameters, whose distance from a computed one is bounded.
+
+    It is 0 where there are more rows than parameters, whatever the bound; else there must be one.
+    """
+    if theta.shape[0] > p:
+        known = {} if bound is None else {"assembly_error": bound.assembly_error, "factor_error": bound.factor_error}
+        return replace(_by_counting(theta.shape[0], p), **known)
+    assert bound is not None
+    return linalg.min_eig(theta, **vars(bound))
 
 
 def _by_counting(rows: int, p: int) -> linalg.MinEig:

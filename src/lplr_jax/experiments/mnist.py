@@ -251,8 +251,8 @@ def run(
         certify_floor=config.certify_floor,
         seed=config.seed,
     )
-    probe, samples = kernel_probe(problem, measured, steps=probes_at, save_to=probe_dir)
     rate = config.learning_rate if config.step_rule is None else math.nan
+    probe, samples = kernel_probe(problem, measured, steps=probes_at, save_to=probe_dir, learning_rate=rate)
     recorded = {**decisive(config), "data_checksum": problem.dataset.checksum}
     return run_and_record(
         problem,

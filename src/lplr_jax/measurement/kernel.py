@@ -8,21 +8,37 @@ import numpy as np
 from jaxtyping import Float
 
 from lplr_jax import certificates, diagnostics, linalg
-from lplr_jax.diagnostics.kernel import certified_min_eig
+from lplr_jax.diagnostics.kernel import certified_min_eig, min_eig_within
+from lplr_jax.parameters import count_parameters
 from lplr_jax.proofs.rounding import AssemblyBound
 from lplr_jax.types import ApplyFn, Params
 
 
 def min_eig_with_assembly(
-    apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np.ndarray, "nc nc"]
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    theta: Float[np.ndarray, "nc nc"],
+    *,
+    bound: AssemblyBound | None = None,
 ) -> tuple[linalg.MinEig, float]:
     """Return λ_min of a computed kernel with an interval that includes its assembly error, and that error.
+
+    Args:
+        apply_fn: the function whose kernel it is.
+        params: its parameters.
+        x: inputs.
+        theta: the kernel.
+        bound: the error of its assembly, where it is at hand.
 
     Returns:
         The eigenvalue; and a bound on ‖Θ_computed - Θ‖₂, NaN where none is known: then the interval is relative to the
         computed kernel.
     """
-    least = certified_min_eig(apply_fn, params, x, theta)
+    if bound is not None:
+        least = min_eig_within(theta, bound, count_parameters(params))
+    else:
+        least = certified_min_eig(apply_fn, params, x, theta)
     if not least.proved:
         return least, math.nan
     return least, AssemblyBound(least.assembly_error, least.factor_error).kernel_error(theta)
@@ -82,14 +98,20 @@ def recorded_spectra(spectra: Sequence[tuple[np.ndarray, np.ndarray] | None]) ->
 
 
 def kernel_values(
-    apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np.ndarray, "nc nc"], point: diagnostics.PointDiagnostics
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    theta: Float[np.ndarray, "nc nc"],
+    point: diagnostics.PointDiagnostics,
+    *,
+    bound: AssemblyBound | None = None,
 ) -> dict[str, float]:
     """Return what a probe measures of a full kernel and of loss and gradient at the same point, by record name.
 
     Raises:
         linalg.UntrustedError: if a number is lost: it is not finite, or no solver gives one.
     """
-    least, error = min_eig_with_assembly(apply_fn, params, x, theta)
+    least, error = min_eig_with_assembly(apply_fn, params, x, theta, bound=bound)
     values = {
         "ntk_min_eig": least.value,
         "ntk_max_eig": linalg.max_eig(theta),

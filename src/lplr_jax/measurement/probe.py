@@ -19,12 +19,15 @@ from lplr_jax import diagnostics, linalg
 from lplr_jax.files import atomic_write
 from lplr_jax.losses import Objective, Squared
 from lplr_jax.measurement.closing import closing_arrays
+from lplr_jax.measurement.enclosed import NAMES as ENCLOSED
+from lplr_jax.measurement.enclosed import enclose
 from lplr_jax.measurement.interpolation import duplicate_floor, find_interpolant
 from lplr_jax.measurement.kernel import kernel_values, recorded_spectra, spectrum_and_energy
 from lplr_jax.measurement.noise import Batches, batch_decrease, sample_noise
 from lplr_jax.measurement.peer import peer_difference, peer_samples
 from lplr_jax.ntk.empirical import Precision, empirical_ntk
 from lplr_jax.ntk.memory import total_memory
+from lplr_jax.proofs.assembly import dense_network
 from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
 from lplr_jax.types import Params
 
@@ -83,6 +86,7 @@ class KernelProbe:
         most_bytes: int | None = None,
         batches: Batches | None = None,
         certify_floor: float = 0.0,
+        learning_rate: float = math.nan,
     ) -> None:
         """Set up.
 
@@ -99,7 +103,9 @@ class KernelProbe:
             most_bytes: of kernels that are kept for the pairs of probes; None for a third of the machine's memory.
             batches: mini-batches whose noise is measured; None for none.
             certify_floor: seconds of two cores for a certificate of zero loss after the last probe; 0 for none.
+            learning_rate: η of the exact step whose decrease is enclosed; NaN for none.
         """
+        self._learning_rate, self._encloses = learning_rate, isinstance(objective.loss, Squared)
         self._certify_floor = certify_floor
         self._batches = batches
         self._most_bytes = total_memory() // 3 if most_bytes is None else most_bytes
@@ -125,6 +131,8 @@ class KernelProbe:
             values["ntk_min_eig_subset"] = math.nan
         if self._batches is not None:
             values |= dict.fromkeys(NOISE_VALUES, math.nan)
+        if self._encloses:
+            values |= dict.fromkeys(ENCLOSED, math.nan)
         with self._losing("kernel", KERNEL_LOST, epoch, values):
             values |= self._measure_kernel(params, epoch)
         if _among(epoch, self._hessian_epochs):
@@ -153,7 +161,19 @@ class KernelProbe:
         apply_fn = self._objective.apply_fn
         theta = linalg.as_symmetric(np.asarray(empirical_ntk(apply_fn, params, self._x, kernel=self._kernel)))
         point = diagnostics.evaluate_point(apply_fn, params, self._x, self._y, loss=self._objective.loss)
-        values = kernel_values(apply_fn, params, self._x, theta, point)
+        network = dense_network(apply_fn, params, self._x)
+        bound = None if network is None or not (found := network.assembly(theta)).finite else found
+        values = kernel_values(apply_fn, params, self._x, theta, point, bound=bound)
+        if network is not None and bound is not None and self._encloses:
+            values |= enclose(
+                network,
+                bound,
+                np.asarray(self._y, np.float64).reshape(network.outputs.shape),
+                scale=self._objective.scale(*point.gradient.shape),
+                min_eig_lower=values["ntk_min_eig_lower"],
+                max_eig_upper=values["ntk_max_eig_upper"],
+                learning_rate=self._learning_rate,
+            )
         if self._batches is not None:
             n, c = point.gradient.shape
             values |= sample_noise(theta, point.gradient, self._objective.scale(n, c))

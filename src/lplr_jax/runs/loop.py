@@ -322,7 +322,8 @@ def train(
     state = init_state(initial, optimizer, seed=seed)
 
     def make(checkpoints: Checkpoints | None) -> Record:
-        probe, samples = kernel_probe(problem, probes, steps=at, batches=batches)
+        of_all = float(rate) if whole else math.nan
+        probe, samples = kernel_probe(problem, probes, steps=at, batches=batches, learning_rate=of_all)
         common = {"objective": objective, "optimizer": optimizer}
         if whole:
             pieces = _lengths(at)

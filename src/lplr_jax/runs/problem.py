@@ -199,6 +199,8 @@ class Problem:
             "c": np.int64(self.c),
             "p": np.int64(self.p),
         }
+        if isinstance(self.loss, Squared):
+            scalars["target_norm"] = np.float64(np.linalg.norm(np.asarray(self.y, np.float64)))
         return {name: np.asarray(value) for name, value in scalars.items()}
 
     def digest(self) -> dict[str, str]:
@@ -340,6 +342,7 @@ def kernel_probe(
     ending: Callable[[], bool] = lambda: False,
     save_to: Path | None = None,
     batches: Batches | None = None,
+    learning_rate: float = math.nan,
 ) -> tuple[KernelProbe, dict[str, np.ndarray]]:
     """Return what measures a problem at its probes, and the record's arrays that say of which samples.
 
@@ -351,6 +354,7 @@ def kernel_probe(
         ending: whether the probe at hand is the last one, where they are not known.
         save_to: where to keep the parameters of every probe.
         batches: mini-batches whose noise is measured, where the kernel is of all samples; None for none.
+        learning_rate: η of a step on all data; NaN where it is not known, or moves.
     """
     subset, beside = probes.ids(problem, "subset"), probes.ids(problem, "beside")
     if subset is not None and beside is not None:
@@ -384,5 +388,6 @@ def kernel_probe(
         save_to=save_to,
         batches=batches if subset is None else None,
         certify_floor=probes.certify_floor if subset is None else 0.0,
+        learning_rate=learning_rate if subset is None else math.nan,
     )
     return probe, said

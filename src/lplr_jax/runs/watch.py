@@ -170,7 +170,7 @@ class Watch:
         """Keep what there is of a loop that failed: nothing more is measured."""
         try:
             if self._record is None and self._folder is None and self._last >= 0:
-                self._record = self._make(search=0, whole=False)
+                self._record = self._make(search=0, ended=False)
         finally:
             self._stack.close()
 
@@ -323,7 +323,12 @@ class Watch:
         """Make the recorder; go on from what was saved, or see to it that step 0 has an entry."""
         steps = None if self._length is None else self._probes.steps(self._length)
         probe, self._samples = kernel_probe(
-            self._problem, self._probes, steps=steps, taken=self._taken, ending=lambda: self._ending
+            self._problem,
+            self._probes,
+            steps=steps,
+            taken=self._taken,
+            ending=lambda: self._ending,
+            learning_rate=self._learning_rate,
         )
         self._kernel_probe = probe
         self._recorder = Recorder(probe, observer=self._observer, checkpoints=self._checkpoints)
@@ -455,11 +460,11 @@ class Watch:
         if self._diverged is None and self._recorder.diverged(*(self._recorder.series.last, ())):
             self._diverge()
 
-    def _make(self, *, search: int, whole: bool = True) -> Record:
+    def _make(self, *, search: int, ended: bool = True) -> Record:
         assert self._recorder is not None
         self._flush()
         arrays = self._recorder.arrays()
-        closing = self._kernel_probe.close(arrays, search_steps=search, seed=self._probes.seed, whole=whole)
+        closing = self._kernel_probe.close(arrays, search_steps=search, seed=self._probes.seed, whole=ended)
         numbers = {**self._samples, **self._problem.numbers(self._learning_rate)}
         provenance = {
             **describe_environment(),

@@ -395,10 +395,15 @@ class Evidence:
         return math.sqrt(2 * self.s) * np.sqrt(self.series("loss"))
 
     @cached_property
+    def output_size(self) -> Float[np.ndarray, " t"]:
+        """Size of the outputs: that of g, at the start or where it stands, or of the targets where g is small beside."""
+        size = self.output_gradient
+        return np.fmax(np.fmax(size[:1], size), np.nan_to_num(self.number("target_norm"), nan=0.0))
+
+    @cached_property
     def loss_noise(self) -> Float[np.ndarray, " t"]:
-        """Rounding of the recorded loss: outputs of the size of the largest g, each off by γ."""
-        size, gamma = self.output_gradient, self.rounding
-        largest = np.fmax(size[:1], size)
+        """Rounding of the recorded loss: outputs, each off by γ."""
+        size, gamma, largest = self.output_gradient, self.rounding, self.output_size
         # s L moves by g times the change of f; roots are multiplied last, so that no square overflows.
         return (2 * size + gamma * largest) * (gamma / (2 * self.s)) * largest
 
@@ -416,8 +421,7 @@ class Evidence:
     @cached_property
     def gradient_error(self) -> Float[np.ndarray, " t"]:
         """Rounding of ∇L in 2-norm: g off by γ moves the gradient by √λ_max times as much, over s."""
-        size = self.output_gradient
-        return 4 * self.rounding * self.steepest * np.fmax(size[:1], size) / self.s
+        return 4 * self.rounding * self.steepest * self.output_size / self.s
 
     @cached_property
     def gradient_noise(self) -> Float[np.ndarray, " t"]:

@@ -92,6 +92,7 @@ def of_probes(evidence: Evidence) -> Iterator[Verdict | None]:
         gap = np.maximum(low - rayleigh, rayleigh - high)[kept]
         yield agree("position", gap, slack[kept], at[kept], units=KERNEL_UNITS, note=note)
     yield from _intervals(evidence)
+    yield from _enclosures(evidence)
     yield _peer(evidence)
     yield from _pairs(evidence)
     yield from _spectra(evidence)
@@ -122,6 +123,20 @@ def _intervals(evidence: Evidence) -> Iterator[Verdict | None]:
             gap = np.abs(high - high[0]) - shift
             slack = error + error[0] + SUMS * np.maximum(high, shift)
             yield agree("norm", gap, slack, at, units=KERNEL_UNITS, note="|λ_max(Θ_t) - λ_max(Θ_0)| <= ‖Θ_t - Θ_0‖₂")
+
+
+def _enclosures(evidence: Evidence) -> Iterator[Verdict | None]:
+    """Hold loss and decrease as they were measured against what is proved of them."""
+    at = evidence.epochs
+    if evidence.has("probe_loss_lower") or evidence.has("probe_loss_upper"):
+        lower, upper, value = (evidence.probe(f"probe_loss{end}") for end in ("_lower", "_upper", ""))
+        outside = np.fmax.reduce([lower - value, value - upper, lower - upper])
+        note = "the proved bounds of the loss hold the measured one"
+        yield agree("loss_bounds", outside, SUMS * value, at, units="units of L", note=note)
+    if evidence.has("probe_decrease_lower") or evidence.has("probe_decrease_upper"):
+        lower, upper = (evidence.probe(f"probe_decrease_{end}") for end in ("lower", "upper"))
+        note = "the proved bounds of the decrease of one step are in order"
+        yield agree("decrease_bounds", lower - upper, 0.0, at, units="1", note=note)
 
 
 def _peer(evidence: Evidence) -> Verdict | None:

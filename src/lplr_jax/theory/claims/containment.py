@@ -51,6 +51,10 @@ def containment(evidence: Evidence) -> Verdict:
     the least of them, which the note says. "proved" where J is constant, λ_0 > 0 is proved, and every step is seen to
     be gradient descent with η <= 1/β for a proved β. Else "not refuted": no proved L_J is recorded.
     """
+    return _from_the_start(evidence).with_parts(*_restart(evidence))
+
+
+def _from_the_start(evidence: Evidence) -> Verdict:
     stopped = not_descending(evidence)
     if stopped:
         return Verdict("containment", REFERENCE, stopped[0], note=stopped[1])
@@ -83,6 +87,32 @@ def containment(evidence: Evidence) -> Verdict:
     return Verdict(
         "containment", REFERENCE, outcome, measured=float(shift[worst]), bound=limit,
         margin=factor(float(shift[worst]), limit), step=int(evidence.epochs[worst]), units=JACOBIAN, note=note,
+    )  # fmt: skip
+
+
+def _restart(evidence: Evidence) -> tuple[Verdict, ...]:
+    """Return whether the theorem, with a probe's θ_t as its centre and a = ½, proves all that comes after it."""
+    ratio, smooth = evidence.probe("restart_ratio"), evidence.probe("restart_smoothness")
+    known = np.flatnonzero(np.isfinite(ratio) & np.isfinite(smooth)) if not evidence.partial else np.zeros(0, int)
+    if not known.size or not_descending(evidence):
+        return ()
+    method, eta = evidence.method, evidence.eta * (1 + 8 * UNIT_64)
+    holds = known[(ratio[known] < 1) & (eta * smooth[known] <= 1)]
+    at = int(holds[0]) if holds.size else int(known[np.argmin(ratio[known])])
+    plain = method.plain and method.everywhere
+    outcome: Outcome = "proved" if holds.size and plain else "undecided"
+    note = f"4 L_J ‖r_t‖/λ_min(Θ_t) = {ratio[at]:.3g} at epoch {evidence.epochs[at]}, 1 is needed"
+    if holds.size:
+        reach = evidence.probe("restart_radius")[at]
+        note += f": exact gradient descent stays within {reach:.3g} of θ_t and its loss falls linearly to 0"
+        note += "" if plain else "; but not every step was seen to be one of it"
+    elif (ratio[known] < 1).any():
+        note += "; η <= 1/β is not proved there"
+    return (
+        Verdict(
+            "restart", REFERENCE, outcome, measured=float(ratio[at]), bound=1.0, margin=factor(float(ratio[at]), 1.0),
+            step=int(evidence.epochs[at]), units="1", note=note,
+        ),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from lplr_jax.curves.pairs import UNIT_64
 from lplr_jax.theory.claims.claim import Claim
 from lplr_jax.theory.claims.descent import loss_slack, step_sizes
 from lplr_jax.theory.claims.example import linear_regression
@@ -30,7 +31,8 @@ class Decrease:
         value: a_t; NaN where η_t ‖∇L_t‖² is 0.
         noise: by how much rounding may move a_t; NaN where it has no bound.
         window: a_w = Σ (L_t - L_{t+1}) / Σ η_t ‖∇L_t‖² over these steps.
-        window_noise: by how much rounding may move a_w: the losses between two steps cancel.
+        window_noise: by how much rounding may move a_w: the losses between two steps cancel, and where an unbroken row
+            of steps begins or ends at a probe of all data, its loss in float64 is taken.
     """
 
     at: Int[np.ndarray, " k"]
@@ -82,10 +84,22 @@ def decrease_of(evidence: Evidence) -> Decrease:
         value = np.where(asked > 0, fall / asked, np.nan)
         noise = (slack + np.abs(value) * off) / asked + np.abs(value) * relative
         total = float(asked.sum())
-        window = float(fall.sum()) / total if total > 0 else NAN
-        lost = float(evidence.loss_noise[edges].sum() + np.sum(slack - _losses(evidence, at)))
+        ends_at, wide, wide_noise = edges.reshape(2, -1) if at.size else np.zeros((2, 0), int), *_wide_losses(evidence)
+        window = float((wide[ends_at[0]] - wide[ends_at[1]]).sum()) / total if total > 0 else NAN
+        lost = float(wide_noise[edges].sum() + np.sum(slack - _losses(evidence, at)))
         window_noise = (lost + abs(window) * float(off.sum())) / total if total > 0 else NAN
     return Decrease(at, size, value, noise, window, window_noise)
+
+
+def _wide_losses(evidence: Evidence) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:
+    """Return the losses of the series with those of the probes in float64 in their place, and their noise."""
+    loss, noise = evidence.series("loss").copy(), evidence.loss_noise.copy()
+    found = evidence.probe("probe_loss")
+    known = np.isfinite(found) & (not evidence.partial) if found.size else np.zeros(0, bool)
+    places = evidence.at[known]
+    loss[places] = found[known]
+    noise[places] *= min(evidence.probe_unit / max(evidence.unit, UNIT_64), 1.0)
+    return loss, noise
 
 
 def _losses(evidence: Evidence, at: Int[np.ndarray, " k"]) -> Float[np.ndarray, " k"]:
@@ -144,7 +158,7 @@ def decrease(evidence: Evidence) -> Verdict:
         "descent", REFERENCE, outcome, measured=measured, bound=0.0, margin=margin, step=step, units="1",
         note=note + unseen,
     )  # fmt: skip
-    return verdict.with_parts(*_window(found))
+    return verdict.with_parts(*_window(found), *_exact_steps(evidence))
 
 
 def _window(found: Decrease) -> tuple[Verdict, ...]:
@@ -154,6 +168,26 @@ def _window(found: Decrease) -> tuple[Verdict, ...]:
     outcome: Outcome = "undecided" if not clear else "not refuted" if found.window > 0 else "refuted"
     note = f"a_w = Σ (L_t - L_(t+1)) / Σ η_t ‖∇L_t‖² over {found.at.size} steps, ± {found.window_noise:.1g}"
     return (Verdict("window", REFERENCE, outcome, measured=found.window, bound=0.0, units="1", note=note),)
+
+
+def _exact_steps(evidence: Evidence) -> tuple[Verdict, ...]:
+    """Return what is proved of one step of exact gradient descent from every probe: a_t lies between two bounds."""
+    lower, upper = (evidence.probe(f"probe_decrease_{end}") for end in ("lower", "upper"))
+    known = np.flatnonzero(np.isfinite(lower) & np.isfinite(upper))
+    if not known.size:
+        return ()
+    rises, falls = known[upper[known] < 0], known[lower[known] > 0]
+    outcome: Outcome = "refuted" if rises.size else "proved" if falls.size == known.size else "undecided"
+    worst = int(known[np.argmin(lower[known])])
+    note = f"one exact step of η = {evidence.number('learning_rate'):.4g} from each of {known.size} probes: a_t > 0 is "
+    note += f"proved at {falls.size}, a_t < 0 at {rises.size}; a_t in [{lower[worst]:.6g}, {upper[worst]:.6g}] at the "
+    note += f"least, epoch {evidence.epochs[worst]}"
+    return (
+        Verdict(
+            "exact_step", REFERENCE, outcome, measured=float(lower[worst]), bound=0.0, step=int(evidence.epochs[worst]),
+            units="1", note=note,
+        ),
+    )  # fmt: skip
 
 
 DESCENT = Claim(
