@@ -215,6 +215,22 @@ SCHEMA: dict[str, Entry] = {
     ),
     "restart_radius": Entry(("probe",), "parameter", "4 ‖r_t‖/√λ_min(Θ_t), rounded up", NON_NEGATIVE),
     "restart_smoothness": Entry(("probe",), "L / parameter²", "proved bound of β on that ball", NON_NEGATIVE),
+    "rsc_cosine": Entry(
+        ("probe",), "1", "|1ᵀΘg|/√(1ᵀΘ1 gᵀΘg), the cosine of ∇L and the gradient of the mean output", SHARE
+    ),
+    "gauss_newton_curvature": Entry(
+        ("probe",),
+        "L / parameter²",
+        "gᵀΘ²g/(s gᵀΘg), the curvature of the linearised loss along ∇L",
+        NON_NEGATIVE,
+    ),
+    "critical_step": Entry(
+        ("probe",),
+        "parameter² / L",
+        "η_c, the step along -∇L beyond which the loss rises, within 4 %",
+        NON_NEGATIVE,
+    ),
+    "aiming_inner": Entry(("probe",), LOSS, "⟨∇L(θ_t), θ_t - θ̃⟩, θ̃ the point beside which zero loss is certified"),
     "target_norm": Entry((), "output", "‖y‖ of the squared loss: f may be far larger than f - y", NON_NEGATIVE),
     "loss_floor_lower": Entry(
         (),
@@ -312,6 +328,10 @@ SINCE_2 = frozenset(
         "restart_ratio",
         "restart_radius",
         "restart_smoothness",
+        "rsc_cosine",
+        "gauss_newton_curvature",
+        "critical_step",
+        "aiming_inner",
         "target_norm",
         "loss_floor_lower",
         "interpolant_residual",

@@ -18,13 +18,14 @@ from jaxtyping import Num
 from lplr_jax import diagnostics, linalg
 from lplr_jax.files import atomic_write
 from lplr_jax.losses import Objective, Squared
-from lplr_jax.measurement.closing import closing_arrays
+from lplr_jax.measurement.closing import closing_arrays, flat_parameters, gradient_at
 from lplr_jax.measurement.enclosed import NAMES as ENCLOSED
 from lplr_jax.measurement.enclosed import enclose
 from lplr_jax.measurement.interpolation import duplicate_floor, find_interpolant
 from lplr_jax.measurement.kernel import kernel_values, recorded_spectra, spectrum_and_energy
 from lplr_jax.measurement.noise import Batches, batch_decrease, sample_noise
 from lplr_jax.measurement.peer import peer_difference, peer_samples
+from lplr_jax.measurement.rivals import critical_step, kernel_rivals
 from lplr_jax.ntk.empirical import Precision, empirical_ntk
 from lplr_jax.ntk.memory import total_memory
 from lplr_jax.proofs.assembly import dense_network
@@ -127,6 +128,7 @@ class KernelProbe:
         if self._save_to is not None:
             save_params(params, self._save_to / f"epoch_{epoch:06d}.npz")
         values: dict[str, float] = dict.fromkeys(KERNEL_VALUES, math.nan)
+        values |= dict.fromkeys(("rsc_cosine", "gauss_newton_curvature"), math.nan)
         if self._subset is not None:
             values["ntk_min_eig_subset"] = math.nan
         if self._batches is not None:
@@ -137,10 +139,12 @@ class KernelProbe:
             values |= self._measure_kernel(params, epoch)
         if _among(epoch, self._hessian_epochs):
             self._curved = epoch
-            values |= dict.fromkeys(("sharpness", "curvature_min"), math.nan)
+            values |= dict.fromkeys(("sharpness", "curvature_min", "critical_step"), math.nan)
             with self._losing("Hessian", HESSIAN_LOST, epoch, values):
                 self._extremes = self._measure_hessian(params)
                 values |= {"sharpness": self._extremes.largest, "curvature_min": self._extremes.least}
+                guess = 2 / self._extremes.largest if self._extremes.largest > 0 else math.nan
+                values["critical_step"] = critical_step(self._objective, params, self._x, self._y, guess=guess)
         return values
 
     @contextmanager
@@ -174,6 +178,7 @@ class KernelProbe:
                 max_eig_upper=values["ntk_max_eig_upper"],
                 learning_rate=self._learning_rate,
             )
+        values |= kernel_rivals(theta, point.gradient, self._objective.scale(*point.gradient.shape))
         if self._batches is not None:
             n, c = point.gradient.shape
             values |= sample_noise(theta, point.gradient, self._objective.scale(n, c))
@@ -310,12 +315,12 @@ class KernelProbe:
                     duplicate_floor(self._x, np.reshape(self._y, (n, -1)), float(closing["probe_loss_scale"]))
                 )
                 if whole and self._certify_floor > 0:
-                    closing |= self._interpolant()
+                    closing |= self._interpolant(arrays["probe_epoch"])
         if self._spectra:
             closing |= recorded_spectra([self._spectra.get(int(epoch)) for epoch in arrays["probe_epoch"]])
         return closing
 
-    def _interpolant(self) -> dict[str, np.ndarray]:
+    def _interpolant(self, epochs: np.ndarray) -> dict[str, np.ndarray]:
         """Return what certifies a network of zero loss near the last probe; nothing where none is reached."""
         first, last = min(self._points), max(self._points)
         if first != 0:
@@ -338,7 +343,13 @@ class KernelProbe:
             return {}
         if self._save_to is not None:
             save_params(found.params, self._save_to / "interpolant.npz")
-        return found.arrays()
+        aims = np.full(epochs.size, np.nan)
+        end = flat_parameters(found.params)
+        for place, epoch in enumerate(epochs):
+            if int(epoch) in self._points:
+                point = self._points[int(epoch)]
+                aims[place] = gradient_at(self._objective, point, self._x, self._y) @ (flat_parameters(point) - end)
+        return {**found.arrays(), "aiming_inner": aims}
 
     def _second_opinion(self, epochs: np.ndarray, outputs: int, seed: int) -> dict[str, np.ndarray]:
         """Return how far the first and the last kernel are from those of another implementation; nothing without it."""

@@ -21,7 +21,7 @@ from lplr_jax.printing import printable
 from lplr_jax.records import Record, facts
 from lplr_jax.reports.html import environment, style
 from lplr_jax.reports.output import figure_of
-from lplr_jax.reports.rows import summary_rows
+from lplr_jax.reports.rows import rival_rows, summary_rows
 from lplr_jax.schema import SCHEMA
 from lplr_jax.theory import Verdicts
 from lplr_jax.theory.claims import REGISTRY
@@ -151,6 +151,7 @@ def _run(name: str, record: Record, verdicts: Verdicts, number: int) -> dict[str
         "reading": theory.reading(verdicts),
         "intervals": list(_intervals(record)),
         "rows": list(summary_rows(record)),
+        "rivals": list(rival_rows(record)),
         "seen": facts(record),
         "absent": [(key, entry.meaning) for key, entry in SCHEMA.items() if key not in record],
         "command": record.provenance.get("command", ""),

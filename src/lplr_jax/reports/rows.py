@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from lplr_jax.curves.rate import Decay, RateReport
+from lplr_jax.curves.rivals import rivals
 from lplr_jax.curves.summary import Summary, step_word, summarise
 from lplr_jax.records import Record
 
@@ -30,6 +31,12 @@ def summary_rows(record: Record) -> Iterator[Row]:
     yield from _regime_rows(record, summary, word)
     yield from _rate_rows("stable regime", summary.regime_rate, word)
     yield from _rate_rows("middle half", summary.middle_rate, word)
+
+
+def rival_rows(record: Record) -> Iterator[tuple[str, ...]]:
+    """Yield quantity, first, last, least and largest value over the probes, and what other accounts make of it."""
+    for rival in rivals(record) if np.isfinite(record["loss"]).any() else ():
+        yield (rival.name, *(f"{value:.4g}" for value in rival[2:]), rival.says)
 
 
 def _series_rows(record: Record, word: str) -> Iterator[Row]:

@@ -396,7 +396,7 @@ class Evidence:
 
     @cached_property
     def output_size(self) -> Float[np.ndarray, " t"]:
-        """Size of the outputs: that of g, at the start or where it stands, or of the targets where g is small beside."""
+        """Size of the outputs: that of g, at the start or where it stands, or of the targets if they are larger."""
         size = self.output_gradient
         return np.fmax(np.fmax(size[:1], size), np.nan_to_num(self.number("target_norm"), nan=0.0))
 
