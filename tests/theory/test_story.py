@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -11,7 +13,10 @@ from rich.console import Console
 from test_method import ETA, run
 
 from lplr_jax import theory
+from lplr_jax.losses import Squared
 from lplr_jax.reports import report
+from lplr_jax.runs.loop import train
+from lplr_jax.runs.problem import Probes, Problem
 from lplr_jax.theory.claims.example import linear_regression
 from lplr_jax.theory.evidence import Evidence
 
@@ -120,3 +125,62 @@ def test_the_story_stands_above_the_table():
     with console.capture() as shown:
         report.judge(console, {"a": verdicts, "b": verdicts}, {"a": record, "b": record}, first_in_full=True)
     assert shown.get().index("a:") < shown.get().index("Hypotheses of the paper: ")
+
+
+def of_network(x, y, *, steps=60, eta=0.1, width=12, **probes):
+    """A tanh network of one hidden layer from a fixed seed, trained by gradient descent in float64."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        params = [rng.normal(size=(x.shape[1], width)), rng.normal(size=(width, 1)) / np.sqrt(width)]
+        params, x, y = jax.tree.map(lambda a: jnp.asarray(a, "float64"), (params, x, y))
+        problem = Problem(lambda p, x: jnp.tanh(x @ p[0]) @ p[1], params, x, y, loss=Squared("mean"))
+        kept = {"every": 10, "search": 0, "hessian": 3, "certify_floor": 1.0, **probes}
+        return train(problem, optax.sgd(eta), steps=steps, probes=Probes(**kept), learning_rate=eta)
+
+
+def test_equal_inputs_with_unlike_targets_are_out_of_reach():
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(6, 3)), rng.normal(size=(6, 1))
+    x[1], y[:2] = x[0], [[0.0], [1.0]]
+    lines = told(of_network(x, y))
+    # Two targets that differ by 1 leave ¼ + ¼ of squares, over 2 s = 12.
+    assert lines[4].startswith("Zero loss is out of reach (ours, not the paper's): equal inputs have unlike targets")
+    assert f"L >= {0.5 / 12:.6g}" in lines[4]
+
+
+@pytest.mark.parametrize("labels", ["smooth", "noise"])
+def test_what_zero_loss_costs(labels):
+    """The same inputs, targets that a smooth function gives and targets of noise: noise lies farther away."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(8, 3))
+    y = np.sin(x[:, :1]) if labels == "smooth" else rng.choice([-1.0, 1.0], size=(8, 1))
+    lines = told(of_network(x, y, width=40))
+    assert lines[4].startswith("Zero loss is proved to be attained within ")
+    _DISTANCE[labels] = float(lines[4].split("within ")[1].split(" ")[0])
+    if len(_DISTANCE) == 2:
+        assert _DISTANCE["smooth"] < _DISTANCE["noise"]
+
+
+_DISTANCE: dict[str, float] = {}
+
+
+def test_a_wide_network_is_the_papers():
+    """Few samples, many units, a small residual: the hypotheses of the paper are proved, and what follows from them."""
+    rng = np.random.default_rng(3)
+    x = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    record = of_network(x, 1e-3 * rng.normal(size=(3, 1)), width=4096, steps=30, eta=5e-4)
+    lines = told(record)
+    assert "L_Θ r < λ_0 is proved" in lines[0]
+    assert "local PL (Theorem 5.4) is proved" in lines[0]
+    assert "From θ_0 alone it does not follow" not in lines[3]
+
+
+def test_a_catapult_and_its_recovery():
+    """One problem at two step sizes: at the larger one the loss jumps and falls all the same, and only that is told."""
+    rng = np.random.default_rng(4)
+    x, y = rng.normal(size=(6, 4)), rng.normal(size=(6, 1))
+    wild, tame = (told(of_network(x, y, eta=eta, width=64, steps=200)) for eta in (0.14, 0.05))
+    assert wild[1].startswith("Some steps raise the loss")
+    assert "why the loss falls over the run though single steps raise it" in wild[5]
+    assert tame[1].startswith("No step that was seen raises the loss beyond rounding")
+    assert "why the loss falls" not in tame[5]

@@ -126,4 +126,6 @@ def _one_step(
     # A fall below 0 is divided by the least ‖G‖², one above by the largest, and the reverse for the upper end.
     lower = falls[0] / (eta * (most if falls[0] > 0 else least) ** 2)
     upper = falls[1] / (eta * (least if falls[1] > 0 else most) ** 2)
+    if not (math.isfinite(lower) and math.isfinite(upper)):
+        return math.nan, math.nan
     return lower - 8 * UNIT * abs(lower), upper + 8 * UNIT * abs(upper)

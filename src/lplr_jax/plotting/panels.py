@@ -16,6 +16,8 @@ from lplr_jax.curves.summary import Summary, step_word, summarise
 from lplr_jax.plotting.style import blank, numbers_of, set_title, setting, source_of, styled
 from lplr_jax.records import Record
 from lplr_jax.theory.claims.floor_pl import curves
+from lplr_jax.theory.claims.interpolation import certificate_of
+from lplr_jax.theory.evidence import Evidence
 
 BLUE, VERMILION, GREEN, PURPLE, BLACK = "C0", "C1", "C2", "C3", "C6"
 MARKS: dict[theory.Outcome, tuple[str, str]] = {
@@ -187,7 +189,7 @@ def _pl_panel(axes: Axes, record: Record, summary: Summary) -> None:
     epoch, (lower, upper) = record["epoch"], summary.bracket
     shown = np.where(np.isfinite(upper), upper, np.nan)
     axes.fill_between(epoch, lower, shown, color=BLUE, alpha=0.25, linewidth=0, label="bracket of the PL ratio")
-    axes.plot(epoch, lower, color=BLUE, label=r"$\frac{1}{2}\|\nabla L\|^2/L$:  $L^*=0$")
+    axes.plot(epoch, lower, color=BLUE, label=r"$\frac{1}{2}\|\nabla L\|^2/L$:  $L^*=0$" + _where(record))
     axes.plot(epoch, shown, color=VERMILION, linestyle="--", linewidth=1.2, label=r"$L^*=\min_t L_t$, the proxy")
     if summary.regime.stop:
         x = summary.steps(summary.regime)
@@ -217,10 +219,16 @@ def _pl_panel(axes: Axes, record: Record, summary: Summary) -> None:
     axes.legend(**BELOW)
 
 
+def _where(record: Record) -> str:
+    """Say from which radius around θ_0 on L* = 0 is a theorem; nothing where it is none."""
+    found = certificate_of(Evidence(record)) if record.loss == "squared" else None
+    return f", a theorem from R = {found.radius:.3g} on" if found is not None and not found.reason else ""
+
+
 def _loss_panel(axes: Axes, record: Record, summary: Summary) -> None:
     epoch, loss = record["epoch"], record["loss"]
     report = summary.middle_rate
-    axes.plot(epoch, loss, color=BLUE, label=r"$L_t$  ($L^*=0$)")
+    axes.plot(epoch, loss, color=BLUE, label=f"$L_t$  ($L^*=0${_where(record)})")
     _gap(axes, epoch, loss - summary.floor, color=VERMILION, linewidth=1.5, label=r"$L_t-\min L$, the proxy gap")
     label = "the same, run stopped at T/2 and 3T/4"
     for (cut, decay), alpha in zip(report.refits, (0.45, 0.7), strict=True):

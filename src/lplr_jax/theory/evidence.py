@@ -42,7 +42,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class Spectra:
-    """The probes that keep a whole spectrum, eigenvalues descending: column k - 1 is of the top k eigenvectors.
+    """The probes that keep a spectrum, eigenvalues descending: column k - 1 is of the top k eigenvectors.
+
+    Of a large kernel only the top ones are kept; one last column then has λ_min for all the others and their energy.
 
     ½‖∇L‖² >= (rate_k / s) (L - floor_k) at each of them. With E_k the energy past the k-th eigenvector over 2 s, of the
     kernel as it was computed, δ its error: rᵀΘr >= λ_k (‖r‖² - 2 s E_k) - δ ‖r‖², so that rate = λ_k - δ and
@@ -299,6 +301,15 @@ class Evidence:
             upper = value + error if math.isnan(upper) else upper + off
         return Interval(value, lower, upper, certified)
 
+    def rows_of(self, k: int) -> int:
+        """Return how many eigenvectors the first k columns of `spectra` stand for."""
+        cut = "spectrum_rest" in self.arrays and k > self.arrays["spectrum"].shape[1]
+        return self.kernel_size if cut else k
+
+    def spectrum_rest(self, name: str) -> Float[np.ndarray, " k"]:
+        """Return what a record keeps of `name` past its largest entries, summed; 0 where it keeps all of them."""
+        return self.probe(f"{name}_rest") if "spectrum_rest" in self.arrays else np.zeros(self.epochs.size)
+
     @cached_property
     def spectra(self) -> Spectra | None:
         """Spectrum and energy of the residual at the probes that keep both; None where none does, or L is not squared.
@@ -309,18 +320,26 @@ class Evidence:
         if self.loss != "squared" or self.trace or not all(name in self.arrays for name in named):
             return None
         values, shares = (np.asarray(self.arrays[name], np.float64)[:, ::-1] for name in named)
+        rest = self.spectrum_rest("residual_energy")
         loss = self.probe("probe_loss")
         if not self.partial:  # the series has no loss of a subset
             loss = np.where(np.isfinite(loss), loss, self.series("loss")[self.at])
-        shares = np.where((loss == 0)[:, None], 0.0, shares)  # the residual of an exact fit has no direction
+        # The residual of an exact fit has no direction.
+        shares, rest = np.where((loss == 0)[:, None], 0.0, shares), np.where(loss == 0, 0.0, rest)
         error = self.kernel_error
         kept = (
-            np.isfinite(values).all(axis=1) & np.isfinite(shares).all(axis=1) & np.isfinite(loss) & np.isfinite(error)
+            np.isfinite(values).all(axis=1)
+            & np.isfinite(shares).all(axis=1)
+            & np.isfinite(rest + loss)
+            & np.isfinite(error)
         )
         if not kept.any():
             return None
         values, shares, loss, error = values[kept], shares[kept], loss[kept], error[kept]
         energy = loss[:, None] * shares
+        if "spectrum_rest" in self.arrays:
+            energy = np.column_stack([energy, loss * rest[kept]])
+            values = np.column_stack([values, np.fmin(self.probe("ntk_min_eig")[kept], values[:, -1])])
         past = np.zeros_like(energy)
         past[:, :-1] = np.cumsum(energy[:, :0:-1], axis=1)[:, ::-1]
         rate = np.maximum(values - error[:, None], 0.0)

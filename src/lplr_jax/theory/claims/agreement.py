@@ -130,13 +130,15 @@ def _enclosures(evidence: Evidence) -> Iterator[Verdict | None]:
     at = evidence.epochs
     if evidence.has("probe_loss_lower") or evidence.has("probe_loss_upper"):
         lower, upper, value = (evidence.probe(f"probe_loss{end}") for end in ("_lower", "_upper", ""))
-        outside = np.fmax.reduce([lower - value, value - upper, lower - upper])
+        kept = np.isfinite(lower + upper + value)
+        outside = np.maximum.reduce([lower - value, value - upper, lower - upper])
         note = "the proved bounds of the loss hold the measured one"
-        yield agree("loss_bounds", outside, SUMS * value, at, units="units of L", note=note)
+        yield agree("loss_bounds", outside[kept], (SUMS * value)[kept], at[kept], units="units of L", note=note)
     if evidence.has("probe_decrease_lower") or evidence.has("probe_decrease_upper"):
         lower, upper = (evidence.probe(f"probe_decrease_{end}") for end in ("lower", "upper"))
         note = "the proved bounds of the decrease of one step are in order"
-        yield agree("decrease_bounds", lower - upper, 0.0, at, units="1", note=note)
+        kept = np.isfinite(lower + upper)
+        yield agree("decrease_bounds", (lower - upper)[kept], 0.0, at[kept], units="1", note=note)
 
 
 def _peer(evidence: Evidence) -> Verdict | None:
@@ -200,22 +202,24 @@ def _spectra(evidence: Evidence) -> Iterator[Verdict | None]:
     at, spectrum = evidence.epochs[kept], spectrum[kept]
     slack = 4 * evidence.kernel_error[kept] + 16 * evidence.kernel_size * UNIT_64 * spectrum[:, -1]
     order = (spectrum[:, :-1] - spectrum[:, 1:]).max(axis=1, initial=-np.inf)
-    ends = np.fmax(
-        np.abs(spectrum[:, 0] - evidence.probe("ntk_min_eig")[kept]),
-        np.abs(spectrum[:, -1] - evidence.probe("ntk_max_eig")[kept]),
-    )
+    cut, low = "spectrum_rest" in evidence.arrays, spectrum[:, 0] - evidence.probe("ntk_min_eig")[kept]
+    # Of a spectrum that is cut off λ_min is below the last one that is kept.
+    ends = np.fmax(-low if cut else np.abs(low), np.abs(spectrum[:, -1] - evidence.probe("ntk_max_eig")[kept]))
     note = "ascending, and its ends are λ_min and λ_max"
     yield agree("spectrum", np.fmax(order, ends), slack, at, units=KERNEL_UNITS, note=note)
     if not evidence.has("residual_energy"):
         return
     energy = np.asarray(evidence.arrays["residual_energy"], np.float64)[kept]
-    has = np.isfinite(energy).all(axis=1)  # the residual of an exact fit has no direction
-    energy, spectrum, at, slack = energy[has], spectrum[has], at[has], slack[has]
-    faults = np.maximum(np.abs(energy.sum(axis=1) - 1), -energy.min(axis=1))
+    rest = evidence.spectrum_rest("residual_energy")[kept]
+    has = np.isfinite(energy).all(axis=1) & np.isfinite(rest)  # the residual of an exact fit has no direction
+    energy, spectrum, at, slack, rest = energy[has], spectrum[has], at[has], slack[has], rest[has]
+    faults = np.maximum(np.abs(energy.sum(axis=1) + rest - 1), -np.fmin(energy.min(axis=1), rest))
     yield agree("energy", faults, SUMS, at, units="1", note="the residual's energy is a share: >= 0, sum 1")
     if not (at.size and evidence.has("ntk_rayleigh")):
         return
-    gap = np.abs((energy * spectrum).sum(axis=1) - evidence.probe("ntk_rayleigh")[kept][has])
+    off = (energy * spectrum).sum(axis=1) - evidence.probe("ntk_rayleigh")[kept][has]
+    # What was cut off has eigenvalues from 0 to the least that is kept.
+    gap = np.maximum(off, -off - rest * spectrum[:, 0])
     note = "Σ energy · eigenvalue is rᵀΘr/‖r‖²"
     yield agree("weighted_spectrum", gap, slack, at, units=KERNEL_UNITS, note=note)
 

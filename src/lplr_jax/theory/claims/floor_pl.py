@@ -145,7 +145,7 @@ def window_of(evidence: Evidence) -> Window | None:
         for i in range(1, last)
     ]
     return Window(
-        k=k + 1,
+        k=evidence.rows_of(k + 1),
         start=int(spectra.epochs[0]),
         stop=int(spectra.epochs[last]),
         probes=last + 1,
@@ -292,8 +292,9 @@ def _pointwise(evidence: Evidence) -> tuple[Verdict, ...]:
     guaranteed = spectra.rate / s * (spectra.loss[:, None] - spectra.floor)
     # Sums in float64; the solver's own error, as that of the kernel, moves rᵀΘr by itself times ‖r‖² = 2 s L.
     solver = 16 * evidence.kernel_size * np.finfo(np.float64).eps / 2 * spectra.eigenvalues[:, 0]
-    slack = SUMS * half + 4 * (spectra.error + solver) / s * spectra.loss
-    short = guaranteed.max(axis=1) - half - slack
+    with np.errstate(over="ignore", invalid="ignore"):  # a run that diverges
+        slack = SUMS * half + 4 * (spectra.error + solver) / s * spectra.loss
+        short = guaranteed.max(axis=1) - half - slack
     known = np.isfinite(short)
     if not known.any():
         return ()
@@ -304,11 +305,12 @@ def _pointwise(evidence: Evidence) -> tuple[Verdict, ...]:
     k = int(np.argmax(guaranteed[worst])) + 1
     refuted = bool(short[worst] > 0)
     where = f" ({evidence.partial}, with its own loss and gradient)" if evidence.partial else ""
+    closest = f"{int(known.sum())} probes; closest with k = {evidence.rows_of(k)} here{where}"
     part = Verdict(
         "pointwise", REFERENCE, "refuted" if refuted else "not refuted", measured=float(half[worst]),
         bound=float(guaranteed[worst, k - 1]), margin=factor(float(guaranteed[worst, k - 1]), float(half[worst])),
         step=int(spectra.epochs[worst]), units="L² / parameter²",
-        note=f"½‖∇L‖² >= (λ_k/s)(L - E_k) for every k at {int(known.sum())} probes; closest with k = {k} here{where}",
+        note=f"½‖∇L‖² >= (λ_k/s)(L - E_k) for every k at {closest}",
         inconsistent=refuted,
     )  # fmt: skip
     return (part,)

@@ -144,10 +144,11 @@ def _energy(evidence: Evidence) -> str:
     first, last = known[0], known[-1]
     k = min(TOP, energy.shape[1])
     shares = [f"{energy[i, -k:].sum():.1%} at epoch {evidence.epochs[i]}" for i in dict.fromkeys((first, last))]
-    form = energy[last] * spectrum[last]
+    form, rayleigh = energy[last] * spectrum[last], evidence.probe("ntk_rayleigh")[last]
+    whole = rayleigh if "spectrum_rest" in evidence.arrays and np.isfinite(rayleigh) else form.sum()
     return (
-        f"; {k} of {energy.shape[1]} eigenvectors hold {', '.join(shares)} of ‖r‖²"
-        f" and {form[-k:].sum() / form.sum():.1%} of rᵀΘr"
+        f"; {k} of {evidence.kernel_size} eigenvectors hold {', '.join(shares)} of ‖r‖²"
+        f" and {form[-k:].sum() / whole:.1%} of rᵀΘr"
     )
 
 
