@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 from lplr_jax.ntk import engine
+from lplr_jax.ntk.rules import Positions
 
 ALL = ("full", "trace", "diagonal")
 TOLERANCE = 1e-12  # the products sum at most 1e4 float64 terms: 1e4 · 1.1e-16 in the worst case
@@ -87,6 +88,26 @@ def test_matrix_products(name):
 
     check(
         apply_fn, params, normal(2, *x_shape), {"['w']": rule}, ALL if "wide" in name or name == "dense" else ("full",)
+    )
+
+
+def test_a_batch_of_any_length_makes_a_program_of_one_length():
+    lengths = {}
+    for batches in (2, 130):
+        term = Positions((0,), lambda env: env[0], lambda env, deltas: deltas[0], False, 2, batches)
+        h, delta = jax.ShapeDtypeStruct((3, batches, 2, 4), float), jax.ShapeDtypeStruct((3, batches, 2, 2, 5), float)
+        for method in (term.full, term.trace):
+            lengths.setdefault(method.__name__, set()).add(len(jax.make_jaxpr(method)((h, delta), (h, delta)).eqns))
+    assert all(len(seen) == 1 for seen in lengths.values()), lengths
+
+
+def test_many_batches():
+    check(
+        lambda p, x: head(jnp.einsum("nhi,hio->nho", x, p)),
+        normal(1, 40, 6, 5),
+        normal(2, 4, 40, 6),
+        {"": "pairs of positions"},
+        ALL,
     )
 
 

@@ -170,29 +170,27 @@ class Positions:
 
     def full(self, first: Any, second: Any) -> jax.Array:
         """Σ over positions for all pairs of outputs."""
-        n1, batches, c1, s1, _ = first[1].shape
+        n1, _, c1, s1, _ = first[1].shape
         n2, _, c2, s2, _ = second[1].shape
-        total = None
-        for b in range(batches):
-            product = gram(_rows(first[1][:, b], 3), _rows(second[1][:, b], 3))
-            product = product.reshape(n1, c1, s1, n2, c2, s2)
-            weight = self._weight(first[0], second[0], b, product.dtype).reshape(n1, 1, s1, n2, 1, s2)
-            part = jnp.sum(jnp.broadcast_to(weight, product.shape) * product, axis=(2, 5))
-            total = part if total is None else total + part
-        return jnp.asarray(total).reshape(n1 * c1, n2 * c2)
+
+        def of_batch(h1: jax.Array, d1: jax.Array, h2: jax.Array, d2: jax.Array) -> jax.Array:
+            product = gram(_rows(d1, 3), _rows(d2, 3)).reshape(n1, c1, s1, n2, c2, s2)
+            weight = self._weight(h1, h2, product.dtype).reshape(n1, 1, s1, n2, 1, s2)
+            return jnp.sum(jnp.broadcast_to(weight, product.shape) * product, axis=(2, 5))
+
+        return self._over_batches(of_batch, first, second).reshape(n1 * c1, n2 * c2)
 
     def trace(self, first: Any, second: Any) -> jax.Array:
         """Σ over positions, outputs contracted."""
-        n1, batches, _, s1, _ = first[1].shape
+        n1, _, _, s1, _ = first[1].shape
         n2, s2 = second[1].shape[0], second[1].shape[3]
-        total = None
-        for b in range(batches):
-            d1, d2 = (jnp.swapaxes(d[:, b], 1, 2) for d in (first[1], second[1]))
-            product = gram(_rows(d1, 2), _rows(d2, 2))
-            weight = self._weight(first[0], second[0], b, product.dtype)
-            part = jnp.sum((weight * product).reshape(n1, s1, n2, s2), axis=(1, 3))
-            total = part if total is None else total + part
-        return jnp.asarray(total)
+
+        def of_batch(h1: jax.Array, d1: jax.Array, h2: jax.Array, d2: jax.Array) -> jax.Array:
+            product = gram(*(_rows(jnp.swapaxes(d, 1, 2), 2) for d in (d1, d2)))
+            weight = self._weight(h1, h2, product.dtype)
+            return jnp.sum((weight * product).reshape(n1, s1, n2, s2), axis=(1, 3))
+
+        return self._over_batches(of_batch, first, second)
 
     def diagonal(self, first: Any, second: Any) -> jax.Array:
         """Σ over positions of a sample with itself."""
@@ -207,9 +205,20 @@ class Positions:
         """Both Gram blocks over positions."""
         return (outputs**2 + 1) * self.positions**2
 
-    def _weight(self, first: jax.Array, second: jax.Array, b: int, dtype: Any) -> jax.Array:
+    def _over_batches(self, of_batch: Callable[..., jax.Array], first: Any, second: Any) -> jax.Array:
+        """Σ of `of_batch` (h, δ, h', δ' of one batch entry), one entry at a time: only its Gram blocks are held."""
+        if self.batches == 1:
+            (h1, d1), (h2, d2) = first, second
+            take = (lambda h: h) if self.lookup else (lambda h: h[:, 0])
+            return of_batch(take(h1), d1[:, 0], take(h2), d2[:, 0])
+        leading = [jnp.moveaxis(a, 1, 0) for a in (*first, *second)]
+        total = jax.eval_shape(of_batch, *(jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in leading))
+        zero = jnp.zeros(total.shape, total.dtype)
+        return lax.scan(lambda partial, arrays: (partial + of_batch(*arrays), None), zero, tuple(leading))[0]
+
+    def _weight(self, first: jax.Array, second: jax.Array, dtype: Any) -> jax.Array:
         if not self.lookup:
-            return gram(_rows(first[:, b], 2), _rows(second[:, b], 2))
+            return gram(_rows(first, 2), _rows(second, 2))
         one, two = first.reshape(-1), second.reshape(-1)
         equal = (one[:, None] == two[None, :]) & (one >= 0)[:, None]
         return equal.astype(dtype)
