@@ -26,11 +26,11 @@ def _float64():
 
 
 def model(params, x):
-    """Every kind of term: dense with bias, positions, per-example gradients (scale), a shared leaf."""
+    """Every kind of term: dense with bias, positions, per-example gradients (scale), uses with k and m exchanged."""
     h = jnp.tanh(x @ params["in"] + jnp.broadcast_to(params["bias"], (x.shape[0], WIDTH)))
     pairs = jnp.tanh(h.reshape(-1, 2, WIDTH // 2) @ params["pairs"])
     h = pairs.reshape(-1, 28)[:, :WIDTH] * jnp.broadcast_to(params["scale"], (x.shape[0], WIDTH))
-    h = jnp.tanh(h @ params["shared"]) @ params["shared"]
+    h = jnp.tanh(h @ params["shared"]) @ params["shared"].T
     return h @ params["out"]
 
 
@@ -68,7 +68,7 @@ def test_the_model_has_every_kind_of_term():
     assert rules["['bias']"] == "bias: δ δᵀ"
     assert rules["['pairs']"] == "matrix product: pairs of positions"
     assert rules["['scale']"] == "scale: per-example gradients"
-    assert rules["['shared']"] == "Jacobian (reverse mode)"
+    assert rules["['shared']"] == "2 × matrix product: pairs of positions"
 
 
 def test_trace_and_diagonal_are_those_of_the_full_kernel():
@@ -360,5 +360,6 @@ def test_explanation_counts_and_prints():
         assert leaf.path in text
         assert leaf.rule in text
     assert len(text.splitlines()) == 2 + 6 + 1
-    reason = str(engine.explain(model, parameters(), samples()))
-    assert "is used 2 times" in reason
+    reason = str(engine.explain(lambda p, x: x @ p + (x @ jnp.tanh(p)), parameters()["in"], samples()))
+    assert "Jacobian (reverse mode)" in reason
+    assert "is used 2 times, and enters `tanh`, which has no rule" in reason

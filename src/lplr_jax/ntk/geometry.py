@@ -4,7 +4,7 @@ b counts batch entries or feature groups, s positions, k contracted and m free e
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,19 @@ from lplr_jax.ntk.walk import Use
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """Sizes b, s, k, m of a use, and how its operand and its cotangent are laid out in that form."""
+    """Sizes b, s, k, m of a use, and how its operand and its cotangent are laid out in that form.
+
+    Attributes:
+        b: Batch entries or feature groups.
+        s: Positions.
+        k: Contracted entries of the leaf, or rows of a table.
+        m: Free entries of the leaf.
+        operand: From the other operand to h (b, s, k), or to row numbers (1, s) of a table, -1 where it fills in.
+        cotangent: From the cotangent at the result to δ (b, s, m).
+        entries: From an array of the leaf's shape at the operation to (b, k, m).
+        layout: What the cotangent's layout depends on beside the sizes.
+        lookup: Whether rows are looked up.
+    """
 
     b: int
     s: int
@@ -27,15 +39,20 @@ class Geometry:
     m: int
     operand: Callable[[Any], jax.Array]
     cotangent: Callable[[Any], jax.Array]
+    entries: Callable[[np.ndarray], np.ndarray]
+    layout: Hashable
+    lookup: bool = False
 
 
 def geometry(program: Program, use: Use) -> Geometry | None:
-    """Form of the use, or None where its primitive is neither a matrix product nor a convolution."""
+    """Form of the use, or None where its way is no isometry, or it is no matrix product, convolution or row lookup."""
+    if not use.isometric:
+        return None
     if use.op.name == "dot_general":
         return _matrix_product(program, use)
     if use.op.name == "conv_general_dilated":
         return _convolution(program, use)
-    return None
+    return _row_lookup(program, use) if use.op.name == "gather" else None
 
 
 def _shape(program: Program, atom: Any) -> tuple[int, ...]:
@@ -59,7 +76,10 @@ def _matrix_product(program: Program, use: Use) -> Geometry:
     def cotangent(delta: Any) -> jax.Array:  # the result has batch axes, then those of the left operand, then the right
         return jnp.swapaxes(delta.reshape(b, m, s), 1, 2) if at == 0 else delta.reshape(b, s, m)
 
-    return Geometry(b, s, k, m, operand, cotangent)
+    def entries(leaf: np.ndarray) -> np.ndarray:
+        return leaf.transpose((*batch[at], *contract[at], *free)).reshape(b, k, m)
+
+    return Geometry(b, s, k, m, operand, cotangent, entries, ("dot_general", at))
 
 
 def _convolution(program: Program, use: Use) -> Geometry:
@@ -99,29 +119,42 @@ def _convolution(program: Program, use: Use) -> Geometry:
     def cotangent(delta: Any) -> jax.Array:
         return by_group(jnp.transpose(delta, (out_spec[0], *out_spec[2:], out_spec[1])))
 
-    return Geometry(groups, s, k, features, operand, cotangent)
+    def entries(leaf: np.ndarray) -> np.ndarray:
+        leaf = leaf.transpose((*rhs[2:], rhs[1], rhs[0])).reshape(k, groups, features)
+        return np.moveaxis(leaf, 1, 0)
+
+    return Geometry(groups, s, k, features, operand, cotangent, entries, ("conv", out_spec))
 
 
-def row_lookup(program: Program, use: Use) -> Callable[[Any], jax.Array] | None:
-    """For a gather of whole rows of a table: the function from its indices to row numbers (−1 where it fills in).
-
-    Returns:
-        The function, whose result has one entry for each gathered row; or None for any other gather.
-    """
+def _row_lookup(program: Program, use: Use) -> Geometry | None:
+    """Form of a gather of whole rows of a table, None for any other."""
     numbers, mode = use.op.params["dimension_numbers"], str(use.op.params["mode"])
     table, indices = (_shape(program, atom) for atom in use.op.ins)
     rows = numbers.start_index_map == (0,) and numbers.collapsed_slice_dims == (0,)
     whole = tuple(use.op.params["slice_sizes"]) == (1, *table[1:])
     last = len(program.avals[use.op.outs[0]].shape)
     trailing = numbers.offset_dims == tuple(range(len(indices) - 1, last))
-    if not (rows and whole and trailing) or numbers.operand_batching_dims:
+    # A scaled table would scale the comparison of its row numbers.
+    if not (rows and whole and trailing) or numbers.operand_batching_dims or use.factors:
         return None
+    m = math.prod(table[1:])
+    s = math.prod(indices[:-1])
 
     def numbers_of(index: Any) -> jax.Array:
-        index = index.reshape(-1)
+        index = index.reshape(1, -1)
         inside = (index >= 0) & (index < table[0])
         if "CLIP" in mode.upper():
             return jnp.clip(index, 0, table[0] - 1)
         return jnp.where(inside, index, np.array(-1, index.dtype))
 
-    return numbers_of
+    return Geometry(
+        1,
+        s,
+        table[0],
+        m,
+        numbers_of,
+        lambda delta: delta.reshape(1, s, m),
+        lambda leaf: leaf.reshape(1, table[0], m),
+        "gather",
+        lookup=True,
+    )
