@@ -198,7 +198,13 @@ def test_bodies(name, sliced):
         return head(lax.scan(step, x, (times, p if sliced else times))[0])
 
     p = normal(1, 2, 16, 16) if sliced else normal(1, 16, 16)
-    served = {"moved": "pairs of positions", "scaled by a step": "pairs", "used twice": "pairs", "wrapped": "pairs"}
+    served = {
+        "bias": "bias",
+        "moved": "pairs of positions",
+        "scaled by a step": "pairs",
+        "used twice": "pairs",
+        "wrapped": "pairs",
+    }
     check(apply_fn, p / 4, normal(2, 3, 16), {"": served.get(name, "in 2 steps")})
 
 

@@ -1,4 +1,4 @@
-"""Matrix products and convolutions brought to one form: operand h[b, s, k] and cotangent δ[b, s, m] of a sample.
+"""Matrix products, convolutions, row lookups and biases brought to one form: operand h[b, s, k], cotangent δ[b, s, m].
 
 b counts batch entries or feature groups, s positions, k contracted and m free entries of the leaf.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from lplr_jax.ntk.jaxpr import Program
-from lplr_jax.ntk.walk import Use
+from lplr_jax.ntk.walk import AFFINE, Use
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +45,11 @@ class Geometry:
 
 
 def geometry(program: Program, use: Use) -> Geometry | None:
-    """Form of the use, or None where its way is no isometry, or it is no matrix product, convolution or row lookup."""
+    """Form of the use; None where its way is no isometry, or for another operation than those named above."""
     if not use.isometric:
         return None
+    if use.op.name in AFFINE:
+        return _bias(program, use)
     if use.op.name == "dot_general":
         return _matrix_product(program, use)
     if use.op.name == "conv_general_dilated":
@@ -57,6 +59,25 @@ def geometry(program: Program, use: Use) -> Geometry | None:
 
 def _shape(program: Program, atom: Any) -> tuple[int, ...]:
     return program.avals[atom].shape if isinstance(atom, int) else jnp.shape(atom.val)
+
+
+def _bias(program: Program, use: Use) -> Geometry | None:
+    """Form of a leaf every entry of which is added to one entry of the result, None for any other."""
+    m, shape = math.prod(program.avals[use.op.outs[0]].shape), _shape(program, use.op.ins[use.position])
+    if math.prod(shape) != m or use.factors:
+        return None
+    sign = -1 if use.op.name == "sub" and use.position == 1 else 1
+    one = np.full((1, 1, 1), sign, program.avals[use.source].dtype)
+    return Geometry(
+        1,
+        1,
+        1,
+        m,
+        lambda _: jnp.asarray(one),
+        lambda delta: delta.reshape(1, 1, m),
+        lambda leaf: leaf.reshape(1, 1, m),
+        "bias",
+    )
 
 
 def _matrix_product(program: Program, use: Use) -> Geometry:

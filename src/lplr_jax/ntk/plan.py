@@ -142,15 +142,6 @@ def _choose(program: Program, leaf: int, work: Workload, blocked: frozenset[int]
     found = bundles(program, uses)
     if found is not None:
         return [_of_bundle(program, leaf, bundle, work) for bundle in found], ""
-    use = uses[0]
-    if (
-        len(uses) == 1
-        and use.op.name in AFFINE
-        and use.isometric
-        and not use.factors
-        and _acts_once(program, use, size)
-    ):
-        return [_Choice(_Part(leaf, "outer", uses), "bias: δ δᵀ", jacobian, c * size)], ""
     once = c * sum(_steps(program, use) * _size(program, use.op.outs[0]) for use in uses)
     rule = f"{_name(program, uses)}: per-example gradients"
     return [_Choice(_Part(leaf, "rows", uses), rule, work.cost(once, work.rows(size)), c * size)], ""
@@ -161,6 +152,8 @@ def _of_bundle(program: Program, leaf: int, bundle: Bundle, work: Workload) -> _
     uses = tuple(placed.use for placed in bundle.uses)
     name, part = _name(program, uses), lambda kind: _Part(leaf, kind, uses, bundle)
     kept = bundle.kept(c)
+    if _is_bias(bundle):
+        return _Choice(part("bias"), "bias: δ δᵀ", work.cost(0, work.rows(size)), c * size)
     if bundle.kinds == (PLAIN,) and bundle.b * bundle.positions(PLAIN) == 1:
         cost = work.cost(0, bundle.k + work.rows(bundle.m) + 1)
         return _Choice(part("outer"), f"{name}: (h hᵀ) ∘ (δ δᵀ)", cost, kept)
@@ -172,13 +165,13 @@ def _of_bundle(program: Program, leaf: int, bundle: Bundle, work: Workload) -> _
     return _Choice(part("rows"), f"{name}: per-example gradients", rows, c * size)
 
 
+def _is_bias(bundle: Bundle) -> bool:
+    """Whether every entry is added to one entry of the result, in one step: the cotangent is the gradient."""
+    return len(bundle.uses) == 1 and bundle.uses[0].use.op.name in AFFINE and bundle.uses[0].s == 1
+
+
 def _steps(program: Program, use: Use) -> int:
     return prod(program.lengths[loop.loop] for loop in use.loops)
-
-
-def _acts_once(program: Program, use: Use, size: int) -> bool:
-    """Whether every entry of the leaf is added to one entry of the result, in one step."""
-    return all(loop.sliced for loop in use.loops) and size == _steps(program, use) * _size(program, use.op.outs[0])
 
 
 _NAMES = {
@@ -224,7 +217,7 @@ class _Builder:
         self.rows: list[_Part] = []
 
     def add(self, part: _Part) -> None:
-        if part.kind == "outer":
+        if part.kind in ("outer", "bias"):
             self.outer.setdefault(part.uses[0].cut, []).append(part)
         elif part.kind == "positions" and part.bundle is not None:
             plain = part.bundle.kinds == (PLAIN,)
@@ -253,9 +246,9 @@ class _Builder:
     def _outer(self, cut: int, parts: list[_Part]) -> None:
         operands, ones, needs = [], 0, set()
         for part in parts:
-            if part.bundle is None:
+            if part.kind == "bias":
                 ones += 1
-            else:
+            elif part.bundle is not None:
                 operands.append(part.bundle.uses[0].operand)
                 needs |= part.uses[0].needs(in_form=True)
         leaves = tuple(part.leaf for part in parts)
@@ -269,8 +262,8 @@ class _Builder:
         if first.kinds == (PLAIN,) and first.positions(PLAIN) == 1:
             # One position each: a bias behind has the cotangent itself for its gradient.
             (cut,) = cuts
-            biases = [part for part in self.outer.get(cut, ()) if part.bundle is None]
-            self.outer[cut] = [part for part in self.outer.get(cut, ()) if part.bundle is not None]
+            biases = [part for part in self.outer.get(cut, ()) if part.kind == "bias"]
+            self.outer[cut] = [part for part in self.outer.get(cut, ()) if part.kind != "bias"]
             leaves, ones = leaves + [part.leaf for part in biases], len(biases)
         sides = tuple(
             Side(

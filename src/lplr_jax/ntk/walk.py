@@ -93,14 +93,15 @@ class Use:
 
     @property
     def _operands(self) -> tuple[Any, ...]:
-        return (self.op.ins[1 - self.position], *(atom for atom, _ in self.factors))
+        other = () if self.op.name in AFFINE else (self.op.ins[1 - self.position],)
+        return (*other, *(atom for atom, _ in self.factors))
 
     def operand(self, program: Program, env: Mapping[int, Any], form: Callable[[Any], jax.Array]) -> jax.Array:
         """The other operand of `op` in some form, scaled as the leaf is, with the steps of the loops in front."""
         other = self.op.ins[1 - self.position]
 
         def scaled(values: Mapping[int, Any]) -> jax.Array:
-            h = form(read(values, other))
+            h = form(None if self.op.name in AFFINE else read(values, other))
             scale = None
             for atom, inverted in self.factors:
                 value = jnp.asarray(read(values, atom)).reshape(())
@@ -171,7 +172,8 @@ def _in_loops(
             return function(values)
         here, outside = _split(program, values, depth)
         inner = lambda here: nest(depth + 1, {**outside, **here})  # noqa: E731
-        return jax.vmap(inner, axis_size=program.lengths[level[depth]])(here)
+        # What no slot of the loop enters is the same in every step.
+        return jax.vmap(inner, in_axes=(0 if here else None,), axis_size=program.lengths[level[depth]])(here)
 
     return nest(0, values)
 
