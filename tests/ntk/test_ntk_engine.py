@@ -80,9 +80,9 @@ def test_trace_and_diagonal_are_those_of_the_full_kernel():
 @pytest.mark.parametrize(
     ("outputs", "memory_budget"),
     [
-        ("full", 40_000),
-        ("trace", 40_000),
-        ("diagonal", 40_000),
+        ("full", 25_000),
+        ("trace", 25_000),
+        ("diagonal", 25_000),
         ("full", 65_536),
         ("full", 150_000),
         ("trace", 400_000),
@@ -94,7 +94,7 @@ def test_result_does_not_depend_on_the_memory_budget(outputs, memory_budget):
     close(got, whole(outputs))
     if outputs != "diagonal":
         np.testing.assert_array_equal(got, got.T)
-    if memory_budget == 40_000 and outputs == "full":
+    if memory_budget == 25_000 and outputs == "full":
         assert len(explained.blocks) > 1  # several groups of leaves
         assert min(explained.blocks) < N  # and several blocks of samples, of a size that does not divide n
         assert any(N % block for block in explained.blocks)
@@ -102,7 +102,7 @@ def test_result_does_not_depend_on_the_memory_budget(outputs, memory_budget):
 
 def test_two_sets_of_samples_give_the_off_diagonal_block():
     one, two = samples()[:9], samples()[9:]
-    for memory_budget in (None, 40_000):
+    for memory_budget in (None, 25_000):
         block = engine.kernel(model, parameters(), one, two, memory_budget=memory_budget)
         close(block, whole()[: 9 * C, 9 * C :])
         trace = engine.kernel(model, parameters(), one, two, outputs="trace", memory_budget=memory_budget)
