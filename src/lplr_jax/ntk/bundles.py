@@ -7,6 +7,7 @@ the leaf whole joins their positions. Two uses belong together where they reach 
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from math import prod
 from typing import Any
 
@@ -147,24 +148,44 @@ def bundles(program: Program, uses: Sequence[Use]) -> tuple[Bundle, ...] | None:
         same.setdefault(_way(one), []).append(one)
     if len(same) == 1:
         return (_bundle(placed, placed[0]),)
+    shape = program.avals[uses[0].source].shape
+    numbers = np.arange(prod(shape), dtype=np.int64).reshape(shape)
     found: list[tuple[np.ndarray, list[Placed]]] = []
     for group in sorted(same.values(), key=lambda group: group[0].kind != LOOKUP):
-        entries = _entries(program, group[0])
+        entries = _entries(program, group[0], numbers)
         for base, members in found:
-            if np.array_equal(base, entries):
+            if _equal(base, entries):
                 members += group
                 break
-            if group[0].kind == PLAIN and np.array_equal(base, entries.swapaxes(1, 2)):
+            if group[0].kind == PLAIN and _equal(base, entries.swapaxes(1, 2)):
                 members += [replace(one, kind=SWAPPED) for one in group]
                 break
         else:
             found.append((entries, group))
-    seen = np.zeros(prod(program.avals[uses[0].source].shape), np.int8)
-    for entries, _ in found:
-        if np.any(seen[entries]):
-            return None
-        seen[entries] = 1
+    if len(found) > 1 and not _strangers([entries for entries, _ in found], numbers):
+        return None
     return tuple(_bundle(members, members[0]) for _, members in found)
+
+
+def _equal(one: np.ndarray, two: np.ndarray) -> bool:
+    """Whether entries are the same in the same order; views of one array tell it by how they are laid out."""
+    if one.shape != two.shape:
+        return False
+    start = [array.__array_interface__["data"][0] for array in (one, two)]
+    return (start[0] == start[1] and one.strides == two.strides) or np.array_equal(one, two)
+
+
+def _strangers(arrays: Sequence[np.ndarray], numbers: np.ndarray) -> bool:
+    """Whether no entry is in two of the arrays; views of the numbers that lie apart tell it without a look."""
+    views = all(np.may_share_memory(array, numbers) for array in arrays)
+    if views and not any(np.may_share_memory(one, two) for one, two in combinations(arrays, 2)):
+        return True
+    seen = np.zeros(numbers.size, np.int8)
+    for entries in arrays:
+        if np.any(seen[entries]):
+            return False
+        seen[entries] = 1
+    return True
 
 
 def _bundle(uses: Sequence[Placed], first: Placed) -> Bundle:
@@ -202,10 +223,8 @@ def _moved(program: Program, op: Op, array: np.ndarray) -> np.ndarray:
     return array.reshape(program.avals[op.outs[0]].shape)  # the other moves leave the order of entries
 
 
-def _entries(program: Program, placed: Placed) -> np.ndarray:
+def _entries(program: Program, placed: Placed, numbers: np.ndarray) -> np.ndarray:
     """Numbers of the entries of the leaf that a use reaches, (b, k, m)."""
-    shape = program.avals[placed.use.source].shape
-    numbers = np.arange(prod(shape), dtype=np.int64).reshape(shape)
 
     def walk(array: np.ndarray, steps: Sequence[Apply | Enter]) -> np.ndarray:
         for number, step in enumerate(steps):
