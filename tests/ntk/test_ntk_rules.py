@@ -94,7 +94,7 @@ def test_matrix_products(name):
 def test_a_batch_of_any_length_makes_a_program_of_one_length():
     lengths = {}
     for batches in (2, 130):
-        side = Side("plain", 2, (lambda env: env[0],), lambda deltas: deltas[0])
+        side = Side("plain", 2, (lambda env: env[0],), lambda env, deltas: deltas[0])
         term = Positions((0,), (side,), batches)
         h, delta = jax.ShapeDtypeStruct((3, batches, 2, 4), float), jax.ShapeDtypeStruct((3, batches, 2, 2, 5), float)
         features = (((h,), delta),)

@@ -170,6 +170,45 @@ def test_physics_informed_network():
     check(reverse, params, x, {"['c']": "matrix product"})
 
 
+MERGES = {
+    "low rank": lambda p: p["w"] + 0.5 * (p["a"] @ p["b"]),
+    "low rank, transposed": lambda p: p["w"] - (p["b"].T @ p["a"].T).T,
+    "by einsum": lambda p: p["w"] + jnp.einsum("rm,kr->km", p["b"], p["a"]),
+    "centred": lambda p: p["w"] - jnp.mean(p["w"]) + p["a"] @ p["b"],
+}
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("name", MERGES)
+def test_merged_low_rank_update(name, steps):
+    def apply_fn(p, x):
+        return head(jnp.tanh(x) @ MERGES[name](p))
+
+    params = {"w": normal(1, 12, 10), "a": normal(2, 12, 2), "b": normal(3, 2, 10)}
+    rules = {"['a']": "merged matrix product: ", "['b']": "merged matrix product: "}
+    rules |= {} if name == "centred" else {"['w']": "matrix product" if steps > 1 else "dense"}
+    check(apply_fn, params, normal(4, 3, steps, 12) if steps > 1 else normal(4, 3, 12), rules)
+
+
+def test_merged_update_of_scanned_layers():
+    def apply_fn(p, x):
+        def layer(h, leaves):
+            return jnp.tanh(h @ (leaves["w"] + leaves["a"] @ leaves["b"] + p["c"] @ leaves["b"])), None
+
+        return head(jax.lax.scan(layer, x, {name: p[name] for name in "wab"})[0])
+
+    params = {"w": normal(1, 2, 12, 12) / 4, "a": normal(2, 2, 12, 2), "b": normal(3, 2, 2, 12), "c": normal(4, 12, 2)}
+    rule = "merged matrix product in 2 steps"
+    check(apply_fn, params, normal(5, 3, 12), {"['a']": rule, "['b']": rule, "['c']": rule, "['w']": "in 2 steps"}, ALL)
+
+
+def test_merge_that_is_no_product_of_axes_stops_there():
+    def apply_fn(p, x):
+        return head(x @ (p["a"] @ p["b"]).reshape(6, 24))
+
+    check(apply_fn, {"a": normal(1, 12, 2), "b": normal(2, 2, 12)}, normal(3, 3, 6), {"['a']": "matrix product"})
+
+
 def test_weight_normalisation():
     def apply_fn(p, x):
         norm = jnp.sqrt(jnp.sum(p["v"] ** 2, axis=0))

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lplr_jax.ntk.geometry import Geometry, geometry
-from lplr_jax.ntk.jaxpr import Op, Program
+from lplr_jax.ntk.geometry import IN_PLACE, Geometry, geometry, moved
+from lplr_jax.ntk.jaxpr import Program
 from lplr_jax.ntk.walk import Apply, Enter, Use
 
 PLAIN, LOOKUP, SWAPPED = "plain", "lookup", "swapped"
@@ -59,12 +59,10 @@ class Placed:
         """Operand h (b, s, k), or row numbers (b, s)."""
         return self._joined(self.use.operand(self.program, env, self.form.operand), 0)
 
-    def cotangent(self, deltas: Mapping[int, Any]) -> jax.Array:
+    def cotangent(self, env: Mapping[int, Any], deltas: Mapping[int, Any]) -> jax.Array:
         """Cotangent δ (c, b, s, m)."""
-        take = lambda delta: self.form.cotangent(self.use.cotangent(self.program, delta))  # noqa: E731
-        for _ in range(1 + len(self.use.loops)):
-            take = jax.vmap(take)
-        return self._joined(take(deltas[self.use.cut]), 1)
+        take = lambda delta: self.use.cotangent_in(self.program, env, delta, self.form.cotangent)  # noqa: E731
+        return self._joined(jax.vmap(take)(deltas[self.use.cut]), 1)
 
     def _joined(self, array: jax.Array, before: int) -> jax.Array:
         """Axes (before, loops, b, s, ...) -> (before, loops that slice and b, other loops and s, ...)."""
@@ -198,29 +196,11 @@ def _way(placed: Placed) -> Hashable:
     for step in placed.use.chain:
         if isinstance(step, Enter):
             parts.append((placed.program.lengths[step.loop], step.sliced))
-        elif step.op.name not in _IN_PLACE:
+        elif step.op.name not in IN_PLACE:
             parts.append((step.op.name, str(sorted(step.op.params.items(), key=lambda item: item[0]))))
     form, op = placed.form, placed.use.op
     shape = placed.program.avals[op.ins[placed.use.position]].shape
     return tuple(parts), shape, str(op.params.get("dimension_numbers")), form.layout, form.b, form.k, form.m
-
-
-_IN_PLACE = frozenset({"copy", "copy_p", "convert_element_type", "neg", "mul", "div"})
-
-
-def _moved(program: Program, op: Op, array: np.ndarray) -> np.ndarray:
-    """An isometric operation of a way, on the numbers of the entries."""
-    if op.name in _IN_PLACE:
-        return array
-    if op.name == "transpose":
-        return array.transpose(op.params["permutation"])
-    if op.name == "rev":
-        return np.flip(array, op.params["dimensions"])
-    if op.name == "slice":
-        limits = zip(op.params["start_indices"], op.params["limit_indices"], strict=True)
-        strides = op.params["strides"] or (1,) * array.ndim
-        return array[tuple(slice(*limit, stride) for limit, stride in zip(limits, strides, strict=True))]
-    return array.reshape(program.avals[op.outs[0]].shape)  # the other moves leave the order of entries
 
 
 def _entries(program: Program, placed: Placed, numbers: np.ndarray) -> np.ndarray:
@@ -231,7 +211,9 @@ def _entries(program: Program, placed: Placed, numbers: np.ndarray) -> np.ndarra
             if isinstance(step, Enter):
                 rest = steps[number + 1 :]
                 return np.stack([walk(part, rest) for part in array]) if step.sliced else walk(array, rest)
-            array = _moved(program, step.op, array)
+            if step is placed.use.merge:
+                break
+            array = moved(program, step.op, array)
         return placed.form.entries(array)
 
     return walk(numbers, placed.use.chain).reshape(placed.b, placed.form.k, placed.form.m)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lplr_jax.ntk.jaxpr import Program
-from lplr_jax.ntk.walk import AFFINE, Use
+from lplr_jax.ntk.jaxpr import Op, Program
+from lplr_jax.ntk.walk import AFFINE, Enter, Use
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class Geometry:
         k: Contracted entries of the leaf, or rows of a table.
         m: Free entries of the leaf.
         operand: From the other operand to h (b, s, k), or to row numbers (1, s) of a table, -1 where it fills in.
-        cotangent: From the cotangent at the result to δ (b, s, m).
+        cotangent: From the cotangent at the result to δ (b, s, m); as `operand`, with what the leaf is merged with.
         entries: From an array of the leaf's shape at the operation to (b, k, m).
         layout: What the cotangent's layout depends on beside the sizes.
         lookup: Whether rows are looked up.
@@ -37,8 +37,8 @@ class Geometry:
     s: int
     k: int
     m: int
-    operand: Callable[[Any], jax.Array]
-    cotangent: Callable[[Any], jax.Array]
+    operand: Callable[..., jax.Array]
+    cotangent: Callable[..., jax.Array]
     entries: Callable[[np.ndarray], np.ndarray]
     layout: Hashable
     lookup: bool = False
@@ -48,13 +48,87 @@ def geometry(program: Program, use: Use) -> Geometry | None:
     """Form of the use; None where its way is no isometry, or for another operation than those named above."""
     if not use.isometric:
         return None
-    if use.op.name in AFFINE:
-        return _bias(program, use)
-    if use.op.name == "dot_general":
-        return _matrix_product(program, use)
-    if use.op.name == "conv_general_dilated":
-        return _convolution(program, use)
-    return _row_lookup(program, use) if use.op.name == "gather" else None
+    rules = {"dot_general": _matrix_product, "conv_general_dilated": _convolution, "gather": _row_lookup}
+    rule = rules.get(use.op.name, _bias if use.op.name in AFFINE else None)
+    form = None if rule is None else rule(program, use)
+    return form if form is None or use.merge is None else _merged(program, use, form)
+
+
+def _merged(program: Program, use: Use, form: Geometry) -> Geometry | None:
+    """Form of A in x f(A B) or x f(B A), where f moves entries: the other factor goes to h or δ, whichever it meets.
+
+    None where its axes do not meet one of the two alone, or the leaf has several of such products.
+    """
+    step = use.merge
+    if step is None or form.b != 1 or form.lookup or use.op.name in AFFINE:
+        return None
+    (contract, batch), at = step.op.params["dimension_numbers"], step.at
+    mine, other, made = _shape(program, step.op.ins[at]), _shape(program, step.op.ins[1 - at]), step.op.outs[0]
+    rest = use.chain[use.chain.index(step) + 1 :]
+    if batch[0] or any(isinstance(later, Enter) and later.sliced for later in rest):
+        return None
+    free = tuple(d for d in range(len(mine)) if d not in contract[at])
+    there = tuple(d for d in range(len(other)) if d not in contract[1 - at])
+    rank, own = (math.prod(mine[d] for d in axes) for axes in (contract[at], free))
+    theirs = math.prod(other[d] for d in there)
+    numbers = np.arange(own * theirs).reshape(program.avals[made].shape)
+    array = numbers
+    for later in rest:
+        array = array if isinstance(later, Enter) else moved(program, later.op, array)
+    array = form.entries(array).reshape(form.k, form.m)
+    product = numbers.reshape(own, theirs) if at == 0 else numbers.reshape(theirs, own).T
+
+    def times(positions: jax.Array, factor: jax.Array) -> jax.Array:
+        matrix = jnp.transpose(factor, (*there, *contract[1 - at])).reshape(theirs, rank)
+        return jnp.einsum("bsi,ir->bsr", positions, matrix, precision=lax.Precision.HIGHEST)
+
+    def of_leaf(leaf: np.ndarray) -> np.ndarray:
+        return leaf.transpose((*free, *contract[at])).reshape(1, own, rank)
+
+    factor = step.op.ins[1 - at]
+    layout = (form.layout, "merged", factor if isinstance(factor, int) else id(factor))
+    if np.array_equal(array, product):  # x A B: δ Bᵀ meets x
+        return Geometry(
+            1,
+            form.s,
+            own,
+            rank,
+            lambda h, _: form.operand(h),
+            lambda delta, b: times(form.cotangent(delta), b),
+            of_leaf,
+            layout,
+        )
+    if np.array_equal(array, product.T):  # x B A: x B meets δ
+        return Geometry(
+            1,
+            form.s,
+            rank,
+            own,
+            lambda h, b: times(form.operand(h), b),
+            lambda delta, _: form.cotangent(delta),
+            lambda leaf: of_leaf(leaf).swapaxes(1, 2),
+            (form.layout, "merged"),
+        )
+    return None
+
+
+def moved(program: Program, op: Op, array: np.ndarray) -> np.ndarray:
+    """An isometric operation of a way, on the numbers of the entries."""
+    if op.name in IN_PLACE:
+        return array
+    if op.name == "transpose":
+        return array.transpose(op.params["permutation"])
+    if op.name == "rev":
+        return np.flip(array, op.params["dimensions"])
+    if op.name == "slice":
+        limits = zip(op.params["start_indices"], op.params["limit_indices"], strict=True)
+        strides = op.params["strides"] or (1,) * array.ndim
+        return array[tuple(slice(*limit, stride) for limit, stride in zip(limits, strides, strict=True))]
+    return array.reshape(program.avals[op.outs[0]].shape)  # the other moves leave the order of entries
+
+
+# Operations of an isometric way that leave every entry where it is.
+IN_PLACE = frozenset({"copy", "copy_p", "convert_element_type", "neg", "mul", "div"}) | AFFINE
 
 
 def _shape(program: Program, atom: Any) -> tuple[int, ...]:

@@ -140,6 +140,11 @@ def _choose(program: Program, leaf: int, work: Workload, blocked: frozenset[int]
         why = "its cotangent would pass a while loop"
         return [_Choice(_Part(leaf, "forward"), "Jacobian (forward mode)", jacobian, c * size)], why
     found = bundles(program, uses)
+    further = follow(program, slot, merging=True)
+    if not isinstance(further, str) and not any(use.cut in blocked for use in further):
+        beyond = bundles(program, further)
+        if beyond is not None:
+            found = beyond
     if found is not None:
         return [_of_bundle(program, leaf, bundle, work) for bundle in found], ""
     once = c * sum(_steps(program, use) * _size(program, use.op.outs[0]) for use in uses)
@@ -154,7 +159,7 @@ def _of_bundle(program: Program, leaf: int, bundle: Bundle, work: Workload) -> _
     kept = bundle.kept(c)
     if _is_bias(bundle):
         return _Choice(part("bias"), "bias: δ δᵀ", work.cost(0, work.rows(size)), c * size)
-    if bundle.kinds == (PLAIN,) and bundle.b * bundle.positions(PLAIN) == 1:
+    if bundle.kinds == (PLAIN,) and bundle.b * bundle.positions(PLAIN) == 1 and uses[0].merge is None:
         cost = work.cost(0, bundle.k + work.rows(bundle.m) + 1)
         return _Choice(part("outer"), f"{name}: (h hᵀ) ∘ (δ δᵀ)", cost, kept)
     rows = work.cost(bundle.once(c), work.rows(size))
@@ -188,7 +193,7 @@ def _name(program: Program, uses: tuple[Use, ...]) -> str:
     """What a leaf does: the operations that it enters, how often, and in which loops."""
     names = []
     for use in uses:
-        name = _NAMES.get(use.op.name, "linear")
+        name = ("merged " if use.merge else "") + _NAMES.get(use.op.name, "linear")
         if name == "matrix product" and len(uses) == 1 and not use.loops:
             form = geometry(program, use)
             name = "dense" if form is not None and form.b * form.s == 1 else name
@@ -259,7 +264,7 @@ class _Builder:
         bundles = [part.bundle for part in parts if part.bundle is not None]
         first, leaves, ones = bundles[0], [part.leaf for part in parts], 0
         cuts = {placed.use.cut for placed in first.uses}
-        if first.kinds == (PLAIN,) and first.positions(PLAIN) == 1:
+        if first.kinds == (PLAIN,) and first.positions(PLAIN) == 1 and first.uses[0].use.merge is None:
             # One position each: a bias behind has the cotangent itself for its gradient.
             (cut,) = cuts
             biases = [part for part in self.outer.get(cut, ()) if part.kind == "bias"]
@@ -304,9 +309,9 @@ def _operand(bundle: Bundle, kind: str) -> Callable[[Any], jax.Array]:
     return lambda env: joined([placed.operand(env) for placed in uses], 1)
 
 
-def _cotangent(bundle: Bundle, kind: str) -> Callable[[Any], jax.Array]:
+def _cotangent(bundle: Bundle, kind: str) -> Callable[[Any, Any], jax.Array]:
     uses = _in_order(bundle, kind)
-    return lambda deltas: joined([placed.cotangent(deltas) for placed in uses], 2)
+    return lambda env, deltas: joined([placed.cotangent(env, deltas) for placed in uses], 2)
 
 
 def _ready(leaf: int) -> Callable[..., jax.Array]:
@@ -337,7 +342,7 @@ def _product(bundle: Bundle, leaf: Any) -> Callable[..., jax.Array]:
 
     def product(env: Any, deltas: Any, gradients: Any) -> jax.Array:
         del gradients
-        h, delta = operand(env), cotangent(deltas)  # (b, s, k), (c, b, s, m)
+        h, delta = operand(env), cotangent(env, deltas)  # (b, s, k), (c, b, s, m)
         # What a narrow function rounds is multiplied in the width of the leaf.
         wide = widest(leaf, h.dtype, delta.dtype)
         h, delta = h.astype(wide), delta.astype(wide)

@@ -160,7 +160,7 @@ class Side:
     kind: str
     positions: int
     operands: tuple[Callable[[Env], jax.Array], ...]
-    cotangent: Callable[[Env], jax.Array]
+    cotangent: Callable[[Env, Env], jax.Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +183,7 @@ class Positions:
         """For each side its operands (b, s, k) and the cotangent (b, c, s, m) of one sample."""
         del gradients
         return tuple(
-            (tuple(make(env) for make in side.operands), jnp.swapaxes(side.cotangent(deltas), 0, 1))
+            (tuple(make(env) for make in side.operands), jnp.swapaxes(side.cotangent(env, deltas), 0, 1))
             for side in self.sides
         )
 

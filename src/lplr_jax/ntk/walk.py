@@ -66,8 +66,9 @@ class Use:
         cut: Slot at which the cotangent is taken. It lies behind `op` when only additions and reshapes follow, so that
             leaves which share a cotangent (a weight and its bias) share the slot.
         back: The reshapes between the result of `op` and `cut`.
-        isometric: Whether `chain` only moves entries and scales all of them by the product of `factors`.
+        isometric: Whether but for `merge` `chain` moves entries and scales all by the product of `factors`.
         factors: Slots (or literals) of scalars, and whether to divide by them.
+        merge: The one matrix product with something else in `chain`, as that of a merged low-rank update, or None.
     """
 
     source: int
@@ -78,6 +79,7 @@ class Use:
     back: tuple[Op, ...]
     isometric: bool
     factors: tuple[tuple[Any, bool], ...]
+    merge: Apply | None
 
     @property
     def loops(self) -> tuple[Enter, ...]:
@@ -87,21 +89,35 @@ class Use:
     def needs(self, *, in_form: bool) -> set[int]:
         """Slots whose values are needed: by `operand` alone where a form is known, or by `gradient`."""
         passed = [step for step in (*self.chain, Apply(self.op, self.position)) if isinstance(step, Apply)]
-        others = [atom for step in passed for at, atom in enumerate(step.op.ins) if at != step.at]
+        others = [
+            atom
+            for step in passed
+            if step.op.name not in AFFINE
+            for at, atom in enumerate(step.op.ins)
+            if at != step.at
+        ]
         atoms = self._operands if in_form else others
         return {atom for atom in atoms if isinstance(atom, int)}
 
     @property
     def _operands(self) -> tuple[Any, ...]:
         other = () if self.op.name in AFFINE else (self.op.ins[1 - self.position],)
-        return (*other, *(atom for atom, _ in self.factors))
+        return (*other, *(atom for atom, _ in self.factors), *self._merged)
 
-    def operand(self, program: Program, env: Mapping[int, Any], form: Callable[[Any], jax.Array]) -> jax.Array:
-        """The other operand of `op` in some form, scaled as the leaf is, with the steps of the loops in front."""
+    @property
+    def _merged(self) -> tuple[Any, ...]:
+        return () if self.merge is None else (self.merge.op.ins[1 - self.merge.at],)
+
+    def operand(self, program: Program, env: Mapping[int, Any], form: Callable[..., jax.Array]) -> jax.Array:
+        """The other operand of `op` in some form, scaled as the leaf is, with the steps of the loops in front.
+
+        `form` takes that operand, and what the leaf is merged with if it is.
+        """
         other = self.op.ins[1 - self.position]
 
         def scaled(values: Mapping[int, Any]) -> jax.Array:
-            h = form(None if self.op.name in AFFINE else read(values, other))
+            merged = [read(values, atom) for atom in self._merged]
+            h = form(None if self.op.name in AFFINE else read(values, other), *merged)
             scale = None
             for atom, inverted in self.factors:
                 value = jnp.asarray(read(values, atom)).reshape(())
@@ -111,6 +127,18 @@ class Use:
 
         values = {slot: env[slot] for slot in self.needs(in_form=True)}
         return _in_loops(program, self.op.level, scaled, values)
+
+    def cotangent_in(
+        self, program: Program, env: Mapping[int, Any], delta: Any, form: Callable[..., jax.Array]
+    ) -> jax.Array:
+        """A cotangent at `cut` in some form, as `operand` gives its own."""
+
+        def formed(values: Mapping[int, Any]) -> jax.Array:
+            merged = [read(values, atom) for atom in self._merged]
+            return form(self.cotangent(program, values[self.cut]), *merged)
+
+        merged = {atom: env[atom] for atom in self._merged if isinstance(atom, int)}
+        return _in_loops(program, self.op.level, formed, {**merged, self.cut: delta})
 
     def cotangent(self, program: Program, delta: Any) -> Any:
         """Take the cotangent at `cut` back to the result of `op`, in one step of its loops."""
@@ -131,9 +159,6 @@ class Use:
         for _ in self.loops:
             take_back = jax.vmap(take_back)
         grad = take_back(delta)
-        affine = self.op.name in AFFINE  # then only the sign and the broadcast matter
-        if self.op.name == "sub" and self.position == 1:
-            grad = -grad
 
         def walk(leaf: Any, steps: tuple[Apply | Enter, ...], depth: int, values: dict[int, Any]) -> Any:
             for number, step in enumerate(steps):
@@ -145,8 +170,10 @@ class Use:
                     )
                     axes = (0 if step.sliced else None, 0)
                     return jax.vmap(inner, in_axes=axes, axis_size=program.lengths[step.loop])(leaf, here)
-                if affine and step.op is self.op:
-                    return jnp.broadcast_to(leaf, program.avals[self.op.outs[0]].shape)
+                if step.op.name in AFFINE:  # only the sign and the broadcast matter
+                    leaf = -leaf if step.op.name == "sub" and step.at == 1 else leaf
+                    leaf = jnp.broadcast_to(leaf, program.avals[step.op.outs[0]].shape)
+                    continue
                 operands = [leaf if at == step.at else read(values, atom) for at, atom in enumerate(step.op.ins)]
                 (leaf,) = step.op.evaluate(operands)
             return leaf
@@ -178,12 +205,13 @@ def _in_loops(
     return nest(0, values)
 
 
-def follow(program: Program, source: int) -> tuple[Use, ...] | str:
+def follow(program: Program, source: int, *, merging: bool = False) -> tuple[Use, ...] | str:
     """Follow a leaf to the operations that consume it.
 
     Args:
         program: The flat program.
         source: Slot of the leaf.
+        merging: Whether to go on through sums and matrix products with what does not depend on x, as in W + A B.
 
     Returns:
         The uses, none if the output does not depend on the leaf; or, in words, why there is no rule for it.
@@ -205,7 +233,7 @@ def follow(program: Program, source: int) -> tuple[Use, ...] | str:
                 ways += [(inner, (*way, Enter(op.loop.number, True))) for inner in slices]
             elif _is_constant(program, op):
                 continue
-            elif _is_chain_step(program, op, at):
+            elif _is_chain_step(program, op, at) or (merging and _is_merge(program, op, at)):
                 ways.append((op.outs[0], (*way, Apply(op, at))))
             else:
                 reason = _has_no_rule(program, op, at)
@@ -219,8 +247,8 @@ def follow(program: Program, source: int) -> tuple[Use, ...] | str:
 
 def _use(program: Program, source: int, chain: tuple[Apply | Enter, ...], op: Op, at: int) -> Use:
     cut, back = _settle(program, op.outs[0])
-    isometric, factors = _isometry(program, [step for step in chain if isinstance(step, Apply)])
-    return Use(source, chain, op, at, cut, back, isometric, factors)
+    isometric, factors, merge = _isometry(program, [step for step in chain if isinstance(step, Apply)])
+    return Use(source, chain, op, at, cut, back, isometric, factors, merge)
 
 
 def _has_no_rule(program: Program, op: Op, at: int) -> str:
@@ -250,17 +278,27 @@ def _is_chain_step(program: Program, op: Op, at: int) -> bool:
     return False
 
 
+def _is_merge(program: Program, op: Op, at: int) -> bool:
+    """Whether a sum or matrix product puts the leaf together with something that does not depend on x."""
+    if op.name not in AFFINE and op.name != "dot_general":
+        return False
+    return not program.on_x.intersection(atom for atom in op.ins if isinstance(atom, int))
+
+
 def _size(program: Program, atom: Any) -> int:
     return math.prod(program.avals[atom].shape if isinstance(atom, int) else jnp.shape(atom.val))
 
 
-def _isometry(program: Program, chain: Iterable[Apply]) -> tuple[bool, tuple[tuple[Any, bool], ...]]:
-    """Whether the chain keeps inner products of gradients up to one factor, and the scalars that make up the factor."""
+def _isometry(program: Program, chain: Iterable[Apply]) -> tuple[bool, tuple[tuple[Any, bool], ...], Apply | None]:
+    """Whether the chain keeps inner products of gradients up to one factor, the scalars that make it up, the merge."""
     factors: list[tuple[Any, bool]] = []
+    merge = None
     for step in chain:
         op, at = step.op, step.at
         before, after = _size(program, op.ins[at]), _size(program, op.outs[0])
-        if op.name in ("mul", "div"):
+        if op.name == "dot_general" and merge is None:
+            merge = step
+        elif op.name in ("mul", "div"):
             other = op.ins[1 - at]
             while isinstance(other, int) and _size(program, other) != 1 and other in program.made_by:
                 maker = program.made_by[other]
@@ -268,13 +306,13 @@ def _isometry(program: Program, chain: Iterable[Apply]) -> tuple[bool, tuple[tup
                     break
                 other = maker.ins[0]
             if _size(program, other) != 1 or before != after:
-                return False, ()
+                return False, (), None
             factors.append((other, op.name == "div"))
-        elif op.name == "neg":
+        elif op.name == "neg" or (op.name == "sub" and at == 1 and before == after):
             factors.append((Held(-1.0), False))
-        elif op.name == "broadcast_in_dim" and before != after:
-            return False, ()
-    return True, tuple(factors)
+        elif op.name == "dot_general" or (op.name in ("broadcast_in_dim", *AFFINE) and before != after):
+            return False, (), None
+    return True, tuple(factors), merge
 
 
 def _settle(program: Program, slot: int) -> tuple[int, tuple[Op, ...]]:
