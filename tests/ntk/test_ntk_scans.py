@@ -43,7 +43,9 @@ def looped(p, x):
     return head(x)
 
 
-@pytest.mark.parametrize("settings", [{}, {"unroll": 2}, {"unroll": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, *(pytest.param({"unroll": unroll}, marks=pytest.mark.slow) for unroll in (2, True))]
+)
 def test_stacked_layers(settings):
     rules = {"['w']": SLICED, "['b']": "bias: δ δᵀ"}
     check(functools.partial(stacked, **settings), LAYERS, normal(3, 4, 8), rules, ALL if not settings else ("full",))
@@ -83,8 +85,9 @@ def recurrent(p, x, reverse=False, keep=False):
     return head(jnp.swapaxes(states, 0, 1) @ p["out"] if keep else last @ p["out"])
 
 
-@pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("reverse", "keep"), [(True, False), *(pytest.param(r, True, marks=pytest.mark.slow) for r in (False, True))]
+)
 def test_recurrence(reverse, keep):
     rules = {
         "['u']": WHOLE,
@@ -103,6 +106,7 @@ def test_weights_that_share_cotangents_share_their_products():
     assert {names.index("u"), names.index("w")} in [set(term.leaves) for term in plan.terms]
 
 
+@pytest.mark.slow
 def test_many_steps_take_gradients():
     check(recurrent, CELL, normal(5, 3, 30, 9), {"['u']": "matrix product in 30 steps: per-example gradients"})
 
@@ -125,6 +129,7 @@ def test_layers_outside_and_time_inside():
     check(apply_fn, params, normal(3, 3, 3, 8), {"['u']": rule, "['w']": rule}, ALL)
 
 
+@pytest.mark.slow
 def test_the_same_layers_over_and_over():
     """The outer loop takes the stack whole, the inner one slices it."""
 
@@ -162,6 +167,7 @@ def test_weights_that_the_loop_changes_fall_back():
     assert reasons == ["is handed on in `scan`, which has no rule"]
 
 
+@pytest.mark.slow
 def test_learnt_start_of_a_loop():
     def apply_fn(p, x):
         start = jnp.broadcast_to(p["start"], (x.shape[0], 8))
@@ -186,8 +192,17 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("name", BODIES)
-@pytest.mark.parametrize("sliced", [False, True])
+QUICK = {("scaled by a step", True), ("used twice", False), ("looked up", False)}
+
+
+@pytest.mark.parametrize(
+    ("name", "sliced"),
+    [
+        pytest.param(name, sliced, marks=() if (name, sliced) in QUICK else pytest.mark.slow)
+        for name in BODIES
+        for sliced in (False, True)
+    ],
+)
 def test_bodies(name, sliced):
     def apply_fn(p, x):
         def step(h, scanned):
@@ -217,6 +232,7 @@ def test_slices_and_the_whole_stack():
     check(apply_fn, LAYERS["w"], normal(3, 3, 8), {"": "per-example gradients"})
 
 
+@pytest.mark.slow
 def test_derivative_of_a_loop():
     """The loop and its reverse, in which the weights stand on the other side."""
 
@@ -229,6 +245,7 @@ def test_derivative_of_a_loop():
     check(apply_fn, normal(1, 16, 16) / 4, normal(2, 3, 16), {"": "matrix product in 2 steps: pairs"}, ALL)
 
 
+@pytest.mark.slow
 def test_rules_of_its_own_fall_back():
     def step(h, p):
         return jnp.tanh(h @ p)
@@ -261,6 +278,7 @@ def test_loops_before_and_around_a_while():
         assert [leaf.rule for leaf in engine.explain(apply_fn, params, x).leaves] == ["Jacobian (forward mode)"]
 
 
+@pytest.mark.slow
 def test_no_steps_and_results_that_nothing_reads():
     def apply_fn(p, x):
         none, _ = lax.scan(lambda h, _: (h @ p, None), x, None, length=0)
@@ -289,6 +307,7 @@ class Stack(nn.Module):
         return nn.Dense(2, param_dtype="float64")(scanned()(x, None)[0].reshape(x.shape[0], -1))
 
 
+@pytest.mark.slow
 def test_flax_scan_with_remat():
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         x = normal(3, 4, 1, 6)
@@ -301,7 +320,7 @@ def test_flax_scan_with_remat():
     assert not [leaf for leaf in leaves if leaf.rule.startswith("Jacobian")]
 
 
-@pytest.mark.parametrize("memory_budget", [30_000, 200_000])
+@pytest.mark.parametrize("memory_budget", [30_000, pytest.param(200_000, marks=pytest.mark.slow)])
 def test_result_does_not_depend_on_the_memory_budget(memory_budget):
     x = normal(5, 23, 3, 9)
     want = engine.kernel(recurrent, CELL, x)

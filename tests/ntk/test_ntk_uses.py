@@ -69,7 +69,10 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("name", WAYS)
+QUICK = {"negated", "transposed", "reversed", "in parts", "in parts and whole"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in WAYS])
 def test_two_ways_of_one_matrix(name):
     def apply_fn(p, x):
         one, two = WAYS[name](x, p)
@@ -94,7 +97,10 @@ def test_slices_of_a_stack_are_strangers():
     check(apply_fn, normal(1, 3, 6, 6), normal(2, 4, 6), {"": "dense: (h hᵀ) ∘ (δ δᵀ)"})
 
 
-@pytest.mark.parametrize(("vocabulary", "rule"), [(200, "pairs of positions"), (5, "per-example gradients")])
+@pytest.mark.parametrize(
+    ("vocabulary", "rule"),
+    [(200, "pairs of positions"), pytest.param(5, "per-example gradients", marks=pytest.mark.slow)],
+)
 def test_tied_embedding(vocabulary, rule):
     """Rows that are looked up and columns that give the logits; ids beyond the table are filled with zeros."""
 
@@ -109,6 +115,7 @@ def test_tied_embedding(vocabulary, rule):
     check(apply_fn, normal(1, vocabulary, 20), jnp.asarray(ids), {"": f"embedding, matrix product: {rule}"}, ALL)
 
 
+@pytest.mark.slow
 def test_embedding_looked_up_and_multiplied_as_it_is():
     """The table's rows as embeddings, and the whole table by a vector of counts: plain uses meet lookups."""
 
@@ -119,6 +126,7 @@ def test_embedding_looked_up_and_multiplied_as_it_is():
     check(apply_fn, normal(1, 60, 5), normal(2, 4, 60), {"": "embedding, matrix product: pairs of positions"}, ALL)
 
 
+@pytest.mark.slow
 def test_two_embeddings_of_one_table():
     def apply_fn(p, ids):
         return head(p[ids[:, :2]] * jnp.sin(p)[ids[:, 2:]] + p[ids[:, 1:3]])
@@ -132,6 +140,7 @@ def test_two_embeddings_of_one_table():
     check(twice, normal(1, 200, 4), ids, {"": "2 × embedding: pairs of equal ids"})
 
 
+@pytest.mark.slow
 def test_convolution_used_twice():
     def apply_fn(p, x):
         def convolve(h):
@@ -142,6 +151,7 @@ def test_convolution_used_twice():
     check(apply_fn, normal(1, 3, 16, 20), normal(2, 4, 5, 16), {"": "2 × convolution: pairs of positions"})
 
 
+@pytest.mark.slow
 def test_batched_product_used_with_exchanged_sides():
     def apply_fn(p, x):
         h = jnp.tanh(jnp.einsum("nbi,bio->nbo", x, p))
@@ -178,8 +188,13 @@ MERGES = {
 }
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("name", MERGES)
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("low rank", 1),
+        *(pytest.param(name, 4, marks=() if name == "low rank" else pytest.mark.slow) for name in MERGES),
+    ],
+)
 def test_merged_low_rank_update(name, steps):
     def apply_fn(p, x):
         return head(jnp.tanh(x) @ MERGES[name](p))
@@ -217,6 +232,7 @@ def test_weight_normalisation():
     check(apply_fn, {"v": normal(1, 5, 4), "g": normal(2, 4)}, normal(3, 4, 5), {"['v']": "Jacobian"})
 
 
+@pytest.mark.slow
 def test_unrolled_recurrence():
     def apply_fn(p, x):
         h = jnp.zeros((x.shape[0], 12), x.dtype)
@@ -228,6 +244,7 @@ def test_unrolled_recurrence():
     check(apply_fn, params, normal(4, 3, 4, 8), {"['u']": "4 × matrix product", "['w']": "4 × matrix product"})
 
 
+@pytest.mark.slow
 def test_ways_that_double_fall_back():
     def apply_fn(p, x):
         power = p
