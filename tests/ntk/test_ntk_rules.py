@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 from lplr_jax.ntk import engine
+from lplr_jax.ntk.rules import Positions, Side
 
 ALL = ("full", "trace", "diagonal")
 TOLERANCE = 1e-12  # the products sum at most 1e4 float64 terms: 1e4 · 1.1e-16 in the worst case
@@ -87,6 +88,28 @@ def test_matrix_products(name):
 
     check(
         apply_fn, params, normal(2, *x_shape), {"['w']": rule}, ALL if "wide" in name or name == "dense" else ("full",)
+    )
+
+
+def test_a_batch_of_any_length_makes_a_program_of_one_length():
+    lengths = {}
+    for batches in (2, 130):
+        side = Side("plain", 2, (lambda env: env[0],), lambda env, deltas: deltas[0])
+        term = Positions((0,), (side,), batches)
+        h, delta = jax.ShapeDtypeStruct((3, batches, 2, 4), float), jax.ShapeDtypeStruct((3, batches, 2, 2, 5), float)
+        features = (((h,), delta),)
+        for method in (term.full, term.trace, term.diagonal):
+            lengths.setdefault(method.__name__, set()).add(len(jax.make_jaxpr(method)(features, features).eqns))
+    assert all(len(seen) == 1 for seen in lengths.values()), lengths
+
+
+def test_many_batches():
+    check(
+        lambda p, x: head(jnp.einsum("nhi,hio->nho", x, p)),
+        normal(1, 40, 6, 5),
+        normal(2, 4, 40, 6),
+        {"": "pairs of positions"},
+        ALL,
     )
 
 
@@ -180,12 +203,12 @@ def test_bias_over_positions(sign):
     check(apply_fn, normal(1, 3), normal(2, 5, 4, 3), {"": "bias"})
 
 
-def test_bias_added_twice_over_is_a_fallback():
+def test_bias_added_twice_over():
     def apply_fn(p, x):
         wide = jnp.broadcast_to(p, x.shape)
         return head(jnp.sin(x + wide) + wide)
 
-    check(apply_fn, normal(1, 3), normal(2, 5, 3), {"": "Jacobian (reverse mode)"})
+    check(apply_fn, normal(1, 3), normal(2, 5, 3), {"": "2 × bias: per-example gradients"}, ALL)
 
 
 @pytest.mark.parametrize("divide", [False, True])
@@ -301,13 +324,6 @@ def test_custom_derivative_rules_are_kept():
     assert "custom_vjp_call" in {leaf.path: leaf.reason for leaf in engine.explain(apply_fn, params, x).leaves}["['b']"]
 
 
-def test_shared_leaf():
-    def apply_fn(p, x):
-        return head(jnp.tanh(x @ p) @ p.T)
-
-    check(apply_fn, normal(1, 3, 4), normal(2, 5, 3), {"": "Jacobian (reverse mode)"})
-
-
 def test_unused_leaf_and_constant_output():
     check(lambda p, x: head(x * p[0]), (jnp.asarray(0.7), normal(1, 3)), normal(2, 5, 3), {"[1]": "none"})
     zero = engine.kernel(lambda p, x: jnp.sin(x[:, :2]), {"w": normal(1, 3)}, normal(2, 5, 3))
@@ -321,19 +337,6 @@ def test_leaf_that_is_the_output():
     np.testing.assert_array_equal(got, want)
     got = engine.kernel(lambda p, x: p, normal(1, 1, 2), normal(2, 4, 3))
     np.testing.assert_array_equal(got, want)
-
-
-def test_scan_falls_back():
-    def apply_fn(p, x):
-        def step(h, piece):
-            return jnp.tanh(h @ p["u"] + piece @ p["w"]), None
-
-        start = jnp.zeros((x.shape[0], 4))
-        return head(lax.scan(step, start, jnp.swapaxes(x, 0, 1))[0] @ p["out"])
-
-    params = {"u": normal(1, 4, 4), "w": normal(2, 3, 4), "out": normal(3, 4, 4)}
-    rules = {"['u']": "Jacobian (reverse mode)", "['w']": "Jacobian (reverse mode)", "['out']": "(h hᵀ) ∘ (δ δᵀ)"}
-    check(apply_fn, params, normal(4, 5, 6, 3), rules)
 
 
 def test_while_loop_needs_forward_mode():

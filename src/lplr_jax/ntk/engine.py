@@ -156,7 +156,7 @@ def prepare(
     groups = make_groups(
         plan.terms,
         [bytes_of(shape) for shape in features.shapes],
-        sweep_bytes(traced.program, traced.c),
+        sweep_bytes(plan.program, traced.c),
         outputs=outputs,
         c=traced.c,
         sides=held,
@@ -185,22 +185,26 @@ class _Call:
 
 def sample_features(traced: Traced, plan: Plan, chosen: tuple[int, ...]) -> Callable[..., tuple[Any, ...]]:
     """Function (arrays, consts, one sample) -> features of the chosen terms."""
-    program = traced.program
+    program = plan.program
     cuts = sorted({slot for t in chosen for slot in plan.cuts[t]})
     needs = sorted({slot for t in chosen for slot in plan.needs[t]})
     reverse = sorted({leaf for t in chosen for leaf in plan.reverse[t]})
     forward = sorted({leaf for t in chosen for leaf in plan.forward[t]})
+
+    def zero(slot: int) -> jax.Array:
+        aval = program.avals[slot]
+        return jnp.zeros((*program.steps(program.level(slot)), *aval.shape), aval.dtype)
 
     def features(arrays: list[Any], consts: list[Any], sample: list[Any]) -> tuple[Any, ...]:
         inputs = [value[None] for value in sample]
 
         def outputs(shifts: dict[int, Any], moving: dict[int, Any]) -> tuple[Any, Any]:
             values = [moving.get(i, array) for i, array in enumerate(arrays)]
-            env = program.run(values, inputs, consts, shifts)
+            env = program.run(values, inputs, consts, shifts, frozenset(needs))
             out = env[program.output] if isinstance(program.output, int) else jnp.asarray(program.output.val)
             return out.reshape(traced.c), {slot: env[slot] for slot in needs}
 
-        zeros = {slot: jnp.zeros(program.avals[slot].shape, program.avals[slot].dtype) for slot in cuts}
+        zeros = {slot: zero(slot) for slot in cuts}
         out, pull, env = jax.vjp(outputs, zeros, {leaf: arrays[leaf] for leaf in reverse}, has_aux=True)
         seed = jnp.eye(traced.c, dtype=out.dtype)
         # A mapped axis of length one would cost a copy of every cotangent.

@@ -7,8 +7,9 @@ derivative rule (`custom_jvp`, `custom_vjp`) and control flow stay whole: inlini
 Only `jax.make_jaxpr` and `jax.extend.core` are used.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -26,11 +27,17 @@ _IDENTITIES = frozenset({"sharding_constraint"})
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """One primitive operation: its equation, and the slots (or literals) that it reads and the slots that it writes."""
+    """One primitive operation: its equation, and the slots (or literals) that it reads and the slots that it writes.
+
+    `loop` is the body of a scan that was entered (`loops.Loop`), `level` the numbers of the loops that the operation
+    lies in, from the outermost on.
+    """
 
     eqn: Any
     ins: tuple[Any, ...]
     outs: tuple[int, ...]
+    loop: Any = None
+    level: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -48,6 +55,13 @@ class Op:
 
 
 @dataclass(frozen=True, eq=False)
+class Held:
+    """A value in the place of a literal."""
+
+    val: Any
+
+
+@dataclass(frozen=True, eq=False)
 class Program:
     """A flat jaxpr: `ops` in order of evaluation, on numbered slots.
 
@@ -60,6 +74,8 @@ class Program:
         avals: Shape and dtype of each slot.
         uses: For each slot the operations that read it, with the position.
         on_x: Whether the value of a slot depends on x.
+        lengths: Steps of each loop that was entered; `avals` inside are those of one step.
+        levels: Loops that a slot lies in, none where it is not named.
     """
 
     ops: tuple[Op, ...]
@@ -70,6 +86,26 @@ class Program:
     avals: tuple[jax.ShapeDtypeStruct, ...]
     uses: Mapping[int, tuple[tuple[Op, int], ...]]
     on_x: frozenset[int]
+    lengths: tuple[int, ...] = ()
+    levels: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def made_by(self) -> Mapping[int, Op]:
+        """The operation that writes each slot."""
+        ops, made = list(self.ops), {}
+        while ops:
+            op = ops.pop()
+            made.update((slot, op) for slot in op.outs)
+            ops += [] if op.loop is None else op.loop.ops
+        return made
+
+    def level(self, slot: int) -> tuple[int, ...]:
+        """Loops that a slot lies in, the outermost first."""
+        return self.levels.get(slot, ())
+
+    def steps(self, level: Sequence[int]) -> tuple[int, ...]:
+        """Steps of some loops."""
+        return tuple(self.lengths[loop] for loop in level)
 
     def key(self) -> Hashable:
         """Return what the program computes, whatever the captured arrays hold, as something to look it up by."""
@@ -94,15 +130,29 @@ class Program:
         inputs: Sequence[Any],
         consts: Sequence[Any],
         shifts: Mapping[int, Any] | None = None,
+        wanted: Set[int] = frozenset(),
     ) -> dict[int, Any]:
-        """Evaluate every slot; `shifts` are added to the slots they name as soon as these are known."""
+        """Evaluate every slot; `shifts` are added to the slots they name as soon as these are known.
+
+        Slots inside a loop have their shifts, and those `wanted` their values, of all steps, with the steps in front.
+        """
         env: dict[int, Any] = dict(zip(self.params, params, strict=True))
         env.update(zip(self.inputs, inputs, strict=True))
         env.update(zip((slot for slot, _ in self.consts), consts, strict=True))
-        for op in self.ops:
-            for slot, value in zip(op.outs, op.evaluate([read(env, atom) for atom in op.ins]), strict=True):
-                env[slot] = value if shifts is None or slot not in shifts else value + shifts[slot]
+        evaluate(self.ops, env, {} if shifts is None else shifts, wanted)
         return env
+
+
+def evaluate(ops: Sequence[Op], env: dict[int, Any], shifts: Mapping[int, Any], wanted: Set[int]) -> None:
+    """Evaluate operations in order and put their results into `env`; see `Program.run`."""
+    for op in ops:
+        if op.loop is not None and (op.loop.inside & (shifts.keys() | wanted)):
+            values, within = op.loop.run(env, shifts, wanted, len(op.outs))
+            env.update(within)
+        else:
+            values = op.evaluate([read(env, atom) for atom in op.ins])
+        for slot, value in zip(op.outs, values, strict=True):
+            env[slot] = value + shifts[slot] if slot in shifts else value
 
 
 def read(env: Mapping[int, Any], atom: Any) -> Any:
@@ -115,6 +165,41 @@ def contains(eqn: Any, primitive: str) -> bool:
     if primitive in eqn.primitive.name:
         return True
     return any(contains(inner, primitive) for body in jex.jaxprs_in_params(eqn.params) for inner in body.eqns)
+
+
+def inline(
+    closed: Any, args: Sequence[Any], new: Callable[[Any], int], hold: Callable[[Any, Any], Any], ops: list[Op]
+) -> list[Any]:
+    """Append the operations of a closed jaxpr to `ops`, those of the calls in it inlined; list its results.
+
+    Args:
+        closed: The jaxpr.
+        args: Slots or literals of its arguments.
+        new: From the aval of a result to its slot.
+        hold: From aval and value of a captured array to its slot.
+        ops: What is appended to.
+    """
+    env: dict[Any, Any] = dict(zip(closed.jaxpr.invars, args, strict=True))
+    for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
+        env[var] = hold(var.aval, value)
+
+    def atom(var: Any) -> Any:
+        return var if isinstance(var, jex.Literal) else env[var]
+
+    for eqn in closed.jaxpr.eqns:
+        ins = [atom(var) for var in eqn.invars]
+        body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        if eqn.primitive.name in _TRANSPARENT_CALLS and body is not None:
+            closed_body = body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, ())
+            env.update(zip(eqn.outvars, inline(closed_body, ins, new, hold, ops), strict=True))
+            continue
+        if eqn.primitive.name in _IDENTITIES:
+            env.update(zip(eqn.outvars, ins, strict=True))
+            continue
+        outs = [new(var.aval) for var in eqn.outvars]
+        env.update(zip(eqn.outvars, outs, strict=True))
+        ops.append(Op(eqn, tuple(ins), tuple(outs)))
+    return [atom(var) for var in closed.jaxpr.outvars]
 
 
 def flatten(closed: Any, num_params: int) -> Program:
@@ -135,33 +220,12 @@ def flatten(closed: Any, num_params: int) -> Program:
         avals.append(jax.ShapeDtypeStruct(getattr(aval, "shape", ()), getattr(aval, "dtype", jnp.dtype(np.float32))))
         return len(avals) - 1
 
-    def inline(jaxpr: Any, values: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        env: dict[Any, Any] = {}
-        for var, value in zip(jaxpr.constvars, values, strict=True):
-            env[var] = new(var.aval)
-            consts.append((env[var], value))
-        env.update(zip(jaxpr.invars, args, strict=True))
-
-        def atom(var: Any) -> Any:
-            return var if isinstance(var, jex.Literal) else env[var]
-
-        for eqn in jaxpr.eqns:
-            ins = [atom(var) for var in eqn.invars]
-            body = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            if eqn.primitive.name in _TRANSPARENT_CALLS and body is not None:
-                closed_body = body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, ())
-                env.update(zip(eqn.outvars, inline(closed_body.jaxpr, closed_body.consts, ins), strict=True))
-                continue
-            if eqn.primitive.name in _IDENTITIES:
-                env.update(zip(eqn.outvars, ins, strict=True))
-                continue
-            outs = [new(var.aval) for var in eqn.outvars]
-            env.update(zip(eqn.outvars, outs, strict=True))
-            ops.append(Op(eqn, tuple(ins), tuple(outs)))
-        return [atom(var) for var in jaxpr.outvars]
+    def hold(aval: Any, value: Any) -> int:
+        consts.append((new(aval), value))
+        return consts[-1][0]
 
     arguments = [new(var.aval) for var in closed.jaxpr.invars]
-    (output,) = inline(closed.jaxpr, closed.consts, arguments)
+    (output,) = inline(closed, arguments, new, hold, ops)
 
     live = {output} if isinstance(output, int) else set()
     kept: list[Op] = []

@@ -76,8 +76,11 @@ def bytes_of(tree: Any) -> int:
 
 def sweep_bytes(program: Program, c: int) -> int:
     """Bytes that one forward sweep and c backward sweeps of one sample need: every intermediate value, kept at once."""
-    slots = {slot for op in program.ops for slot in op.outs if slot in program.on_x}
-    held = sum(bytes_of(program.avals[slot]) for slot in slots if jnp.issubdtype(program.avals[slot].dtype, jnp.number))
+    held = sum(
+        prod(program.steps(program.level(slot))) * bytes_of(program.avals[slot])
+        for slot in program.made_by
+        if slot in program.on_x and jnp.issubdtype(program.avals[slot].dtype, jnp.number)
+    )
     return (1 + c) * max(held, 1)
 
 

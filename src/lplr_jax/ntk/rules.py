@@ -6,7 +6,7 @@ G[o, b, k, m] = Σ_s h[b, s, k] δ[o, b, s, m]. Three orders of contraction give
 
 - `Outer` (one position): (h hᵀ + 1) ∘ (δ δᵀ); the 1 is the bias added behind, which shares δ.
 - `Positions`: Σ_b Σ_ss' (h_i[b, s] · h_j[b, s']) (δ_io[b, s] · δ_jq[b, s']); for an embedding h_i[s] · h_j[s'] is
-  [id = id'].
+  [id = id']. Uses of one leaf are more positions, and so are the steps of a loop (`bundles`).
 - `Rows`: form G for each sample, then one product G Gᵀ.
 
 A feature is a pytree of arrays with the sample as leading axis. Every term has the methods
@@ -150,69 +150,142 @@ class Outer:
 
 
 @dataclass(frozen=True, eq=False)
+class Side:
+    """Uses of one kind (`bundles`): their operands, each of another leaf, and the cotangent that these share.
+
+    `operands` give h (b, s, k), or row numbers (b, s) to be compared for lookups (−1 matches nothing); `cotangent`
+    gives δ (c, b, s, m). Swapped uses have k and m exchanged: h (b, s, m) and δ (c, b, s, k).
+    """
+
+    kind: str
+    positions: int
+    operands: tuple[Callable[[Env], jax.Array], ...]
+    cotangent: Callable[[Env, Env], jax.Array]
+
+
+@dataclass(frozen=True, eq=False)
 class Positions:
     """Pairs of positions: Gram matrices of operands and of cotangents at all positions, multiplied and summed.
 
-    `operand` gives h (b, s, k), or integers (s,) to be compared when `lookup` is set (−1 matches nothing).
+    Attributes:
+        leaves: Leaves that are served.
+        sides: Uses, kind by kind; several operands or `ones` only where all uses are plain.
+        batches: Batch entries b.
+        ones: Biases that share the cotangent, of one position each.
     """
 
     leaves: tuple[int, ...]
-    operand: Callable[[Env], jax.Array]
-    cotangent: Callable[[Env, Env], jax.Array]
-    lookup: bool
-    positions: int
+    sides: tuple[Side, ...]
     batches: int
+    ones: int = 0
 
-    def features(self, env: Env, deltas: Env, gradients: Env) -> tuple[jax.Array, jax.Array]:
-        """Operand and cotangent (b, c, s, m) of one sample."""
+    def features(self, env: Env, deltas: Env, gradients: Env) -> tuple[Any, ...]:
+        """For each side its operands (b, s, k) and the cotangent (b, c, s, m) of one sample."""
         del gradients
-        return self.operand(env), jnp.swapaxes(self.cotangent(env, deltas), 0, 1)
+        return tuple(
+            (tuple(make(env) for make in side.operands), jnp.swapaxes(side.cotangent(env, deltas), 0, 1))
+            for side in self.sides
+        )
 
     def full(self, first: Any, second: Any) -> jax.Array:
         """Σ over positions for all pairs of outputs."""
-        n1, batches, c1, s1, _ = first[1].shape
-        n2, _, c2, s2, _ = second[1].shape
-        total = None
-        for b in range(batches):
-            product = gram(_rows(first[1][:, b], 3), _rows(second[1][:, b], 3))
-            product = product.reshape(n1, c1, s1, n2, c2, s2)
-            weight = self._weight(first[0], second[0], b, product.dtype).reshape(n1, 1, s1, n2, 1, s2)
-            part = jnp.sum(jnp.broadcast_to(weight, product.shape) * product, axis=(2, 5))
-            total = part if total is None else total + part
-        return jnp.asarray(total).reshape(n1 * c1, n2 * c2)
+        total = self._over_batches(first, second, trace=False)
+        return total.reshape(total.shape[0] * total.shape[1], -1)
 
     def trace(self, first: Any, second: Any) -> jax.Array:
         """Σ over positions, outputs contracted."""
-        n1, batches, _, s1, _ = first[1].shape
-        n2, s2 = second[1].shape[0], second[1].shape[3]
-        total = None
-        for b in range(batches):
-            d1, d2 = (jnp.swapaxes(d[:, b], 1, 2) for d in (first[1], second[1]))
-            product = gram(_rows(d1, 2), _rows(d2, 2))
-            weight = self._weight(first[0], second[0], b, product.dtype)
-            part = jnp.sum((weight * product).reshape(n1, s1, n2, s2), axis=(1, 3))
-            total = part if total is None else total + part
-        return jnp.asarray(total)
+        return self._over_batches(first, second, trace=True)
 
     def diagonal(self, first: Any, second: Any) -> jax.Array:
-        """Σ over positions of a sample with itself."""
+        """Σ over positions of a sample with itself, output by output."""
 
-        def one(f1: Any, f2: Any) -> jax.Array:
-            keep = jax.tree.map(lambda leaf: leaf[None], (f1, f2))
-            return jnp.diagonal(self.full(*keep))
+        def one(f1: Any, f2: Any) -> jax.Array:  # operands (1, b, s, k), cotangents (b, s, m)
+            whole = [[(hs, delta[None, :, None]) for hs, delta in features] for features in (f1, f2)]
+            return self.trace(*whole)[0, 0]
 
-        return jax.vmap(one)(first, second)
+        def sample(f1: Any, f2: Any) -> jax.Array:
+            pair = [[(tuple(h[None] for h in hs), delta) for hs, delta in features] for features in (f1, f2)]
+            axes = [(tuple(None for _ in hs), 1) for hs, _ in f1]
+            return jax.vmap(one, in_axes=(axes, axes))(*pair)
+
+        return jax.vmap(sample)(list(first), list(second))
 
     def temporaries(self, outputs: int) -> int:
-        """Both Gram blocks over positions."""
-        return (outputs**2 + 1) * self.positions**2
+        """Gram blocks over positions, of one batch entry."""
+        swapped = sum(side.positions for side in self.sides if side.kind == "swapped")
+        others = sum(side.positions for side in self.sides) - swapped
+        return max((outputs**2 + 1) * max(swapped, others) ** 2, 2 * outputs * swapped * others)
 
-    def _weight(self, first: jax.Array, second: jax.Array, b: int, dtype: Any) -> jax.Array:
-        if not self.lookup:
-            return gram(_rows(first[:, b], 2), _rows(second[:, b], 2))
-        one, two = first.reshape(-1), second.reshape(-1)
-        equal = (one[:, None] == two[None, :]) & (one >= 0)[:, None]
-        return equal.astype(dtype)
+    def _over_batches(self, first: Any, second: Any, *, trace: bool) -> jax.Array:
+        """Σ over batch entries, one at a time: only its Gram blocks are held."""
+
+        def of_batch(one: Any, two: Any) -> jax.Array:
+            total = None
+            for side, features in zip(self.sides, one, strict=True):
+                for other, others in zip(self.sides, two, strict=True):
+                    part = self._pair((side.kind, other.kind), features, others, trace)
+                    total = part if total is None else total + part
+            return jnp.asarray(total)
+
+        if self.batches == 1:
+            return of_batch(*jax.tree.map(lambda a: a[:, 0], (first, second)))
+        leading = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (first, second))
+        total = jax.eval_shape(of_batch, *jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), leading))
+        zero = jnp.zeros(total.shape, total.dtype)
+        return lax.scan(lambda partial, pair: (partial + of_batch(*pair), None), zero, leading)[0]
+
+    def _pair(self, kinds: tuple[str, str], first: Any, second: Any, trace: bool) -> jax.Array:
+        if "swapped" not in kinds or kinds == ("swapped", "swapped"):
+            return self._alike(kinds, first, second, trace)
+        if kinds[0] == "swapped":
+            mirror = self._crossed(kinds[1], second, first, trace)
+            return mirror.T if trace else jnp.transpose(mirror, (2, 3, 0, 1))
+        return self._crossed(kinds[0], first, second, trace)
+
+    def _alike(self, kinds: tuple[str, str], first: Any, second: Any, trace: bool) -> jax.Array:
+        """Σ_ss' (h_s · h'_s') (δ_s · δ'_s')."""
+        (n1, c1, s1, _), (n2, c2, s2, _) = first[1].shape, second[1].shape
+        deltas = (first[1], second[1])
+        if trace:
+            product = gram(*(_rows(jnp.swapaxes(delta, 1, 2), 2) for delta in deltas))
+            weight = self._weight(kinds, first[0], second[0], product.dtype)
+            return jnp.sum((weight * product).reshape(n1, s1, n2, s2), axis=(1, 3))
+        product = gram(*(_rows(delta, 3) for delta in deltas)).reshape(n1, c1, s1, n2, c2, s2)
+        weight = self._weight(kinds, first[0], second[0], product.dtype).reshape(n1, 1, s1, n2, 1, s2)
+        return jnp.sum(jnp.broadcast_to(weight, product.shape) * product, axis=(2, 5))
+
+    def _crossed(self, kind: str, first: Any, second: Any, trace: bool) -> jax.Array:
+        """Σ_ss' (h_s · δ'_s') (δ_s · h'_s'): the cotangents of swapped uses meet the operands of the others."""
+        (h,), (other,) = first[0], second[0]
+        (n1, c1, s1, _), (n2, c2, s2, _) = first[1].shape, second[1].shape
+        left = _looked_up(second[1], h) if kind == "lookup" else gram(_rows(h, 2), _rows(second[1], 3))
+        left = left.reshape(n1, s1, n2, c2, s2)
+        right = gram(_rows(first[1], 3), _rows(other, 2)).reshape(n1, c1, s1, n2, s2)
+        spec = "iajob,ioajb->ij" if trace else "iajqb,ioajb->iojq"
+        return jnp.einsum(spec, left, right, precision=_HIGHEST)
+
+    def _weight(self, kinds: tuple[str, str], first: Any, second: Any, dtype: Any) -> jax.Array:
+        """Products h · h' of all positions, (n1 s1, n2 s2)."""
+        if kinds == ("lookup", "lookup"):
+            one, two = first[0].reshape(-1), second[0].reshape(-1)
+            return ((one[:, None] == two[None, :]) & (one >= 0)[:, None]).astype(dtype)
+        if kinds == ("lookup", "plain"):
+            return _looked_up(second[0], first[0])
+        if kinds == ("plain", "lookup"):
+            return _looked_up(first[0], second[0]).T
+        weight = None
+        for h1, h2 in zip(first, second, strict=True):
+            part = gram(_rows(h1, 2), _rows(h2, 2))
+            weight = part if weight is None else weight + part
+        weight = jnp.asarray(weight)
+        return weight + jnp.asarray(self.ones, weight.dtype) if self.ones else weight
+
+
+def _looked_up(array: jax.Array, rows: jax.Array) -> jax.Array:
+    """Entries of the last axis at some row numbers, 0 at −1: (numbers, all other axes)."""
+    numbers = rows.reshape(-1)
+    found = jnp.take(array.reshape(-1, array.shape[-1]).T, numbers, axis=0, mode="clip")
+    return jnp.where((numbers >= 0)[:, None], found, jnp.zeros((), found.dtype))
 
 
 Term = Rows | Outer | Positions
