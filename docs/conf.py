@@ -19,6 +19,7 @@ html_theme = "sphinx_book_theme"
 html_title = "lplr-jax"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False}
 html_show_sourcelink = False
+html_static_path, html_css_files = ["_static"], ["site.css"]
 
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3

@@ -1,6 +1,7 @@
 """Pages that are made from the package: claims, names, tutorials; and the check that no public name is missing."""
 
 import ast
+import functools
 import importlib
 import inspect
 import itertools
@@ -94,20 +95,23 @@ def resolve(name: str) -> Any:
     return value
 
 
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def described(name: str) -> list[str]:
     """Return the lines below the assignment of a name that is neither class nor function, wherever it is assigned."""
     room, last = name.split(".")[1], name.rpartition(".")[2]
     package = ROOT / "src" / "lplr_jax"
     own = package / room
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in [*own.rglob("*.py"), *package.rglob("*.py")]]
-    aliases = {
-        a.name
-        for tree in trees[:20]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom)
-        for a in node.names
-        if a.asname == last
-    }
+    files = dict.fromkeys([*sorted(own.rglob("*.py")), *sorted(package.rglob("*.py"))])
+    trees = [_tree(path) for path in files if last in path.read_text(encoding="utf-8")]
+    imports = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    aliases = {alias.name for node in imports for alias in node.names if alias.asname == last}
+    if aliases:
+        trees = [_tree(path) for path in files]
     for tree in trees:
         for node in ast.walk(tree):
             for body in (getattr(node, "body", None), getattr(node, "orelse", None)):
@@ -227,7 +231,8 @@ def _mathml(self: Any, node: Any, display: str) -> None:
     from docutils import nodes
     from latex2mathml.converter import convert
 
-    self.body.append(convert(node.astext(), display=display))
+    formula = convert(node.astext(), display=display)
+    self.body.append(formula if display == "inline" else f'<div class="math-block">{formula}</div>')
     raise nodes.SkipNode
 
 
