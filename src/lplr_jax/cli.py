@@ -94,6 +94,7 @@ def _verify(
     record: Annotated[Path, tyro.conf.Positional],
     /,
     as_json: Annotated[tyro.conf.UseCounterAction[int], tyro.conf.arg(name="json")] = 0,
+    verbose: bool = False,
     strict: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(constructor_factory=_claims)] = (),
 ) -> int:
     """Hold every hypothesis and every conclusion of the theory against a record; no model and no data are needed.
@@ -104,10 +105,11 @@ def _verify(
     Args:
         record: record.npz, or the folder that holds it, or one that holds a folder for each arm of an experiment.
         as_json: write the verdicts as JSON.
+        verbose: show the summary of every run, and its verdicts with numbers, parts and reasons.
         strict: a claim that must be at least "not refuted"; may be given several times.
     """
     from lplr_jax import checks, theory
-    from lplr_jax.reports import report
+    from lplr_jax.reports import ending
     from lplr_jax.reports.text import safe_json
 
     documents, judged, found = {}, {}, _records(checks.path("RECORD", record))
@@ -127,7 +129,7 @@ def _verify(
         document = documents.get("") or {"exit_code": code, "arms": documents}
         CONSOLE.out(safe_json(document), highlight=False)
     else:
-        report.judge(CONSOLE, judged, found)
+        ending.show(CONSOLE, judged, found, verbose=verbose)
     return code
 
 

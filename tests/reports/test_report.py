@@ -17,7 +17,7 @@ from rich.logging import RichHandler
 
 from builders import make
 from lplr_jax import plotting, records, schema, theory
-from lplr_jax.reports import exit_codes, report, tables
+from lplr_jax.reports import ending, exit_codes, report, tables
 from lplr_jax.reports.html import record_html, verdict_html
 from lplr_jax.reports.screen import OneLine, say
 from lplr_jax.reports.text import safe, safe_html, safe_json, safe_markdown
@@ -200,7 +200,11 @@ def test_a_hostile_name_is_one_plain_line_on_screen(capsys, tmp_path):
     assert not {"\u202e", "\x9b", "\u2028"} & set(text)
     assert "[red]a[/red]" in text
     verdicts = theory.verify(make())
-    report.judge(console, {HOSTILE: verdicts, "b": verdicts}, first_in_full=True)
+    both = {HOSTILE: verdicts, "b": verdicts}, {HOSTILE: make(), "b": make()}
+    ending.show(console, *both, first=True)
+    ending.show(console, *both, verbose=True)
+    console.width = 40
+    ending.show(console, *both, first=True)
     assert not {"\u202e", "\x9b", "\u2028"} & set(console.file.getvalue())
 
 

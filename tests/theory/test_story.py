@@ -14,7 +14,7 @@ from test_method import ETA, run
 
 from lplr_jax import theory
 from lplr_jax.losses import Squared
-from lplr_jax.reports import report
+from lplr_jax.reports import ending
 from lplr_jax.runs.loop import train
 from lplr_jax.runs.problem import Probes, Problem
 from lplr_jax.theory.claims.example import linear_regression
@@ -111,20 +111,22 @@ def test_a_run_that_diverged_at_once_tells_that():
     assert line.startswith("Diverged at epoch 0")
 
 
-def test_the_story_stands_above_the_table():
+def test_the_story_stands_above_the_claims():
     record, console = linear_regression(), Console(width=200, record=True, file=None, force_terminal=False)
     verdicts = theory.verify(record)
     with console.capture() as shown:
-        report.judge(console, {"": verdicts}, {"": record})
+        ending.show(console, {"": verdicts}, {"": record})
     text = shown.get()
     assert text.startswith("Hypotheses of the paper: ")
-    assert text.index("Unexplained: ") < text.index("what it rests on")
+    assert text.index("Unexplained: ") < text.index("\nconsistency ")
+    both = {"verdicts": {"a": verdicts, "b": verdicts}, "records": {"a": record, "b": record}}
     with console.capture() as shown:
-        report.judge(console, {"": verdicts})
-    assert "Unexplained" not in shown.get()
-    with console.capture() as shown:
-        report.judge(console, {"a": verdicts, "b": verdicts}, {"a": record, "b": record}, first_in_full=True)
+        ending.show(console, **both, first=True)
+    assert shown.get().count("Hypotheses of the paper: ") == 1
     assert shown.get().index("a:") < shown.get().index("Hypotheses of the paper: ")
+    with console.capture() as shown:
+        ending.show(console, **both, verbose=True)
+    assert shown.get().count("Hypotheses of the paper: ") == 2
 
 
 def of_network(x, y, *, steps=60, eta=0.1, width=12, **probes):

@@ -434,5 +434,5 @@ EXPERIMENT = Experiment(
     table=lambda done, config: table(done),
     figure=lambda done, config: plotting.cifar(list(done.values())),
     notes=lambda done, config: (plotting.scope_note(list(done.values())),),
-    first_in_full=True,
+    first_told=True,
 )

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from lplr_jax import checks, theory
 from lplr_jax.experiments.parts import FolderPart, decisive
 from lplr_jax.records import Record
-from lplr_jax.reports import output, page, report
+from lplr_jax.reports import ending, output, page
 from lplr_jax.reports.exit_codes import DIVERGED, INCONSISTENT, OK
 from lplr_jax.reports.follow import SCREEN_ALONE, FollowConfig, Following
 from lplr_jax.reports.screen import CONSOLE, say
@@ -60,14 +60,14 @@ class Experiment(Generic[Config, Given, Done]):
         presets: named sets of defaults; "default" is among them, unless `default_preset` names what it stands for.
         run: runs a config.
         records: the records of what was run, by the name of the run.
-        table: the table of what was run; without one, the summary of every record is shown.
+        table: the table of what was run, if there is one.
         figure: the figure of what was run, or why there is none, in words.
         notes: lines to say at the end.
         prepare: loads what `identity` and `run` share; raises ValueError before anything is written.
         identity: everything that decides the numbers; raises ValueError for a config that cannot be run.
         default_preset: the preset that "default" stands for on this machine.
         followed: whether there is a run to follow, in a log or in TensorBoard.
-        first_in_full: whether the verdicts on the first of several records are shown in full.
+        first_told: whether the story of the first of several records is told.
         diverged: exit code where a run diverged; 0 where that is a finding.
     """
 
@@ -83,7 +83,7 @@ class Experiment(Generic[Config, Given, Done]):
     identity: Callable[[Config, Given], Mapping[str, Any]] = lambda config, given: decisive(config)
     default_preset: Callable[[], str] = lambda: "default"
     followed: bool = True
-    first_in_full: bool = False
+    first_told: bool = False
     diverged: int = DIVERGED
 
     def preset(self, name: str) -> Config:
@@ -108,16 +108,13 @@ class Experiment(Generic[Config, Given, Done]):
             if self.table is not None:
                 output.tabulate(self.table(done, config), folder / self.name)
         found = self.records(done)
-        if self.table is None:
-            for record in found.values():
-                CONSOLE.print(report.summary_table(record))
         drawn = None if self.figure is None else self.figure(done, config)
         if drawn is not None:
             output.draw(drawn, figures / f"{self.name}.png")
         verdicts = {name: theory.verify(record) for name, record in found.items()}
-        report.judge(CONSOLE, verdicts, found, first_in_full=self.first_in_full)
         if found:
             say(f"report   {page.write(page.page(found, verdicts, drawn), folder / page.NAME)}")
+            ending.show(CONSOLE, verdicts, found, verbose=following.verbose, first=self.first_told)
         for line in self.notes(done, config):
             say(line)
         for name, record in found.items():

@@ -12,7 +12,7 @@ import tyro
 
 from lplr_jax import checks, plotting, theory
 from lplr_jax.records import Record
-from lplr_jax.reports import output, report
+from lplr_jax.reports import ending, output
 from lplr_jax.reports.exit_codes import DIVERGED, INCONSISTENT, OK
 from lplr_jax.reports.follow import FollowConfig, Following
 from lplr_jax.reports.screen import CONSOLE, say
@@ -132,6 +132,7 @@ def run(
     force: bool = False,
     log: Path | None = None,
     tensorboard: Path | None = None,
+    verbose: bool = False,
 ) -> int:
     """Train a problem of your own: record, verdicts and figure, resumed bit for bit by the same command.
 
@@ -156,6 +157,7 @@ def run(
         force: start afresh; the run that is in the folder is kept aside under another name.
         log: file of JSON lines, one a chunk, a probe and a state of the verdicts.
         tensorboard: folder for TensorBoard's scalars.
+        verbose: show summary and verdicts in full at the end.
     """
     kept = {"hessian": hessian_probes, "search": search_steps, "subset": subset_size, "kernel": kernel, "seed": seed}
     kept["certify_floor"] = certify_floor
@@ -184,7 +186,7 @@ def run(
             say=say,
         )
         following.finished(what.name, theory.verify(record), diverged_at=record.diverged_at)
-    return _show(record, folder)
+    return _show(record, folder, verbose=verbose)
 
 
 def measure(
@@ -200,6 +202,7 @@ def measure(
     out: Path | None = None,
     force: bool = False,
     log: Path | None = None,
+    verbose: bool = False,
 ) -> int:
     """Measure checkpoints of a run of your own; what lies between them was not seen, which the verdicts say.
 
@@ -217,6 +220,7 @@ def measure(
         out: folder for record and figure [default: runs/NAME of the problem].
         force: start afresh; what is in the folder is kept aside under another name.
         log: file of JSON lines, one a probe.
+        verbose: show summary and verdicts in full at the end.
     """
     probes = Probes(
         hessian=hessian_probes, search=search_steps, subset=subset_size, kernel=kernel, certify_floor=certify_floor
@@ -228,17 +232,16 @@ def measure(
         settings = {"key": params, "probes": probes, "out": folder, "force": force}
         record = measure_snapshots(what, paths, **settings, observer=observer)
         following.finished(what.name, theory.verify(record), diverged_at=record.diverged_at)
-    return _show(record, folder)
+    return _show(record, folder, verbose=verbose)
 
 
-def _show(record: Record, folder: Path) -> int:
-    CONSOLE.print(report.summary_table(record))
+def _show(record: Record, folder: Path, *, verbose: bool) -> int:
     say(f"record   {folder / 'record.npz'}")
     diverged_at_once = record.diverged_at == 0
     figure = "the run diverged at step 0" if diverged_at_once else plotting.plot(record)
     output.draw(figure, folder / f"{record.experiment}.png")
     verdicts = theory.verify(record)
-    report.print_verdicts(CONSOLE, verdicts, record)
+    ending.show(CONSOLE, {"": verdicts}, {"": record}, verbose=verbose)
     if theory.any_inconsistent(verdicts):
         return INCONSISTENT
     return OK if record.diverged_at is None else DIVERGED

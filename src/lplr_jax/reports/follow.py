@@ -21,12 +21,14 @@ from lplr_jax.theory import Verdict
 
 @dataclass(frozen=True)
 class FollowConfig:
-    """Where else than on screen a run shows itself; it decides no number."""
+    """How, and where else than on screen, a run shows itself; it decides no number."""
 
     log: Path | None = None
     """File of JSON lines, one a chunk, a probe and a state of the verdicts; a run that goes on appends to it."""
     tensorboard: Path | None = None
     """Folder for TensorBoard's scalars, readable while the run goes on; needs the package tensorboardX."""
+    verbose: bool = False
+    """Show summary and verdicts in full at the end, numbers, parts and reasons; the report has them in any case."""
 
 
 _START = b'{"time": "'
@@ -216,6 +218,7 @@ class Following:
 
     def __init__(self, console: Console, config: FollowConfig) -> None:
         self._console, self._folder = console, config.tensorboard
+        self.verbose = config.verbose
         self._make = None if config.tensorboard is None else _summary_writer()
         self._lines = None if config.log is None else JsonLines(config.log)
 

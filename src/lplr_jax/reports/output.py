@@ -13,7 +13,8 @@ from lplr_jax.reports.screen import CONSOLE, say
 
 def tabulate(table: tables.Table, stem: Path) -> None:
     """Show a table, and write it as STEM.md, STEM.csv and STEM.tex."""
-    CONSOLE.print(tables.to_rich(table))
+    for block in tables.blocks(table, CONSOLE.width):
+        CONSOLE.print(tables.to_rich(block))
     for path in tables.save(table, stem):
         say(f"table    {path}")
 

@@ -15,7 +15,7 @@ from lplr_jax.records import Record
 from lplr_jax.reports.rows import summary_rows
 from lplr_jax.reports.text import safe
 from lplr_jax.runs.session import Observer
-from lplr_jax.theory import Outcome, Verdict, reading, story
+from lplr_jax.theory import Outcome, Verdict
 
 
 def in_short(verdicts: Sequence[Verdict]) -> str:
@@ -122,6 +122,17 @@ COLOURS: dict[Outcome, str] = {
 }
 
 
+def outcome_text(verdict: Verdict) -> Text:
+    """Return the outcome in its colour, and that it shows an inconsistency."""
+    word = f"{verdict.outcome} (inconsistent)" if verdict.inconsistent else verdict.outcome
+    return Text(word, style=COLOURS[verdict.outcome])
+
+
+def first_to_break(verdicts: Sequence[Verdict]) -> str:
+    """Return what is said of the hypothesis that breaks first along a run."""
+    return next((verdict for verdict in verdicts if verdict.claim == "regime"), verdicts[-1]).note
+
+
 def verdict_table(verdicts: Sequence[Verdict], *, parts: bool = True) -> Table:
     """Return the table of the theory's claims: a row for each, and one for each of its parts where these are wanted.
 
@@ -142,8 +153,7 @@ def verdict_table(verdicts: Sequence[Verdict], *, parts: bool = True) -> Table:
 
 def _verdict_cells(verdict: Verdict, name: str, note: str) -> Iterator[Text]:
     yield Text(printable(name))
-    word = f"{verdict.outcome} (inconsistent)" if verdict.inconsistent else verdict.outcome
-    yield Text(word, style=COLOURS[verdict.outcome])
+    yield outcome_text(verdict)
     for value in (verdict.measured, verdict.bound, verdict.margin):
         yield Text("" if np.isnan(value) else f"{value:.3g}")
     yield Text("" if verdict.step is None else str(verdict.step))
@@ -156,41 +166,7 @@ def verdict_matrix(arms: Mapping[str, Sequence[Verdict]]) -> Table:
         "claim", *map(safe, arms), title="hypotheses and conclusions of the theory, run by run", title_justify="left"
     )
     for row in zip(*arms.values(), strict=True):
-        words = [f"{v.outcome} (inconsistent)" if v.inconsistent else v.outcome for v in row]
-        table.add_row(row[0].claim, *(Text(word, style=COLOURS[v.outcome]) for word, v in zip(words, row, strict=True)))
+        table.add_row(row[0].claim, *map(outcome_text, row))
     table.add_section()
-    last = [next((v for v in verdicts if v.claim == "regime"), verdicts[-1]) for verdicts in arms.values()]
-    table.add_row("first to break", *(Text(printable(verdict.note)) for verdict in last))
+    table.add_row("first to break", *(Text(printable(first_to_break(verdicts))) for verdicts in arms.values()))
     return table
-
-
-def print_verdicts(console: Console, verdicts: Sequence[Verdict], record: Record | None = None) -> None:
-    """Print what the verdicts come to, where the record is given, the table of claims, and two sentences on it."""
-    for line in story(verdicts, record) if record is not None else ():
-        console.print(printable(line), highlight=False, markup=False)
-    console.print(verdict_table(verdicts))
-    console.print(printable(reading(verdicts)), highlight=False, markup=False)
-
-
-def judge(
-    console: Console,
-    verdicts: Mapping[str, Sequence[Verdict]],
-    records: Mapping[str, Record] | None = None,
-    *,
-    first_in_full: bool = False,
-) -> None:
-    """Print the verdicts on one run in full, those on several side by side.
-
-    Args:
-        console: the screen.
-        verdicts: by the name of the run.
-        records: the runs, by the same names: what the verdicts on one come to is told above its table.
-        first_in_full: print those on the first of several runs in full as well.
-    """
-    several = len(verdicts) > 1
-    if several:
-        console.print(verdict_matrix(verdicts))
-    for name, of_first in list(verdicts.items())[: 0 if several and not first_in_full else 1]:
-        if several:
-            console.print(printable(f"{name}:"), highlight=False, markup=False)
-        print_verdicts(console, of_first, (records or {}).get(name))

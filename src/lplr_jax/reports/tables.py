@@ -5,11 +5,12 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import rich.table
+from rich.cells import cell_len
 
 from lplr_jax.files import atomic_write
 from lplr_jax.printing import printable
@@ -200,6 +201,32 @@ def to_rich(table: Table) -> rich.table.Table:
     for quantity in table.quantities:
         shown.add_row(safe(quantity.label), *(safe(as_text(cell)) for cell in table.cells[quantity.key]))
     return shown
+
+
+def blocks(table: Table, width: int) -> list[Table]:
+    """Return the table as tables of as many arms as `width` columns of a screen hold, at least one; notes go last."""
+
+    def wide(texts: Sequence[str]) -> int:
+        return max(map(cell_len, map(printable, texts)), default=0) + 3
+
+    labels = 1 + wide([quantity.label for quantity in table.quantities])
+    taken, found = width + 1, []
+    for index, arm in enumerate(table.arms):
+        needed = wide([arm, *(as_text(table.cells[q.key][index]) for q in table.quantities)])
+        if taken + needed > width:
+            found.append([])
+            taken = labels
+        found[-1].append(index)
+        taken += needed
+    return [
+        replace(
+            table,
+            arms=tuple(table.arms[index] for index in chosen),
+            cells={key: [cells[index] for index in chosen] for key, cells in table.cells.items()},
+            notes=table.notes if chosen is found[-1] else (),
+        )
+        for chosen in found
+    ]
 
 
 def save(table: Table, stem: Path) -> tuple[Path, ...]:

@@ -9,6 +9,7 @@ from lplr_jax import rooms
 from lplr_jax.printing import printable
 
 Outcome = Literal["proved", "not refuted", "refuted", "undecided", "not applicable"]
+"""What a claim comes to."""
 
 MET: tuple[Outcome, ...] = ("proved", "not refuted")
 """Outcomes that are at least "not refuted"."""

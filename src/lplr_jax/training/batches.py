@@ -239,6 +239,7 @@ def _evaluate_exactly(
 
 
 Schedule = Literal["cosine", "constant"]
+"""How the step size goes over a run."""
 
 
 @lru_cache(maxsize=16)
