@@ -106,6 +106,14 @@ def enter(program: Program) -> Program:
     )
 
 
+def _counts(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many operands of a scan are constants, and how many are carried; newer JAX tells by their trees."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = params["ft_in"].unpack()
+    return len(constants), len(carried)
+
+
 class _Entering:
     def __init__(self, program: Program):
         self.avals = list(program.avals)
@@ -131,7 +139,7 @@ class _Entering:
 
     def _scan(self, op: Op, level: tuple[int, ...], needed: Set[Any]) -> Op:
         params = op.params
-        body, whole, handed = params["jaxpr"], params["num_consts"], params["num_carry"]
+        body, (whole, handed) = params["jaxpr"], _counts(params)
         begin, avals = len(self.avals), [var.aval for var in body.jaxpr.invars]
         slots = [self._new(aval) for aval in avals[whole:]]
         ops: list[Op] = []
@@ -224,7 +232,7 @@ def _collect(ops: Sequence[Op], uses: dict[int, list[tuple[Op, int]]]) -> None:
             for at, atom in enumerate(op.ins):
                 add(atom, op, at)
             continue
-        whole = op.params["num_consts"]
+        whole, _ = _counts(op.params)
         for carry in op.loop.carries:
             add(carry.start, op, whole + carry.result)
         for _, array, at in op.loop.sliced:

@@ -339,11 +339,12 @@ def _settle(program: Program, slot: int) -> tuple[int, tuple[Op, ...]]:
 
 
 def before_while(program: Program) -> frozenset[int]:
-    """Slots on which a `while` loop depends that reverse mode cannot pass, so they have no cotangents."""
+    """Slots outside of loops on which a `while` depends that reverse mode cannot pass, so they have no cotangents.
+
+    They hold every leaf that acts inside of a scan before it.
+    """
     slots: set[int] = set()
     for op in reversed(program.ops):
-        if op.loop is not None and slots.intersection(op.outs):
-            slots.update(op.loop.inside)
         if slots.intersection(op.outs) or _irreversible(op):
             slots.update(atom for atom in op.ins if isinstance(atom, int))
     return frozenset(slots)
