@@ -18,7 +18,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from builders import make
-from lplr_jax import cli, experiments, records
+from lplr_jax import cli, experiments, records, theory
 from lplr_jax.experiments import mnist, parts, step_size
 from lplr_jax.experiments.experiment import Experiment, record_of, trained_together
 from lplr_jax.reports.tables import Measured, Quantity, Table
@@ -124,7 +124,9 @@ def test_an_experiment_is_one_file_and_one_line(registered, tmp_path, capsys, mo
     assert "rate 0.5 there, 0.4 asked for" in " ".join(capsys.readouterr().err.split())
     assert cli.main(["toy", "--preset", "smoke"]) == cli.OK
     assert calls == [0, 1, 3]
-    assert "arXiv" in capsys.readouterr().out, "the verdicts on one run in full"
+    shown = capsys.readouterr().out
+    assert shown.count("Hypotheses of the paper: ") == 1, "the story of one run"
+    assert all(shown.count(f"\n{claim} ") == 1 for claim in theory.CLAIMS), "and one line a claim"
     assert Path("runs/toy-smoke/figures/toy.png").exists(), "two presets share no folder"
     assert cli.main(["toy", "--rate", "0.4", "--force"]) == cli.OK
     assert calls == [0, 1, 3, 0, 1]
@@ -197,8 +199,8 @@ def test_no_number_hangs_on_where_things_are(name):
 def test_fields_of_the_configs():
     """Option names and keys of the records: what is in folders of earlier versions goes on."""
     expected = {
-        "mnist": "activation depth epochs hessian_precision hessian_probes init kernel learning_rate loss_scale "
-        "n_train probe_every regime_start regime_stop search_steps seed source spectrum_probes subset_size width",
+        "mnist": "activation certify_floor depth epochs hessian_precision hessian_probes init kernel learning_rate "
+        "loss_scale n_train probe_every regime_start regime_stop search_steps seed source spectrum_probes subset_size width",
         "ablation": "activation depth epochs hessian_probes init kernel learning_rate loss_scale n_train place "
         "probe_every restore seeds smaller_learning_rate source subset_size widths",
         "boundary": "activation depth init loss_scale n_train seed source steps tolerance widths",

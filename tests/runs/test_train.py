@@ -98,7 +98,15 @@ def test_an_optimiser_is_told_by_what_it_does():
 def test_the_command_our_loop_and_a_watch_agree():
     """One run three ways: the first two are one program, the third compiles its step by itself."""
     config = mnist.MnistConfig(
-        width=8, depth=3, n_train=20, epochs=8, probe_every=4, learning_rate=2e-3, hessian_probes=2, search_steps=0
+        width=8,
+        depth=3,
+        n_train=20,
+        epochs=8,
+        probe_every=4,
+        learning_rate=2e-3,
+        hessian_probes=2,
+        search_steps=0,
+        certify_floor=0.0,
     )
     problem, (_, every, beside) = mnist.set_up(config), mnist.resolve(config)
     probes = Probes(every, beside=beside, hessian=2, spectrum=9, search=0)

@@ -70,7 +70,7 @@ class MnistConfig(FolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedP
     """Precision of the Hessian's products and eigenvalues; float32 agrees to about 1e-4 of the largest. Calibrated."""
     subset_size: int | None = None
     """Images of the random subset whose λ_min stands beside that of all [default: a fifth of them]. Calibrated."""
-    certify_floor: float = 25.0
+    certify_floor: float = 20.0
     """Seconds of two cores for a network of zero loss near the end and its certificate; 0 for none. Calibrated."""
     regime_start: int | None = None
     """First epoch of the stable regime, instead of the rule."""
