@@ -17,7 +17,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from builders import make
-from lplr_jax import cli, experiments, records
+from lplr_jax import cli, experiments, records, theory
 from lplr_jax.experiments import mnist, parts, step_size
 from lplr_jax.experiments.experiment import Experiment, record_of, trained_together
 from lplr_jax.reports.tables import Measured, Quantity, Table
@@ -123,7 +123,8 @@ def test_an_experiment_is_one_file_and_one_line(registered, tmp_path, capsys, mo
     assert "rate 0.5 there, 0.4 asked for" in " ".join(capsys.readouterr().err.split())
     assert cli.main(["toy", "--preset", "smoke"]) == cli.OK
     assert calls == [0, 1, 3]
-    assert "arXiv" in capsys.readouterr().out, "the verdicts on one run in full"
+    shown = capsys.readouterr().out
+    assert all(f"\n{claim} " in shown for claim in theory.CLAIMS), "the verdicts on one run, a line each"
     assert Path("runs/toy-smoke/figures/toy.png").exists(), "two presets share no folder"
     assert cli.main(["toy", "--rate", "0.4", "--force"]) == cli.OK
     assert calls == [0, 1, 3, 0, 1]
