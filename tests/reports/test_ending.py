@@ -4,6 +4,7 @@ import dataclasses
 import io
 import re
 
+import numpy as np
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
@@ -53,6 +54,22 @@ def test_the_long_table_comes_when_asked_for(record, verdicts):
     assert "what it rests on" in lines
     assert "what the run says" in lines
     assert not re.search("^consistency ", lines, re.MULTILINE)
+
+
+def test_what_the_run_lost_is_told_first(record):
+    loss = record["loss"].copy()
+    loss[9:] = np.nan
+    arrays = {**record.arrays, "loss": loss}
+    broken = dataclasses.replace(record, arrays=arrays, provenance={"untrusted": {"3": "it was NaN"}})
+    lines = printed(120, {"": theory.verify(broken)}, {"": broken})
+    assert (
+        lines[0] == f"diverged at step {record['epoch'][9]}: loss, gradient or parameters are not finite from there on"
+    )
+    assert lines[1] == "untrusted step 3: left out: it was NaN"
+    for count, last in ((2, "untrusted step 1: "), (40, "untrusted: 38 more, which --verbose names")):
+        many = dataclasses.replace(broken, provenance={"untrusted": {str(k): "it was NaN" for k in range(count)}})
+        lines = printed(120, {"": theory.verify(many)}, {"": many})
+        assert lines[min(count, 3)].startswith(last)
 
 
 def many(record, verdicts, count):

@@ -10,6 +10,7 @@ from rich.text import Text
 from lplr_jax.printing import printable
 from lplr_jax.records import Record
 from lplr_jax.reports.report import COLOURS, first_to_break, summary_table, verdict_matrix, verdict_table
+from lplr_jax.reports.rows import summary_rows
 from lplr_jax.theory import Outcome, Verdict, reading, story
 
 LETTERS: dict[Outcome, str] = {
@@ -22,6 +23,8 @@ LETTERS: dict[Outcome, str] = {
 """How an outcome is shown where many runs share a screen."""
 INCONSISTENT = "!"
 _GAP = 2
+# Lines on what was lost that leave the rest on one screen.
+_LOST = 3
 # The longest outcome, and spaces up to the reason.
 _WORD = max(map(len, LETTERS)) + _GAP
 
@@ -53,7 +56,7 @@ def show(
             console.print(Text(printable(f"{name}:")))
         if verbose:
             console.print(summary_table(records[name]))
-        for line in story(of_run, records[name]):
+        for line in (*(() if verbose else lost(records[name])), *story(of_run, records[name])):
             console.print(Text(printable(line)))
         if verbose:
             console.print(verdict_table(of_run))
@@ -61,6 +64,14 @@ def show(
         elif not several:
             console.print()
             console.print(claim_lines(of_run, console.width))
+
+
+def lost(record: Record) -> list[str]:
+    """Return what says where the run stopped being finite, and which probes could not be trusted, in a few lines."""
+    rows = (row for row in summary_rows(record) if row[0] in ("diverged", "untrusted"))
+    told = [f"{quantity} {value}: {words}" for quantity, value, words in rows]
+    more = len(told) - _LOST
+    return told if more <= 0 else [*told[:_LOST], f"untrusted: {more} more, which --verbose names"]
 
 
 def claim_lines(verdicts: Sequence[Verdict], width: int) -> Text:
