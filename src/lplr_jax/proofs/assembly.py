@@ -32,7 +32,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float
 
 from lplr_jax import parameters
 from lplr_jax.certificates import UNIT, gamma
@@ -99,7 +98,7 @@ class _Layer:
 
 
 def assembly_bound(
-    apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np.ndarray, "nc nc"], *, trainable: Trainable = None
+    apply_fn: ApplyFn, params: Params, x: Any, theta: Any, *, trainable: Trainable = None
 ) -> AssemblyBound | None:
     """Bound the distance between a computed kernel and the exact kernel of a network.
 
@@ -107,7 +106,8 @@ def assembly_bound(
         apply_fn: pure function (params, x) -> (n, c) or (n,).
         params: pytree of parameters; the kernel is that of the values of θ in float64.
         x: inputs (n, ...), taken in float64.
-        theta: the computed full kernel, (n c, n c), sample-major, in float64.
+        theta: the computed full kernel, (n c, n c), sample-major, in float64; of a `linalg.Blocks` its `matrix()`,
+            where layers are dense alone.
         trainable: as for `ntk.empirical_ntk`.
 
     Returns:
@@ -122,7 +122,8 @@ def assembly_bound(
     layers = _read_layers(program)
     with np.errstate(all="ignore"):  # a number that overflows gives no bound, below
         if layers is None:
-            bound = conv_bound(program, leaves, inputs, theta)
+            # That comparison forms a second full kernel, for which a packed one leaves no room.
+            bound = conv_bound(program, leaves, inputs, theta) if isinstance(theta, np.ndarray) else None
         else:
             rows = _propagate(layers, leaves, inputs, c)
             bound = None if rows is None else _compare(rows, c, theta)
@@ -379,7 +380,7 @@ def _propagate(layers: list[_Layer], leaves: list[np.ndarray], x: np.ndarray, c:
     return rows
 
 
-def _compare(rows: list[Factor], c: int, theta: np.ndarray) -> AssemblyBound:
+def _compare(rows: list[Factor], c: int, theta: Any) -> AssemblyBound:
     """Return both errors: of the factors, from their row errors; of the kernel, against the one formed here."""
     squared_distance, rounding, largest = 0.0, 0.0, 1.0
     for part in rows:
@@ -399,7 +400,7 @@ def _compare(rows: list[Factor], c: int, theta: np.ndarray) -> AssemblyBound:
     )
 
 
-def _distance(rows: list[Factor], c: int, theta: np.ndarray) -> float:
+def _distance(rows: list[Factor], c: int, theta: Any) -> float:
     """Return ‖Θ - Θ̂‖_F, forming Θ̂ in blocks of rows."""
     n = rows[0].h.shape[0]
     size = max(1, _BLOCK_ENTRIES // (n * c * c))
