@@ -22,6 +22,10 @@ _BISECTION_MAX = 4000
 _BISECTION_STEPS = 60
 
 
+EIGH_ROWS = 32766
+"""Rows up to which LAPACK's eigensolvers give vectors: its workspace, 1 + 6 n + 2 n², is counted in 32 bits."""
+
+
 class UntrustedError(ArithmeticError, ValueError):
     """A number that the arithmetic lost: NaN or infinite entries, a solver that failed. Nothing may be read off it."""
 
@@ -124,8 +128,8 @@ def min_eig(
 
     Args:
         matrix: symmetric, shape (n, n). Asymmetry at rounding level is allowed and widens the interval. Or `Blocks`,
-            which make it anew whenever it is asked for: then the work is done in 4 n² bytes, at most two shifts are
-            tried below the Rayleigh quotient, and the interval is that of n > 4,000.
+            which make it anew whenever it is asked for: the work is done in 4 n² bytes, with few shifts (one where
+            the least eigenvalue is positive and apart), and the interval is some 1e-9 of the value wider.
         assembly_error: bound on the spectral norm of what was lost in forming the matrix, in its units.
         factor_error: where the matrix, up to `assembly_error`, is a Gram matrix K̂ K̂ᵀ and λ_min(K Kᵀ) is wanted: bound
             on ‖K̂ - K‖₂, in the square root of its units. Singular values move by no more, so λ_min moves by about
