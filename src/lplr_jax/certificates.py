@@ -6,6 +6,7 @@ proof here depends on that setting.
 """
 
 import math
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -24,6 +25,24 @@ ASSUMPTIONS = (
     "matrix products of BLAS are conventional inner products in any order, with or without FMA: |error| <= γ_n |A||B|",
     "LAPACK dpotrf is substitution in any order or blocking; a pivot may be inverted first, a block may not",
 )
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """A symmetric matrix (n, n) that is read in rows, `a[i:j]`, and multiplies, `a @ v`: an array, or packed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns."""
+        ...
+
+    def __getitem__(self, rows: slice, /) -> Any:
+        """Return some rows as an array."""
+        ...
+
+    def __matmul__(self, vector: Any, /) -> Any:
+        """Return the product with a vector, each entry an inner product of n terms in some order."""
+        ...
 
 
 def arithmetic_holds() -> bool:
@@ -135,7 +154,7 @@ def solve(factor: Float[np.ndarray, "n n"], vector: Float[np.ndarray, " n"]) -> 
     return solution[:, 0]
 
 
-def absolute_form(matrix: Float[np.ndarray, "n n"], vector: Float[np.ndarray, " n"]) -> float:
+def absolute_form(matrix: Rows, vector: Float[np.ndarray, " n"]) -> float:
     """Return an upper bound of |v|ᵀ |A| |v|, reading A in blocks of rows."""
     n = matrix.shape[0]
     size = np.abs(vector)
@@ -144,7 +163,7 @@ def absolute_form(matrix: Float[np.ndarray, "n n"], vector: Float[np.ndarray, " 
     return math.fsum(parts) * (1.0 + 4.0 * gamma(n + 4)) * SLACK + 4.0 * n * (n + 4.0) * TINY
 
 
-def rayleigh(matrix: Float[np.ndarray, "n n"], vector: Float[np.ndarray, " n"]) -> tuple[float, float]:
+def rayleigh(matrix: Rows, vector: Float[np.ndarray, " n"]) -> tuple[float, float]:
     """Return the Rayleigh quotient of A at a vector, and a proved upper bound of it, hence of λ_min(A).
 
     For every v ≠ 0, λ_min(A) <= vᵀAv / vᵀv. The product ŵ = A v obeys |ŵ - A v| <= γ_n |A||v| in any order of
@@ -182,7 +201,7 @@ def rayleigh(matrix: Float[np.ndarray, "n n"], vector: Float[np.ndarray, " n"]) 
     return form / length, up(bound + abs(bound) * 4.0 * UNIT)
 
 
-def row_sum_bound(matrix: Float[np.ndarray, "n n"]) -> float:
+def row_sum_bound(matrix: Rows) -> float:
     """Return an upper bound of max_i Σ_j |a_ij| >= ‖A‖₂ for a symmetric matrix, reading it in blocks of rows."""
     n = matrix.shape[0]
     rows = max(1, 2**20 // n)

@@ -37,6 +37,7 @@ ROOMS = (
     Room("programs", "left", "traced functions, told apart by what they compute"),
     Room("certificates", "left", "bounds on rounding in linear algebra"),
     Room("lanczos", "left", "extreme Ritz values of an operator"),
+    Room("packed", "left", "λ_min of a matrix in half the memory"),
     Room("linalg", "left", "eigenvalues with their quality"),
     Room("losses", "left", "Loss, and an objective made of one"),
     Room("data", "left", "images"),

@@ -200,7 +200,8 @@ def test_fields_of_the_configs():
     """Option names and keys of the records: what is in folders of earlier versions goes on."""
     expected = {
         "mnist": "activation certify_floor depth epochs hessian_precision hessian_probes init kernel learning_rate "
-        "loss_scale n_train probe_every regime_start regime_stop search_steps seed source spectrum_probes subset_size width",
+        "loss_scale n_train probe_every regime_start regime_stop search_steps seed source spectrum_probes "
+        "subset_size width",
         "ablation": "activation depth epochs hessian_probes init kernel learning_rate loss_scale n_train place "
         "probe_every restore seeds smaller_learning_rate source subset_size widths",
         "boundary": "activation depth init loss_scale n_train seed source steps tolerance widths",

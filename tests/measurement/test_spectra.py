@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lplr_jax import linalg
 from lplr_jax.measurement import kernel
 from lplr_jax.measurement.kernel import max_eig_upper, recorded_spectra, spectrum_and_energy
 
@@ -50,3 +51,11 @@ def test_an_estimate_of_the_largest_eigenvalue_decides_no_bound():
     # Too small an estimate fails the test, and row sums are left; too large a one is a looser bound.
     for estimate in (0.9 * largest, 1e-3, 1.1 * largest, np.abs(KERNELS[0]).sum()):
         assert max_eig_upper(KERNELS[0], 0.0, estimate) >= largest
+
+
+def test_more_rows_than_lapack_counts_are_refused():
+    wide = np.broadcast_to(np.float64(1.0), (32767, 32767))  # one number, no memory
+    with pytest.raises(ValueError, match="32767 rows has no dense eigendecomposition"):
+        spectrum_and_energy(wide, np.ones((32767, 1)))
+    n = linalg.EIGH_ROWS
+    assert 1 + 6 * n + 2 * n**2 < 2**31 <= 1 + 6 * (n + 1) + 2 * (n + 1) ** 2

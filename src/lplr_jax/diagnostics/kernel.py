@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -20,11 +20,17 @@ from lplr_jax.ntk.empirical import (
     precision_scope,
     without_gradient,
 )
+from lplr_jax.ntk.memory import budget
 from lplr_jax.parameters import Trainable
 from lplr_jax.programs import Narrow
 from lplr_jax.proofs.assembly import assembly_bound
 from lplr_jax.proofs.rounding import AssemblyBound
 from lplr_jax.types import ApplyFn, Params
+
+Storage = Literal["auto", "full", "packed"]
+"""How a kernel is kept while its smallest eigenvalue is enclosed."""
+
+_ENGINE = ("auto", "engine")
 
 
 def empirical_ntk_min_eig(
@@ -35,6 +41,7 @@ def empirical_ntk_min_eig(
     kernel: str = "auto",
     memory_budget: int | None = None,
     trainable: Trainable = None,
+    storage: str = "auto",
 ) -> linalg.MinEig:
     """Compute λ_min of the full (n c, n c) empirical kernel in float64, whatever the global float64 flag.
 
@@ -47,6 +54,9 @@ def empirical_ntk_min_eig(
         kernel: one of `lplr_jax.ntk.KERNELS`.
         memory_budget: bytes for the assembly beside the kernel itself.
         trainable: as for `ntk.empirical_ntk`.
+        storage: "full" keeps the kernel and its factor, 16 bytes an entry; "packed" keeps half of one matrix, 4 bytes
+            an entry, makes the kernel twice, and its interval is that of `linalg.Blocks`; "auto" is packed where the
+            full one does not fit `memory_budget`, or a quarter of the memory if that is None or less.
 
     Returns:
         The eigenvalue, in squared units of the output per squared unit of the parameters, with its interval; see
@@ -62,6 +72,9 @@ def empirical_ntk_min_eig(
         1.0
     """
     check_settings(apply_fn, kernel=kernel, memory_budget=memory_budget)
+    checks.one_of("storage", storage, get_args(Storage))
+    if storage == "packed" and kernel not in _ENGINE:
+        raise ValueError(f'storage="packed" is for kernel="engine"; {kernel!r} gives full kernels, so leave one out')
     with precision_scope("float64"):
         at = point(apply_fn, params, x, dtype="float64", trainable=trainable)
         if trainable is None:
@@ -69,6 +82,8 @@ def empirical_ntk_min_eig(
         rows = jax.tree.leaves(at.x)[0].shape[0] * at.traced.c
         if rows > at.params.size:
             return _by_counting(rows, at.params.size)
+        if storage == "packed" or (storage == "auto" and kernel in _ENGINE and _too_large(rows, memory_budget)):
+            return _certified_packed(apply_fn, at, x, memory_budget)
         theta = np.asarray(at_point(apply_fn, at, kernel=kernel, memory_budget=memory_budget))
         return _certified(apply_fn, at, x, theta)
 
@@ -101,21 +116,45 @@ def certified_min_eig(
         return _certified(apply_fn, Point(split, wide, engine.trace(apply_fn, split, wide)), x, theta)
 
 
-def _certified(apply_fn: ApplyFn, at: Point, x: Any, theta: Float[np.ndarray, "nc nc"]) -> linalg.MinEig:
+def _too_large(rows: int, memory_budget: int | None) -> bool:
+    """Return whether a kernel and its factor do not fit; a budget given for the assembly alone may be smaller."""
+    return 16 * rows**2 > max(memory_budget or 0, budget(None))
+
+
+def _certified_packed(apply_fn: ApplyFn, at: Point, x: Any, memory_budget: int | None) -> linalg.MinEig:
+    """Compute λ_min from blocks of the kernel that are made anew after every factorisation."""
+    n = jax.tree.leaves(at.x)[0].shape[0]
+    blocks = linalg.Blocks(
+        n * at.traced.c, lambda: engine.lower_blocks(at.traced, at.params, at.x, memory_budget=memory_budget)
+    )
+    try:
+        theta = blocks.matrix()
+    except ArithmeticError as error:
+        raise linalg.UntrustedError(f"the kernel is not finite: {error}") from error
+    return _certified(apply_fn, at, x, theta, blocks)
+
+
+def _certified(apply_fn: ApplyFn, at: Point, x: Any, theta: Any, blocks: linalg.Blocks | None = None) -> linalg.MinEig:
+    """Compute λ_min of a kernel (n c, n c), an array, or rows of `blocks`, which then take its place."""
+    matrix = theta if blocks is None else blocks
     bound = assembly_bound(apply_fn, at.params, x, theta)
     if bound is not None or theta.shape[0] > at.params.size:
-        return min_eig_within(theta, bound, at.params.size)
+        return min_eig_within(matrix, bound, at.params.size)
     reason = "no bound on the assembly of this network's kernel is known, so the interval is about the computed kernel"
+    if blocks is not None:
+        reason += ', or none that can be formed beside a packed one (storage="full" may have it)'
     narrow, error = at.traced.narrow, 0.0
     if narrow is not None:
         error = _narrowing_error(narrow, theta)
         reason = f"{engine.widening(narrow)}; the interval is widened by an estimate of that rounding"
-    found = linalg.min_eig(theta, assembly_error=error)
+    found = linalg.min_eig(matrix, assembly_error=error)
     return replace(found, proved=False, assumptions=(), reason="; ".join(filter(None, (reason, found.reason))))
 
 
-def min_eig_within(theta: Float[np.ndarray, "nc nc"], bound: AssemblyBound | None, p: int) -> linalg.MinEig:
+def min_eig_within(theta: Any, bound: AssemblyBound | None, p: int) -> linalg.MinEig:
     """Return λ_min of the exact kernel of p parameters, whose distance from a computed one is bounded.
+
+    The computed kernel is an array (n c, n c), or its blocks.
 
     It is 0 where there are more rows than parameters, whatever the bound; else there must be one.
     """

@@ -35,6 +35,7 @@ from lplr_jax.experiments.step_size import (
     three_digits,
     write_predictions,
 )
+from lplr_jax.experiments.sweep import ArmsPart
 from lplr_jax.records import Record
 from lplr_jax.reports.exit_codes import OK
 from lplr_jax.reports.tables import Cell, Quantity, Table, mean_of
@@ -49,7 +50,7 @@ WIDE = 512
 
 
 @dataclass(frozen=True)
-class AblationConfig(ArmsFolderPart, DataPart, ProbePart, LossPart, SeedsPart, WidthsPart):
+class AblationConfig(ArmsPart, ArmsFolderPart, DataPart, ProbePart, LossPart, SeedsPart, WidthsPart):
     """Everything that decides the arms, and where they go."""
 
     place: float = 0.5
@@ -266,7 +267,7 @@ def run(
     write_predictions(rule.words, pairs, folder)
     checksum = mnist.load_data(groups[0][0].config).checksum
     done: list[tuple[Arm, Record]] = []
-    for group in groups:
+    for group in ([arm for arm in group if config.takes(arm.name)] for group in groups):
         train = partial(train_together, [arm.config for arm in group])
         advances = trained_together(folder, [arm.name for arm in group], train, together)
         for arm, advance in zip(group, advances, strict=True):
@@ -354,4 +355,5 @@ EXPERIMENT = Experiment(
     table=lambda done, config: table(done),
     figure=lambda done, config: plotting.ablation([record for _, record in done]),
     diverged=OK,
+    arms=lambda config: [arm.name for group in arms_of(config, Rule(1.0, 1.0, {}, "")) for arm in group],
 )

@@ -26,6 +26,7 @@ from lplr_jax.experiments.parts import (
     decisive,
 )
 from lplr_jax.experiments.quantities import cell, quantities, row
+from lplr_jax.experiments.sweep import ArmsPart
 from lplr_jax.losses import Objective, Squared
 from lplr_jax.models import ResNet
 from lplr_jax.records import Record
@@ -49,7 +50,7 @@ _MOST = {**MOST, "stages": 10, "blocks": 1_000}
 
 
 @dataclass(frozen=True)
-class CifarConfig(ArmsFolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedsPart):
+class CifarConfig(ArmsPart, ArmsFolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedsPart):
     """Everything that decides the numbers of the runs, and where they go."""
 
     PROBES: ClassVar[int] = 10
@@ -326,7 +327,8 @@ def run_all(
     Raises:
         ValueError: for a field out of range, or a seed of another config in the folder.
     """
-    seeds, dataset = config.each_seed(), problem.dataset
+    dataset = problem.dataset
+    seeds = [seed for seed in config.each_seed() if config.takes(f"seed{seed}")]
     say(f"{dataset.n:,} images of {dataset.c} classes from {dataset.source}")
     names = [f"seed{seed}" for seed in seeds]
     advances = trained_together(folder, names, lambda: train_together(config, seeds, problem), together)
@@ -435,4 +437,5 @@ EXPERIMENT = Experiment(
     figure=lambda done, config: plotting.cifar(list(done.values())),
     notes=lambda done, config: (plotting.scope_note(list(done.values())),),
     first_told=True,
+    arms=lambda config: [f"seed{seed}" for seed in config.each_seed()],
 )

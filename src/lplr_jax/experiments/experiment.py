@@ -1,7 +1,8 @@
 """What an experiment is, and the one command that all of them share."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -10,6 +11,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from lplr_jax import checks, theory
+from lplr_jax.experiments import sweep
 from lplr_jax.experiments.parts import FolderPart, decisive
 from lplr_jax.records import Record
 from lplr_jax.reports import ending, output, page
@@ -18,7 +20,7 @@ from lplr_jax.reports.follow import SCREEN_ALONE, FollowConfig, Following
 from lplr_jax.reports.screen import CONSOLE, say
 from lplr_jax.reports.tables import Table
 from lplr_jax.runs.checkpoint import Checkpoints
-from lplr_jax.runs.folder import claimed, read_or_make
+from lplr_jax.runs.folder import claimed, joined, read_or_make
 from lplr_jax.runs.loop import Advance
 from lplr_jax.runs.session import Follow, Observer, Say
 
@@ -69,6 +71,7 @@ class Experiment(Generic[Config, Given, Done]):
         followed: whether there is a run to follow, in a log or in TensorBoard.
         first_told: whether the story of the first of several records is told.
         diverged: exit code where a run diverged; 0 where that is a finding.
+        arms: the names of the arms of a config that is a `sweep.ArmsPart`, in order; they are those of their folders.
     """
 
     name: str
@@ -85,6 +88,7 @@ class Experiment(Generic[Config, Given, Done]):
     followed: bool = True
     first_told: bool = False
     diverged: int = DIVERGED
+    arms: Callable[[Config], Sequence[str]] | None = None
 
     def preset(self, name: str) -> Config:
         """Return a set of defaults; for a name that there is not, that of "default"."""
@@ -98,9 +102,25 @@ class Experiment(Generic[Config, Given, Done]):
         figures = Path("figures") if default and out is None else folder / "figures"
         return checks.folder("--out", folder), checks.folder("the folder of the figures", figures)
 
-    def execute(self, config: Config, *, preset: str, following: Following) -> int:
-        """Run a config, show and save what came of it, and return the exit code."""
+    def execute(self, config: Config, *, preset: str, following: Following, argv: Sequence[str] = ()) -> int:
+        """Run a config, show and save what came of it, and return the exit code; `argv` is for processes of arms."""
         folder, figures = self.places(preset, config.out)
+        if self.arms is not None and isinstance(config, sweep.ArmsPart):
+            config.check()
+            names = list(self.arms(config))
+            if config.list_arms:
+                say(json.dumps(names))
+                return OK
+            if config.arm is not None:
+                return self._one_arm(replace(config, arm=sweep.resolve(config.arm, names)), folder, following)
+            if checks.whole("jobs", config.jobs, least=1) > 1:
+                given = self.prepare(config, folder)
+                prepared = replace(config, arm=sweep.NONE)
+                with claimed(folder, self.name, self.identity(config, given), force=config.force, say=say) as lock:
+                    self.run(prepared, folder, given, say=say, follow=following, check=lock.check)
+                if code := sweep.run_jobs(argv, names, jobs=config.jobs, say=say):
+                    return code
+                config = replace(config, force=False)
         given = self.prepare(config, folder)
         identity = self.identity(config, given)
         with claimed(folder, self.name, identity, force=config.force, say=say) as lock:
@@ -123,6 +143,22 @@ class Experiment(Generic[Config, Given, Done]):
             return INCONSISTENT
         return self.diverged if any(record.diverged_at is not None for record in found.values()) else OK
 
+    def _one_arm(self, config: Config, folder: Path, following: Following) -> int:
+        """Run one arm in the sweep's folder, beside others that do so; table and figure come with the whole sweep."""
+        if config.force:
+            raise ValueError("--force sets the whole sweep aside, other arms included; leave it out with --arm")
+        given = self.prepare(config, folder)
+        with joined(folder, self.name, self.identity(config, given)):
+            done = self.run(config, folder, given, say=say, follow=following, check=lambda: None)
+        found = self.records(done)
+        verdicts = {name: theory.verify(record) for name, record in found.items()}
+        ending.show(CONSOLE, verdicts, found, verbose=following.verbose, first=False)
+        for name, record in found.items():
+            following.finished(name, verdicts[name], diverged_at=record.diverged_at)
+        if any(map(theory.any_inconsistent, verdicts.values())):
+            return INCONSISTENT
+        return self.diverged if any(record.diverged_at is not None for record in found.values()) else OK
+
     def command(self, argv: Sequence[str], help_: str) -> Callable[..., int]:
         """Return the command for a parser: preset, config, and where else the run shows itself.
 
@@ -139,7 +175,7 @@ class Experiment(Generic[Config, Given, Done]):
         # The annotations are what the parser reads: values of this experiment, of which a type checker knows nothing.
         def followed(preset: choice = "default", config: config_of = chosen, also: also_of = SCREEN_ALONE) -> int:  # pyright: ignore
             with Following(CONSOLE, also) as following:
-                return self.execute(config, preset=preset, following=following)
+                return self.execute(config, preset=preset, following=following, argv=argv)
 
         def alone(preset: choice = "default", config: config_of = chosen) -> int:  # pyright: ignore
             return followed(preset, config)

@@ -22,6 +22,7 @@ from lplr_jax.experiments import mnist, step_size
 from lplr_jax.experiments.experiment import Experiment, record_of
 from lplr_jax.experiments.parts import DataPart, FolderPart, LayersPart, LossPart, SeedsPart, decisive, shared
 from lplr_jax.experiments.step_size import known_sharpness, sharpness_of_all, three_digits, write_predictions
+from lplr_jax.experiments.sweep import ArmsPart
 from lplr_jax.records import Record
 from lplr_jax.reports.exit_codes import OK
 from lplr_jax.reports.tables import Cell, Measured, Quantity, Table, last_finite, mean_of
@@ -32,7 +33,7 @@ from lplr_jax.runs.session import Follow, Observer, Say, unfollowed
 
 
 @dataclass(frozen=True)
-class NoiseConfig(FolderPart, DataPart, LossPart, SeedsPart, LayersPart):
+class NoiseConfig(ArmsPart, FolderPart, DataPart, LossPart, SeedsPart, LayersPart):
     """Everything that decides the runs, and where they go."""
 
     width: int = 128
@@ -124,10 +125,10 @@ def run(
     common = {key: value for key, value in identity(config).items() if key not in ("seeds", "batch_sizes")}
     common["initial_seed"] = base.seed
     done: dict[tuple[int, int], Record] = {}
-    for size, seed in itertools.product(config.each_size(), config.each_seed()):
-        if size == config.n_train and seed != config.each_seed()[0]:
-            continue  # all data in every step: no seed decides anything
+    for size, seed in _arms(config):
         name = _name(size, seed)
+        if not config.takes(name):
+            continue
         decides = {**common, "batch_size": size, "seed": seed, "learning_rate": eta}
 
         def make(
@@ -153,6 +154,16 @@ def run(
             f"{name}: L_T = {last_finite(done[size, seed]['loss']):.4g}, R = {_of_probe(done[size, seed])['ratio']:.3g}"
         )
     return done
+
+
+def _arms(config: NoiseConfig) -> list[tuple[int, int]]:
+    """Return size of the batches and seed of every run."""
+    # All data in every step: no seed decides anything.
+    return [
+        (size, seed)
+        for size, seed in itertools.product(config.each_size(), config.each_seed())
+        if size != config.n_train or seed == config.each_seed()[0]
+    ]
 
 
 def _name(size: int, seed: int) -> str:
@@ -253,4 +264,5 @@ EXPERIMENT = Experiment(
     table=lambda done, config: table(done),
     figure=lambda done, config: figure(done),
     diverged=OK,
+    arms=lambda config: [_name(*one) for one in _arms(config)],
 )

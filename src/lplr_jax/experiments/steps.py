@@ -16,6 +16,7 @@ from lplr_jax.experiments import mnist, step_size
 from lplr_jax.experiments.experiment import Experiment, record_of
 from lplr_jax.experiments.parts import DataPart, FolderPart, LossPart, ProbePart, SeedPart, WidthsPart, decisive, shared
 from lplr_jax.experiments.step_size import known_sharpness, sharpness_of_all, three_digits, write_predictions
+from lplr_jax.experiments.sweep import ArmsPart
 from lplr_jax.records import Record
 from lplr_jax.reports.exit_codes import OK
 from lplr_jax.reports.tables import Cell, Measured, Quantity, Table, last_finite
@@ -24,7 +25,7 @@ from lplr_jax.training import rules
 
 
 @dataclass(frozen=True)
-class StepsConfig(FolderPart, DataPart, ProbePart, LossPart, SeedPart, WidthsPart):
+class StepsConfig(ArmsPart, FolderPart, DataPart, ProbePart, LossPart, SeedPart, WidthsPart):
     """Everything that decides the arms, and where they go."""
 
     PROBES: ClassVar[int] = 2
@@ -73,7 +74,11 @@ class Arm:
     @property
     def name(self) -> str:
         """Name of its folder."""
-        return f"{self.rule.replace(':', '-')}-m{self.width}"
+        return _name(self.rule, self.width)
+
+
+def _name(rule: str, width: int) -> str:
+    return f"{rule.replace(':', '-')}-m{width}"
 
 
 def _base(config: StepsConfig, width: int, rule: str | None) -> mnist.MnistConfig:
@@ -139,6 +144,8 @@ def run(
     done = []
     for rule, width in itertools.product(asked, widths):
         arm = Arm(rule, width, _base(config, width, common if rule == "fixed" else rule))
+        if not config.takes(arm.name):
+            continue
         done.append((arm, _run_arm(arm, folder, checksum, say=say, follow=follow, check=check)))
     return tuple(done)
 
@@ -251,4 +258,5 @@ EXPERIMENT = Experiment(
     table=lambda done, config: table(done),
     figure=lambda done, config: figure(done),
     diverged=OK,
+    arms=lambda config: [_name(*one) for one in itertools.product(config.each_rule(), config.each_width())],
 )

@@ -71,7 +71,18 @@ def max_eig_upper(theta: Float[np.ndarray, "nc nc"], error: float, largest: floa
 def spectrum_and_energy(
     theta: Float[np.ndarray, "nc nc"], gradient: Float[np.ndarray, "n c"]
 ) -> tuple[Float[np.ndarray, " nc"], Float[np.ndarray, " nc"]]:
-    """Return the eigenvalues of a kernel, ascending, and the share of ‖g‖² along each eigenvector."""
+    """Return the eigenvalues of a kernel, ascending, and the share of ‖g‖² along each eigenvector.
+
+    Raises:
+        ValueError: for more than `linalg.EIGH_ROWS` rows.
+        linalg.UntrustedError: if LAPACK returns numbers that are not finite.
+    """
+    if theta.shape[0] > linalg.EIGH_ROWS:
+        raise ValueError(
+            f"a kernel of {theta.shape[0]} rows has no dense eigendecomposition: LAPACK counts its workspace in 32 "
+            f"bits, enough for {linalg.EIGH_ROWS} rows; λ_min and λ_max are enclosed all the same, and a subset of "
+            "the samples has a spectrum"
+        )
     values, vectors = np.linalg.eigh(theta)
     if not (np.isfinite(values).all() and np.isfinite(vectors).all()):
         raise linalg.UntrustedError("LAPACK's eigensolver returned numbers that are not finite")

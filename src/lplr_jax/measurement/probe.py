@@ -192,7 +192,9 @@ class KernelProbe:
         values["ntk_shift"] = math.nan
         if initial is not None:
             values["ntk_shift"] = 0.0 if initial is theta else linalg.spectral_norm(theta - initial)
-        if _among(epoch, self._spectrum_epochs):
+        if _among(epoch, self._spectrum_epochs) and theta.shape[0] > linalg.EIGH_ROWS:
+            _LOG.warning("epoch %s: no spectrum, as LAPACK decomposes at most %d rows", epoch, linalg.EIGH_ROWS)
+        elif _among(epoch, self._spectrum_epochs):
             self._spectra[epoch] = spectrum_and_energy(theta, point.gradient)
         # Last, so that a probe is remembered whole or not at all.
         self._initial = initial

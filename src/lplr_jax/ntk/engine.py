@@ -7,6 +7,7 @@ are mirrored.
 """
 
 import copy
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -24,7 +25,7 @@ from lplr_jax.ntk import sharded
 from lplr_jax.ntk.explain import Explanation, LeafExplanation
 from lplr_jax.ntk.memory import Group, budget, bytes_of, even, make_groups, sweep_bytes
 from lplr_jax.ntk.plan import Plan, Workload, make_plan
-from lplr_jax.ntk.result import DeviceResult, HostResult, Span, blocks, cut, result
+from lplr_jax.ntk.result import AHEAD, DeviceResult, HostResult, Span, blocks, cut, result
 from lplr_jax.ntk.traced import Traced, trace, widening
 from lplr_jax.parameters import Parameters
 
@@ -99,6 +100,40 @@ def evaluate(
     first = [jnp.asarray(a) for a in first]
     consts = [jnp.asarray(value) for value in traced.consts]
     return run(arrays, consts, first, None if x2 is None else [jnp.asarray(a) for a in second])
+
+
+def lower_blocks(
+    traced: Traced, params: Parameters, x: Any, *, memory_budget: int | None = None
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Blocks of the full kernel (n c, n c) on and below its diagonal, for whom the whole is too large; on one device.
+
+    Args:
+        traced: The function.
+        params: Its parameters.
+        x: Samples.
+        memory_budget: Bytes to use beside the blocks; as for `kernel`.
+
+    Yields:
+        First row, first column and entries. Several may lie at one place, a share of Θ each, to be added up. Entries
+        above the diagonal are to be passed over.
+    """
+    first = [jnp.asarray(a) for a in jax.tree.leaves(x)]
+    key = (traced.key, traced.leaves, traced.dtype)
+    call = _Call(key, int(first[0].shape[0]), None, "full", budget(memory_budget), None)
+    run = _runs.get(call, lambda: _Run(call, traced))
+    where = [jnp.asarray(leaf) for leaf in params.arrays], [jnp.asarray(value) for value in traced.consts]
+    waiting: deque[tuple[Span, Span, jax.Array]] = deque()
+
+    def block(rows: Span, cols: Span, tile: jax.Array) -> tuple[int, int, np.ndarray]:
+        rows, cols = run.entries(rows), run.entries(cols)
+        return rows.own, cols.own, np.asarray(tile)[rows.own - rows.start :, cols.own - cols.start :]
+
+    for group in run.groups:
+        for found in run.tiles(group, where, first, None):
+            waiting.append(found)
+            if len(waiting) > AHEAD:
+                yield block(*waiting.popleft())
+    yield from (block(*found) for found in waiting)
 
 
 def explain(
@@ -304,12 +339,12 @@ class _Run:
         shape = (self.sides[0] * self.rows, self.sides[-1] * self.rows)
         theta: HostResult | DeviceResult | None = None
         for number, group in enumerate(self.groups):
-            for rows, cols, tile in self._tiles(group, where, first, second):
+            for rows, cols, tile in self.tiles(group, where, first, second):
                 theta = theta or result(shape, tile)
-                theta.add(tile, self._entries(rows), self._entries(cols), mirror=second is None, first=number == 0)
+                theta.add(tile, self.entries(rows), self.entries(cols), mirror=second is None, first=number == 0)
         return jnp.zeros(shape, self.dtype) if theta is None else theta.finish()
 
-    def _tiles(
+    def tiles(
         self, group: Group, where: _Where, first: list[jax.Array], second: list[jax.Array] | None
     ) -> Iterator[tuple[Span, Span, jax.Array]]:
         """Rows, columns and tile of a group's share; without x2 those on and below the diagonal.
@@ -342,7 +377,7 @@ class _Run:
                     if not mirror or i >= j:
                         yield rows[i], cols[j], self._tile(group, held[i], passing)
 
-    def _entries(self, span: Span) -> Span:
+    def entries(self, span: Span) -> Span:
         """Rows of Θ of some samples."""
         return Span(span.start * self.rows, span.own * self.rows, span.stop * self.rows)
 

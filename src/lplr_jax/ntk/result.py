@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 # Tiles under way while the host writes those before: one is computed, the next waits (calibrated: more gains nothing).
-_AHEAD = 2
+AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class HostResult:
             first: Whether the tile is the first one at its place; others are added.
         """
         self._waiting.append((tile, rows, cols, mirror, first))
-        if len(self._waiting) > _AHEAD:
+        if len(self._waiting) > AHEAD:
             self._write(*self._waiting.popleft())
 
     def finish(self) -> jax.Array:

@@ -54,7 +54,7 @@ class _Layer:
 
 
 def assembly_bound(
-    apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np.ndarray, "nc nc"], *, trainable: Trainable = None
+    apply_fn: ApplyFn, params: Params, x: Any, theta: Any, *, trainable: Trainable = None
 ) -> AssemblyBound | None:
     """Bound the distance between a computed kernel and the exact kernel of a network.
 
@@ -62,7 +62,8 @@ def assembly_bound(
         apply_fn: pure function (params, x) -> (n, c) or (n,).
         params: pytree of parameters; the kernel is that of the values of θ in float64.
         x: inputs (n, ...), taken in float64.
-        theta: the computed full kernel, (n c, n c), sample-major, in float64.
+        theta: the computed full kernel, (n c, n c), sample-major, in float64; of a `linalg.Blocks` its `matrix()`,
+            where layers are dense alone.
         trainable: as for `ntk.empirical_ntk`.
 
     Returns:
@@ -77,7 +78,8 @@ def assembly_bound(
     layers = _read_layers(program)
     with np.errstate(all="ignore"):  # a number that overflows gives no bound, below
         if layers is None:
-            bound = conv_bound(program, leaves, inputs, theta)
+            # That comparison forms a second full kernel, for which a packed one leaves no room.
+            bound = conv_bound(program, leaves, inputs, theta) if isinstance(theta, np.ndarray) else None
         else:
             network = evaluate([layer.of(leaves) for layer in layers], inputs)
             bound = None if network is None else network.assembly(theta)

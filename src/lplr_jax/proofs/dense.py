@@ -26,6 +26,7 @@ no bound.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -108,8 +109,8 @@ class DenseNetwork:
     outputs: np.ndarray
     output_error: np.ndarray
 
-    def assembly(self, theta: Float[np.ndarray, "nc nc"]) -> AssemblyBound:
-        """Return how far a computed kernel, (n c, n c) in float64, may be from the exact one."""
+    def assembly(self, theta: Any) -> AssemblyBound:
+        """Return how far a computed kernel may be from the exact one: (n c, n c) in float64, or what gives its rows."""
         return _compare(self.factors, self.outputs.shape[1], theta)
 
 
@@ -194,7 +195,7 @@ def _propagate(layers: Sequence[DenseLayer], values: _Values, c: int) -> tuple[F
     return tuple(reversed(rows))
 
 
-def _compare(rows: Sequence[Factor], c: int, theta: np.ndarray) -> AssemblyBound:
+def _compare(rows: Sequence[Factor], c: int, theta: Any) -> AssemblyBound:
     """Return both errors: of the factors, from their row errors; of the kernel, against the one formed here."""
     squared_distance, rounding, largest = 0.0, 0.0, 1.0
     for part in rows:
@@ -214,7 +215,7 @@ def _compare(rows: Sequence[Factor], c: int, theta: np.ndarray) -> AssemblyBound
     )
 
 
-def _distance(rows: Sequence[Factor], c: int, theta: np.ndarray) -> float:
+def _distance(rows: Sequence[Factor], c: int, theta: Any) -> float:
     """Return ‖Θ - Θ̂‖_F, forming Θ̂ in blocks of rows."""
     n = rows[0].h.shape[0]
     size = max(1, _BLOCK_ENTRIES // (n * c * c))

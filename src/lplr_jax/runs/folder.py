@@ -17,7 +17,7 @@ from lplr_jax.records import Record
 from lplr_jax.runs.checkpoint import Checkpoints, Identity
 from lplr_jax.runs.environment import unusual_settings
 from lplr_jax.runs.errors import ConfigMismatchError, DirectoryInUseError
-from lplr_jax.runs.lock import LOCK, Lock
+from lplr_jax.runs.lock import LOCK, Lock, shared
 
 __all__ = [
     "CHECKPOINTS",
@@ -30,6 +30,7 @@ __all__ = [
     "claimed",
     "differences",
     "identity_of",
+    "joined",
     "read_config",
     "read_or_make",
     "write_config",
@@ -90,6 +91,23 @@ def claimed(
         if made:
             with contextlib.suppress(OSError):  # it holds something, another process came, or it is gone
                 folder.rmdir()
+
+
+@contextmanager
+def joined(folder: Path, experiment: str, config: Mapping[str, Any]) -> Iterator[None]:
+    """Share the folder of a sweep with its other arms, while the body writes one arm.
+
+    Raises:
+        DirectoryInUseError: if the sweep runs as a whole.
+        ConfigMismatchError: if it holds a run of another config.
+        OSError: if it cannot be written to.
+    """
+    check_config(folder, experiment, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with shared(folder):
+        check_config(folder, experiment, config)
+        write_config(folder, experiment, config)
+        yield
 
 
 def _forget_if_bare(folder: Path, lock: Lock) -> None:

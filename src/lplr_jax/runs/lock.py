@@ -164,6 +164,21 @@ class Lock:
                     os.utime(self._handle)
 
 
+@contextmanager
+def shared(folder: Path) -> Iterator[None]:
+    """Hold the folder of a sweep together with others that do so, none of whom holds it alone.
+
+    Raises:
+        DirectoryInUseError: if the sweep itself runs.
+    """
+    lock = Lock(folder / "arm")
+    lock._above = _take_shared(folder / LOCK)
+    try:
+        yield
+    finally:
+        lock._let_go_of_above()
+
+
 def _is_run_folder(folder: Path) -> bool:
     """Return whether a folder is that of a run, by what its config or its lock file holds."""
     for name, keys in (("config.json", {"experiment", "config"}), (LOCK, {"pid", "host", "token"})):
