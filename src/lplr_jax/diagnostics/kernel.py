@@ -139,7 +139,7 @@ def _certified(apply_fn: ApplyFn, at: Point, x: Any, theta: Any, blocks: linalg.
     matrix = theta if blocks is None else blocks
     bound = assembly_bound(apply_fn, at.params, x, theta)
     if bound is not None or theta.shape[0] > at.params.size:
-        return min_eig_within(matrix, bound, at.params.size)
+        return min_eig_within(theta, bound, at.params.size, blocks)
     reason = "no bound on the assembly of this network's kernel is known, so the interval is about the computed kernel"
     if blocks is not None:
         reason += ', or none that can be formed beside a packed one (storage="full" may have it)'
@@ -151,10 +151,12 @@ def _certified(apply_fn: ApplyFn, at: Point, x: Any, theta: Any, blocks: linalg.
     return replace(found, proved=False, assumptions=(), reason="; ".join(filter(None, (reason, found.reason))))
 
 
-def min_eig_within(theta: Any, bound: AssemblyBound | None, p: int) -> linalg.MinEig:
+def min_eig_within(
+    theta: Any, bound: AssemblyBound | None, p: int, blocks: linalg.Blocks | None = None
+) -> linalg.MinEig:
     """Return λ_min of the exact kernel of p parameters, whose distance from a computed one is bounded.
 
-    The computed kernel is an array (n c, n c), or its blocks.
+    The computed kernel is an array (n c, n c), or rows of blocks, which then take its place.
 
     It is 0 where there are more rows than parameters, whatever the bound; else there must be one.
     """
@@ -162,7 +164,7 @@ def min_eig_within(theta: Any, bound: AssemblyBound | None, p: int) -> linalg.Mi
         known = {} if bound is None else {"assembly_error": bound.assembly_error, "factor_error": bound.factor_error}
         return replace(_by_counting(theta.shape[0], p), **known)
     assert bound is not None
-    return linalg.min_eig(theta, **vars(bound))
+    return linalg.min_eig(theta if blocks is None else blocks, **vars(bound))
 
 
 def _by_counting(rows: int, p: int) -> linalg.MinEig:
