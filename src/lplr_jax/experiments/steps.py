@@ -74,7 +74,11 @@ class Arm:
     @property
     def name(self) -> str:
         """Name of its folder."""
-        return f"{self.rule.replace(':', '-')}-m{self.width}"
+        return _name(self.rule, self.width)
+
+
+def _name(rule: str, width: int) -> str:
+    return f"{rule.replace(':', '-')}-m{width}"
 
 
 def _base(config: StepsConfig, width: int, rule: str | None) -> mnist.MnistConfig:
@@ -253,5 +257,5 @@ EXPERIMENT = Experiment(
     table=lambda done, config: table(done),
     figure=lambda done, config: figure(done),
     diverged=OK,
-    arms=lambda config: [Arm(*one, None).name for one in itertools.product(config.each_rule(), config.each_width())],
+    arms=lambda config: [_name(*one) for one in itertools.product(config.each_rule(), config.each_width())],
 )
