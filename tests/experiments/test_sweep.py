@@ -32,6 +32,7 @@ def test_arms_are_listed_as_json(capsys, tmp_path):
 )
 def test_every_sweep_names_its_arms(name, first, count):
     experiment = find(name)
+    assert experiment.arms is not None
     arms = list(experiment.arms(experiment.presets["default" if name != "cifar" else "paper"]))
     assert len(arms) == len(set(arms))
     assert (arms[0], len(arms)) == (first, count)

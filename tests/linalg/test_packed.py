@@ -12,6 +12,7 @@ import pytest
 import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.linalg import lapack
 
 from lplr_jax import certificates, linalg, packed
 from lplr_jax.linalg import Blocks, min_eig
@@ -49,7 +50,7 @@ def test_blocks_at_one_place_are_added_up():
 def test_the_format_is_lapacks(n):
     a = with_spectrum(np.random.default_rng(n), np.linspace(1.0, 2.0, n))
     b = rows_of(a).matrix()
-    vector, info = scipy.linalg.lapack.dtrttf(a, uplo="L")
+    vector, info = lapack.dtrttf(a, uplo="L")  # pyright: ignore[reportAttributeAccessIssue]  # made by f2py
     assert info == 0
     np.testing.assert_array_equal(b.flat, vector)
 
