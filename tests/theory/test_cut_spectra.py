@@ -58,3 +58,10 @@ def test_nothing_is_contradicted(digits, kept):
 def test_forged_sums_are_noticed(digits, part, changes):
     record = tampered(cut(digits, 20), **changes)
     assert Evidence(record).verdict("consistency").part(part).inconsistent
+
+
+def test_a_bound_below_a_loss_at_its_rounding_accounts_for_all_of_it(digits):
+    window = window_of(Evidence(digits))
+    assert dataclasses.replace(window, loss=(1.0, 1e-15), bound=1e-18).share() == 1.0
+    assert dataclasses.replace(window, loss=(1.0, 0.0), bound=0.0).share() == 1.0
+    assert dataclasses.replace(window, loss=(1.0, 0.01), bound=0.1).share() == pytest.approx(0.5)

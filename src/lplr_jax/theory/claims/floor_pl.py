@@ -58,9 +58,12 @@ class Window:
     in_two: float
 
     def share(self, bound: float | None = None) -> float:
-        """Return log(L_0 / bound) / log(L_0 / L_T), the share of the decrease that a bound accounts for."""
+        """Return log(L_0 / bound) / log(L_0 / L_T), the share of the decrease that a bound accounts for.
+
+        A bound below L_T, which a loss at its rounding can have, accounts for all of it and no more.
+        """
         first, last = self.loss
-        bound = self.bound if bound is None else bound
+        bound = max(self.bound if bound is None else bound, last)
         if not (first > last >= 0 and first > 0):
             return NAN
         if last == 0:
