@@ -238,6 +238,9 @@ SCHEMA: dict[str, Entry] = {
         NON_NEGATIVE,
     ),
     "aiming_inner": Entry(("probe",), LOSS, "⟨∇L(θ_t), θ_t - θ̃⟩, θ̃ the point beside which zero loss is certified"),
+    "jacobian_lipschitz_upper": Entry(
+        (), JACOBIAN_SLOPE, "proved bound of the Lipschitz constant of J on the ball of the run", NON_NEGATIVE
+    ),
     "target_norm": Entry((), "output", "‖y‖ of the squared loss: f may be far larger than f - y", NON_NEGATIVE),
     "loss_floor_lower": Entry(
         (),
@@ -339,6 +342,7 @@ SINCE_2 = frozenset(
         "gauss_newton_curvature",
         "critical_step",
         "aiming_inner",
+        "jacobian_lipschitz_upper",
         "target_norm",
         "loss_floor_lower",
         "interpolant_residual",

@@ -17,6 +17,7 @@ from lplr_jax.ntk import empirical_ntk
 from lplr_jax.proofs.assembly import dense_network
 from lplr_jax.runs.loop import train
 from lplr_jax.runs.problem import Probes, Problem
+from lplr_jax.theory.evidence import Evidence
 
 N, D, WIDTH = 5, 3, 8
 ACTIVATIONS = {
@@ -161,6 +162,16 @@ def test_a_run_near_a_zero_has_a_proved_future():
     assert "falls linearly to 0" in restart.note
     exact = verdicts["descent"].part("exact_step")
     assert exact.outcome == "proved", exact
+    assert restart.step == 0
+    assert verdicts["containment"].outcome == "proved"
+    below = verdicts["weyl"].part("from_below")
+    assert below.outcome in ("proved", "not refuted"), below
+    assert 0 < below.bound <= below.measured
+    still = {name: np.zeros_like(record[name]) for name in ("ntk_shift",)}
+    higher = {"ntk_min_eig_upper": record["ntk_min_eig_lower"] * 0.5, "ntk_min_eig": record["ntk_min_eig_lower"] * 0.4}
+    for changes in ({**still, **higher},):
+        arrays = {**record.arrays, **{k: np.append(record[k][:1], v[1:]) for k, v in changes.items()}}
+        assert Evidence(dataclasses.replace(record, arrays=arrays)).verdict("weyl").part("from_below").inconsistent
     record = near_a_zero(0.3, "float32", **settings)
     restart = theory.verify(record)["containment"].part("restart")
     assert restart.outcome == "undecided"

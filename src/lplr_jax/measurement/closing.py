@@ -192,6 +192,7 @@ def _bounds(
     if affine:
         return {
             "ntk_lipschitz_upper": np.asarray(0.0),
+            "jacobian_lipschitz_upper": np.asarray(0.0),
             "smoothness_upper": np.asarray(certificates.up(curvature * largest / scale)),
             "radius_certified": np.asarray(math.inf if budget > 0 else math.nan),
         }
@@ -211,6 +212,7 @@ def _bounds(
     ball = base.on_ball(proof_radius(drift, count_parameters(initial)))
     result = {
         "ntk_lipschitz_upper": np.asarray(ball.lipschitz),
+        "jacobian_lipschitz_upper": np.asarray(ball.jacobian_lipschitz),
         "smoothness_upper": np.asarray(ball.smoothness),
     }
     if budget > 0:

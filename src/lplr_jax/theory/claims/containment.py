@@ -10,6 +10,7 @@ its transpose is Θ_t - Θ_0, hence ‖J_t - J_0‖₂ >= ‖Θ_t - Θ_0‖₂/(
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
@@ -48,8 +49,9 @@ def containment(evidence: Evidence) -> Verdict:
 
     "refuted" where one ‖J_t - J_0‖₂, bounded from below by kernels, reaches σ_0: for every a and L_J one of the two
     fails; and where every step before t was seen, with a_τ > 0 beyond rounding, h < a/2 itself fails for every a up to
-    the least of them, which the note says. "proved" where J is constant, λ_0 > 0 is proved, and every step is seen to
-    be gradient descent with η <= 1/β for a proved β. Else "not refuted": no proved L_J is recorded.
+    the least of them, which the note says. "proved" where every step is seen to be gradient descent with η <= 1/β for a
+    proved β, and J is constant with λ_0 > 0 proved, or the proved L_J of the ball gives h < ¼. Else "not refuted": a
+    proved L_J is an upper bound, so that h < a/2 stays open.
     """
     return _from_the_start(evidence).with_parts(*_restart(evidence))
 
@@ -82,7 +84,10 @@ def _from_the_start(evidence: Evidence) -> Verdict:
         first = int(broken[0])
         note += f"; reached by epoch {evidence.epochs[first]}: {_refuted(evidence, first)}"
     else:
-        note += "; no proved L_J is recorded, so h < a/2 stays open"
+        proof = next(iter(_restart(evidence)), None)
+        if proof is not None and proof.outcome == "proved" and proof.step == 0:
+            return replace(proof, claim="containment")
+        note += "; no proved L_J is small enough, so h < a/2 stays open"
         outcome = "not refuted" if budget.lower > 0 else "undecided"
     return Verdict(
         "containment", REFERENCE, outcome, measured=float(shift[worst]), bound=limit,

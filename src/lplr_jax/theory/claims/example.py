@@ -60,6 +60,7 @@ def linear_regression() -> Record:
     numbers = {
         "ntk_lipschitz_lower": 0.0,
         "ntk_lipschitz_upper": 0.0,
+        "jacobian_lipschitz_upper": 0.0,
         "smoothness_upper": largest * (1 + 1e-3),
         "radius_certified": np.inf,
         "parameter_spacing": 0.0,
