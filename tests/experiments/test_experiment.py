@@ -326,14 +326,21 @@ def test_a_command_imports_what_it_needs(saved, tmp_path):
 
 
 def test_help_answers_at_once(tmp_path):
-    """Processor time, which a busy machine does not lengthen much; JAX alone takes four times the bound."""
-    spent = []
-    for _ in range(3):
+    """In a small share of the processor time that importing JAX alone takes, measured in turn on whatever machine."""
+
+    def spent(run):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert lplr("--help", cwd=tmp_path).returncode == 0
+        assert run().returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(spent) < 0.5
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    imported = [sys.executable, "-c", "import jax"]
+    turns = [
+        (spent(lambda: lplr("--help", cwd=tmp_path)), spent(lambda: subprocess.run(imported, check=False)))
+        for _ in range(3)
+    ]
+    ours, jax_alone = map(min, zip(*turns, strict=True))
+    assert ours < 0.6 * jax_alone, (ours, jax_alone)
 
 
 def test_version(tmp_path):
