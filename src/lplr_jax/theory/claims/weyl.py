@@ -79,9 +79,8 @@ def _from_below(evidence: Evidence, probes: Int[np.ndarray, " k"]) -> tuple[Verd
     p = int(evidence.number("p"))
     reach = np.array([proof_radius(evidence.series("drift")[at : at + 1], p) for at in evidence.at[probes]])
     kernel = budget.lower - shift
-    jacobian = np.square(
-        np.maximum(math.sqrt(budget.lower) * (1 - 4 * UNIT_64) - slope * reach * (1 + 4 * UNIT_64), 0.0)
-    )
+    moved = slope * reach * (1 + 4 * UNIT_64) if slope else np.zeros_like(reach)  # a radius may be infinite
+    jacobian = np.square(np.maximum(math.sqrt(budget.lower) * (1 - 4 * UNIT_64) - moved, 0.0))
     jacobian = jacobian * (1 - 4 * UNIT_64)
     bound, found = np.fmax(kernel, jacobian), [evidence.interval(int(k)) for k in probes]
     upper = np.array([interval.upper for interval in found])

@@ -1,40 +1,38 @@
-"""Draw figures/overview.png, what the runs show together, from figures/overview.csv; named records renew the table.
-
-python scripts/overview.py                                  # the figure from the committed table
-python scripts/overview.py runs/mnist runs/ablation/m256    # the table from these records, then the figure
-"""
+"""What several runs show together: the paper's condition, what accounts for the decrease, where zero loss is proved."""
 
 import csv
-import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from lplr_jax import records, theory
+from lplr_jax import theory
 from lplr_jax.plotting.style import styled
+from lplr_jax.records import Record
 from lplr_jax.theory.claims.floor_pl import window_of
 from lplr_jax.theory.claims.interpolation import certificate_of
 from lplr_jax.theory.evidence import Evidence
 
-FIGURES = Path(__file__).parent.parent / "figures"
 COLUMNS = ("run", "excess", "share_floor", "share_min", "k", "drift", "zero_loss", "refuted")
 
 
-def collect(folders: list[str]) -> list[dict[str, str]]:
+def collect(records: Iterable[Record]) -> list[dict[str, str]]:
     """Return one row a record, as it is written to the table; empty where the record does not tell."""
     rows = []
-    for folder in folders:
-        record = records.load(folder)
+    for record in records:
         evidence, verdicts = Evidence(record), theory.verify(record)
         condition, window, found = verdicts["compatibility"], window_of(evidence), certificate_of(evidence)
-        floor = window is not None and verdicts["floor_pl"].met
+        shares = ("", "", "")
+        if window is not None and verdicts["floor_pl"].met:
+            shares = (window.share(), window.share(window.bound_all), window.k)
         name = f"width {record.config.get('width')}, η = {float(record['learning_rate']):g}"
         row = {
             "run": name,
             "excess": condition.measured / condition.bound if condition.bound > 0 else "",
-            "share_floor": window.share() if floor else "",
-            "share_min": window.share(window.bound_all) if floor else "",
-            "k": window.k if floor else "",
+            "share_floor": shares[0],
+            "share_min": shares[1],
+            "k": shares[2],
             "drift": evidence.radius,
             "zero_loss": found.radius if found is not None and not found.reason else "",
             "refuted": " ".join(v.claim for v in verdicts if v.outcome == "refuted"),
@@ -43,27 +41,39 @@ def collect(folders: list[str]) -> list[dict[str, str]]:
     return rows
 
 
-def number(row: dict[str, str], name: str) -> float:
+def _number(row: Mapping[str, str], name: str) -> float:
     """Return a cell as a number, NaN where it is empty."""
     return float(row[name]) if row[name] else float("nan")
 
 
-def draw(rows: list[dict[str, str]], path: Path) -> None:
-    """Draw three panels, the runs from top to bottom."""
-    from matplotlib.figure import Figure
+def write(rows: Sequence[Mapping[str, str]], path: Path) -> None:
+    """Write the table."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows([row[name] for name in COLUMNS] for row in rows)
 
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Read the table."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def overview(rows: Sequence[Mapping[str, str]]) -> Figure:
+    """Return three panels, the runs from top to bottom: condition, share of the decrease, distances."""
     names, at = [row["run"] for row in rows], np.arange(len(rows))
     with styled():
         figure = Figure(figsize=(13, 1.6 + 0.55 * len(rows)), layout="constrained")
         first, second, third = figure.subplots(1, 3, sharey=True)
-        first.barh(at, [number(row, "excess") for row in rows], color="C1", height=0.6)
+        first.barh(at, [_number(row, "excess") for row in rows], color="C1", height=0.6)
         first.axvline(1, color="0.2", linestyle="--", linewidth=1)
         first.set_xscale("log")
         first.set_xlabel("$L_\\Theta r / \\lambda_0$: the theorem asks for less than 1")
         first.set_title("the paper's condition is refuted", loc="left")
-        wide = [100 * number(row, "share_floor") for row in rows]
+        wide = [100 * _number(row, "share_floor") for row in rows]
         second.barh(at - 0.16, wide, color="C2", height=0.32, label="PL with a floor, one window, one k (ours)")
-        narrow = [100 * number(row, "share_min") for row in rows]
+        narrow = [100 * _number(row, "share_min") for row in rows]
         second.barh(at + 0.16, narrow, color="C0", height=0.32, label="$\\lambda_{\\min}$")
         for place, row, value in zip(at, rows, wide, strict=True):
             words = f" k = {row['k']}" if np.isfinite(value) else "not in force: the loss rises, or steps too long"
@@ -72,8 +82,8 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         second.set_xlabel("share of the decrease of log L that is accounted for, %")
         second.set_title("what accounts for the decrease", loc="left")
         second.legend(loc="lower right", fontsize=8)
-        third.plot([number(row, "drift") for row in rows], at, "o", color="C0", label="drift of the run")
-        reach = [number(row, "zero_loss") for row in rows]
+        third.plot([_number(row, "drift") for row in rows], at, "o", color="C0", label="drift of the run")
+        reach = [_number(row, "zero_loss") for row in rows]
         third.plot(reach, at, "*", color="C2", markersize=12, label="zero loss proved within (ours)")
         third.set_xlim(left=0)
         third.set_xlabel("distance from the initialisation, in parameters")
@@ -81,21 +91,4 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         third.legend(loc="lower right", fontsize=8)
         first.set_yticks(at, names)
         first.invert_yaxis()
-        figure.savefig(path, dpi=160)
-
-
-def main(folders: list[str]) -> int:
-    """Renew the table where records are named, and draw it."""
-    table = FIGURES / "overview.csv"
-    if folders:
-        with table.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(collect(folders))
-    with table.open(encoding="utf-8", newline="") as file:
-        draw(list(csv.DictReader(file)), FIGURES / "overview.png")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    return figure
