@@ -27,13 +27,13 @@ if TYPE_CHECKING:  # the names of `rooms.FACE` once more, for tools that read an
     from lplr_jax.records import Record as Record
     from lplr_jax.records import RecordError as RecordError
     from lplr_jax.reports.page import report as report
+    from lplr_jax.runs.entries import series as series
     from lplr_jax.runs.loop import train as train
     from lplr_jax.runs.point import verify_point as verify_point
     from lplr_jax.runs.problem import Probes as Probes
     from lplr_jax.runs.problem import Problem as Problem
     from lplr_jax.runs.snapshots import measure as measure
     from lplr_jax.runs.watch import Watch as Watch
-    from lplr_jax.runs.watch import series as series
     from lplr_jax.runs.watch import watch as watch
     from lplr_jax.theory import Verdict as Verdict
     from lplr_jax.theory import Verdicts as Verdicts

@@ -1,6 +1,6 @@
 """Spectra of symmetric matrices on the host, in float64, with their quality. Knows no networks.
 
-The proofs behind `min_eig` are in `certificates`; here are the searches that feed them.
+The proofs behind `min_eig` are in `certificates`, the searches that feed them in `unpacked` and `packed`.
 """
 
 import math
@@ -12,15 +12,9 @@ import scipy.linalg
 import scipy.sparse.linalg
 from jaxtyping import Float
 
-from lplr_jax import certificates, checks, packed, rooms
+from lplr_jax import certificates, checks, packed, rooms, unpacked
 from lplr_jax.packed import Blocks
-
-# Up to here a dense solver for one eigenpair is cheaper than Cholesky with inverse iteration (measured on two cores).
-_DENSE_MAX = 400
-# Up to here the shift is found by bisection; above, one factorisation at a shift from the a-priori error bound.
-_BISECTION_MAX = 4000
-_BISECTION_STEPS = 60
-
+from lplr_jax.shifts import DENSE_MAX, arpack
 
 EIGH_ROWS = 32766
 """Rows up to which LAPACK's eigensolvers give vectors: its workspace, 1 + 6 n + 2 n², is counted in 32 bits."""
@@ -171,13 +165,13 @@ def min_eig(
         # Entries that underflow as they are scaled lose at most η each.
         scaled_error = certificates.up(scaled_error + 2.0 * n * certificates.TINY)
     if isinstance(matrix, Blocks):
-        value, lower, upper, reason = packed.interval(matrix, arpack, exponent)
+        value, lower, upper, reason = packed.interval(matrix, exponent)
         assumptions = (*packed.ASSUMPTIONS, *assumptions)
     else:
         # In two steps, as 2**-exponent itself may overflow.
         half = exponent // 2
         a = (entries * 2.0**-half) * 2.0 ** (half - exponent) if exponent else entries
-        value, lower, upper, reason = _interval(a, n * asymmetry * certificates.SLACK)
+        value, lower, upper, reason = unpacked.interval(a, n * asymmetry * certificates.SLACK)
     if scaled_error:
         lower, upper = certificates.down(lower - scaled_error), certificates.up(upper + scaled_error)
     if exponent:
@@ -228,175 +222,10 @@ def _times_power(x: float, exponent: int) -> float:
         return math.copysign(math.inf, x)
 
 
-def _interval(a: Float[np.ndarray, "n n"], asymmetry: float) -> tuple[float, float, float, str]:
-    """Return value, proved lower, proved upper, and what went wrong, for a matrix with entries in the safe range."""
-    n = a.shape[0]
-    work = np.empty((n, n), order="F")
-    vector, floor, reason = _least_vector(a, work)
-    value, upper = certificates.rayleigh(a, vector)
-    if not math.isfinite(upper):
-        reason = reason or "the eigensolver returned no finite vector"
-        vector = np.zeros(n)
-        vector[int(np.argmin(a.diagonal()))] = 1.0
-        value, upper = certificates.rayleigh(a, vector)
-    if n <= _BISECTION_MAX:
-        lower, vector = _bisect(a, vector, value, upper, floor, work)
-        refined, bound = certificates.rayleigh(a, vector)
-        if bound < upper:
-            value, upper = refined, bound
-    else:
-        lower = _one_shift(a, vector, value, upper, floor, work)
-    # The factorisation read one triangle: A and that matrix differ by at most n max |a - aᵀ| in spectral norm.
-    if asymmetry:
-        lower = certificates.down(lower - certificates.up(asymmetry))
-        upper = certificates.up(upper + certificates.up(asymmetry))
-    return min(max(value, lower), upper), lower, upper, reason
-
-
-def _dense_least_vector(a: Float[np.ndarray, "n n"]) -> tuple[Float[np.ndarray, " n"], str]:
-    try:
-        _, vectors = scipy.linalg.eigh(a, subset_by_index=[0, 0], check_finite=False)
-    except scipy.linalg.LinAlgError as error:
-        return np.full(a.shape[0], np.nan), f"LAPACK's eigensolver failed: {error}"
-    return vectors[:, 0], ""
-
-
-def _least_vector(
-    a: Float[np.ndarray, "n n"], work: Float[np.ndarray, "n n"]
-) -> tuple[Float[np.ndarray, " n"], float, str]:
-    """Return an approximate eigenvector of λ_min, a proved lower bound, and what went wrong."""
-    n = a.shape[0]
-    bound = certificates.row_sum_bound(a)
-    if n <= _DENSE_MAX:
-        vector, reason = _dense_least_vector(a)
-        return vector, -bound, reason
-    shift = _factor_below(a, bound, work)
-    if shift is None:
-        return np.full(n, np.nan), -bound, "no Cholesky factorisation of the shifted matrix succeeded"
-    inverse = scipy.sparse.linalg.LinearOperator(
-        shape=(n, n),
-        matvec=lambda v: certificates.solve(work, v),  # pyright: ignore[reportCallIssue]
-        dtype=a.dtype,
-    )
-    try:
-        _, vectors = arpack(a, sigma=shift, OPinv=inverse, ncv=12, tol=1e-7, maxiter=50)
-    except scipy.sparse.linalg.ArpackError as error:
-        return _inverse_iteration(work, _start(n), steps=3), shift, f"shift-invert Lanczos: {error}"
-    return vectors[:, 0], shift, ""
-
-
-def arpack(a: Any, **settings: Any) -> Any:
-    """Return one eigenpair by SciPy's `eigsh`, start and restarts drawn from a fixed seed: same matrix, same bits.
-
-    Args:
-        a: symmetric, (n, n): an array, or what multiplies vectors as `LinearOperator` does.
-        **settings: as `scipy.sparse.linalg.eigsh` takes them.
-
-    Raises:
-        scipy.sparse.linalg.ArpackError: if it does not converge.
-    """
-    return scipy.sparse.linalg.eigsh(a, k=1, v0=_start(a.shape[0]), rng=np.random.default_rng(0), **settings)
-
-
-def _start(n: int) -> Float[np.ndarray, " n"]:
-    return np.random.default_rng(0).standard_normal(n)
-
-
-def _inverse_iteration(
-    factor: Float[np.ndarray, "n n"], vector: Float[np.ndarray, " n"], *, steps: int
-) -> Float[np.ndarray, " n"]:
-    for _ in range(steps):
-        image = certificates.solve(factor, vector)
-        size = float(np.abs(image).max())
-        if not (math.isfinite(size) and size > 0.0):
-            return vector
-        vector = image / size
-    return vector
-
-
-def _factor_below(a: Float[np.ndarray, "n n"], bound: float, work: Float[np.ndarray, "n n"]) -> float | None:
-    """Leave in `work` the factor of A - shift I for a proved shift below λ_min, near zero where A is positive."""
-    noise = float(certificates.cholesky_error(a.diagonal(), -bound).max())
-    for shift in (0.0, -4.0 * noise):
-        if certificates.cholesky_test(a, shift, work):
-            return shift
-    # Indefinite: a Ritz value places the shift, and the distance grows until it lies below the spectrum.
-    try:
-        values = arpack(a, which="SA", tol=1e-3, maxiter=20, return_eigenvectors=False)
-        least = float(values[0])
-    except scipy.sparse.linalg.ArpackError:
-        least = 0.0
-    distance = 0.05 * abs(least) + 8.0 * noise
-    while least - distance > -bound:
-        if certificates.cholesky_test(a, least - distance, work):
-            return least - distance
-        distance *= 4.0
-    shift = -bound - 8.0 * noise
-    return shift if certificates.cholesky_test(a, shift, work) else None
-
-
-def _along(a: Float[np.ndarray, "n n"], vector: Float[np.ndarray, " n"], shift: float, *, scaled: bool) -> float:
-    """Return what the error bound of the test costs along a vector: Σ c_i v_i² / Σ v_i²."""
-    weight = np.square(vector)
-    return float(certificates.cholesky_error(a.diagonal(), shift, scaled=scaled) @ weight / weight.sum())
-
-
-def _bisect(
-    a: Float[np.ndarray, "n n"],
-    vector: Float[np.ndarray, " n"],
-    value: float,
-    upper: float,
-    floor: float,
-    work: Float[np.ndarray, "n n"],
-) -> tuple[float, Float[np.ndarray, " n"]]:
-    """Return the largest shift that the Cholesky test proves, and the vector refined with its factor."""
-    lower, ceiling, step = floor, math.inf, 0.0
-    for attempt in range(_BISECTION_STEPS):
-        costs = [_along(a, vector, value, scaled=scaled) for scaled in (False, True)]
-        # What the test must lose, what the value is likely to be off, and the spacing of doubles.
-        noise = 1.05 * min(costs) + 0.1 * max(upper - value, 0.0) + 4.0 * certificates.UNIT * abs(value)
-        top = min(ceiling, value)
-        if attempt and top - lower <= 1.5 * noise:
-            break
-        if ceiling < math.inf and lower > floor:
-            shift = 0.5 * (lower + ceiling)
-        else:
-            step = max(4.0 * step, noise) if ceiling < math.inf else noise
-            shift = value - step
-        if shift <= lower:
-            break
-        order = (False, True) if costs[0] <= costs[1] else (True, False)
-        if not any(certificates.cholesky_test(a, shift, work, scaled=scaled) for scaled in order):
-            ceiling = shift
-            continue
-        lower = shift
-        candidate = _inverse_iteration(work, vector, steps=2)
-        refined, bound = certificates.rayleigh(a, candidate)
-        if bound < upper:
-            vector, value, upper = candidate, refined, bound
-    return lower, vector
-
-
-def _one_shift(
-    a: Float[np.ndarray, "n n"],
-    vector: Float[np.ndarray, " n"],
-    value: float,
-    upper: float,
-    floor: float,
-    work: Float[np.ndarray, "n n"],
-) -> float:
-    """Return a proved lower bound from one factorisation just below the value; a second, farther one if that fails."""
-    noise = 1.1 * _along(a, vector, value, scaled=False) + 2.0 * (upper - value) + 1e-9 * abs(value)
-    for shift in (value - noise, value - 64.0 * noise):
-        if shift > floor and certificates.cholesky_test(a, shift, work):
-            return shift
-    return floor
-
-
 def _krylov(a: Float[np.ndarray, "n n"], which: str, tolerance: float = 0.0) -> float | None:
     """Return one end of the spectrum of a large matrix by Lanczos, None where the dense solver has to take over."""
     # Products of entries this far from one overflow in a Krylov method; LAPACK scales the matrix itself.
-    if a.shape[0] <= _DENSE_MAX or abs(_exponent(a)) > certificates.MAX_EXPONENT:
+    if a.shape[0] <= DENSE_MAX or abs(_exponent(a)) > certificates.MAX_EXPONENT:
         return None
     try:
         values = arpack(a, which=which, tol=tolerance, return_eigenvectors=False)
@@ -436,7 +265,7 @@ def extremes(matrix: Any) -> tuple[float, float]:
         UntrustedError: if the matrix is not finite or no solver gives a finite number.
     """
     a = as_symmetric(matrix)
-    return (min_eig(a).value, max_eig(a)) if a.shape[0] > _DENSE_MAX else _dense_ends(a)
+    return (min_eig(a).value, max_eig(a)) if a.shape[0] > DENSE_MAX else _dense_ends(a)
 
 
 def spectral_norm(matrix: Any, *, tolerance: float = 0.0) -> float:

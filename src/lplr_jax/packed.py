@@ -18,7 +18,7 @@ import scipy.sparse.linalg
 from jaxtyping import Float
 from scipy.linalg.lapack import dpftrf, dpftrs  # pyright: ignore[reportAttributeAccessIssue]  # made by f2py
 
-from lplr_jax import certificates, checks
+from lplr_jax import certificates, checks, shifts
 
 MAX_ROWS = 65535
 """Beyond, n (n + 1) / 2 entries overflow LAPACK's 32-bit integers."""
@@ -29,7 +29,6 @@ ASSUMPTIONS = (
 )
 
 _CHUNK = 2**20
-_DENSE_MAX = 400
 _TRIES = 12
 _STEPS = 5
 
@@ -210,7 +209,7 @@ class Blocks:
         return solution[:, 0]
 
 
-def interval(blocks: Blocks, eigsh: Callable[..., Any], exponent: int = 0) -> tuple[float, float, float, str]:
+def interval(blocks: Blocks, exponent: int = 0) -> tuple[float, float, float, str]:
     """Enclose λ_min(A 2^-exponent): value, proved lower and upper bound, and what went wrong in words.
 
     The first factorisation, at a shift near zero for a positive matrix, gives a vector by inverse Lanczos; the second
@@ -218,10 +217,9 @@ def interval(blocks: Blocks, eigsh: Callable[..., Any], exponent: int = 0) -> tu
 
     Args:
         blocks: the matrix, with entries below 2⁴⁰⁰ after scaling.
-        eigsh: finds one eigenpair, as `linalg.arpack` does.
         exponent: power of two by which the matrix is divided.
     """
-    vector, floor, reason = _least_vector(blocks, eigsh, exponent)
+    vector, floor, reason = _least_vector(_Scaled(blocks, exponent))
     a = blocks.scaled(exponent)
     value, upper = certificates.rayleigh(a, vector)
     if not math.isfinite(upper):
@@ -244,7 +242,7 @@ def interval(blocks: Blocks, eigsh: Callable[..., Any], exponent: int = 0) -> tu
         if upper - lower <= 4.0 * cost + 1e-8 * abs(value):
             break
         # The vector was off: the factor of a nearer shift turns it, and the quotient is taken again.
-        vector, failed = _turned(blocks, best), 0
+        vector, failed = shifts.inverse_iteration(blocks.solve, best, steps=_STEPS), 0
         a = blocks.scaled(exponent)
         refined, bound = certificates.rayleigh(a, vector)
         if bound < upper:
@@ -256,66 +254,44 @@ def interval(blocks: Blocks, eigsh: Callable[..., Any], exponent: int = 0) -> tu
 
 def _cost(diagonal: Float[np.ndarray, " n"], vector: Float[np.ndarray, " n"], value: float) -> tuple[float, bool]:
     """Return what the test loses along a vector, and by which of the two error bounds."""
-    weight = np.square(vector)
-    costs = [
-        float(certificates.cholesky_error(diagonal, value, scaled=scaled) @ weight / weight.sum())
-        for scaled in (False, True)
-    ]
+    costs = [shifts.along(diagonal, vector, value, scaled=scaled) for scaled in (False, True)]
     return min(costs), costs[1] < costs[0]
 
 
-def _turned(blocks: Blocks, vector: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Return the vector after a few steps of inverse iteration with the factor that a test left."""
-    for _ in range(_STEPS):
-        image = blocks.solve(vector)
-        size = float(np.abs(image).max())
-        if not (math.isfinite(size) and size > 0.0):
-            return vector
-        vector = image / size
-    return vector
+class _Scaled:
+    """The matrix times 2^-exponent, tested at shifts."""
+
+    def __init__(self, blocks: Blocks, exponent: int) -> None:
+        self.blocks, self._exponent = blocks, exponent
+
+    def rows(self) -> Packed:
+        return self.blocks.scaled(self._exponent)
+
+    def diagonal(self) -> Float[np.ndarray, " n"]:
+        return self.rows().diagonal()
+
+    def product(self) -> Any:
+        a = self.rows()
+        return scipy.sparse.linalg.LinearOperator(shape=a.shape, matvec=a.__matmul__, dtype=np.float64)  # pyright: ignore
+
+    def test(self, shift: float, *, scaled: bool = False) -> bool:
+        return self.blocks.test(shift, self._exponent, scaled=scaled)
 
 
-def _least_vector(
-    blocks: Blocks, eigsh: Callable[..., Any], exponent: int
-) -> tuple[Float[np.ndarray, " n"], float, str]:
+def _least_vector(matrix: _Scaled) -> tuple[Float[np.ndarray, " n"], float, str]:
     """Return an approximate eigenvector of λ_min, a proved lower bound, and what went wrong."""
-    n, a = blocks.n, blocks.scaled(exponent)
-    bound = certificates.row_sum_bound(a)
-    if n <= _DENSE_MAX:
-        try:
-            return scipy.linalg.eigh(a[:], subset_by_index=[0, 0], check_finite=False)[1][:, 0], -bound, ""
-        except scipy.linalg.LinAlgError as error:
-            return np.full(n, np.nan), -bound, f"LAPACK's eigensolver failed: {error}"
-    noise = float(certificates.cholesky_error(a.diagonal(), -bound).max())
-    shift = _factor_below(blocks, eigsh, exponent, bound, noise)
+    blocks, a = matrix.blocks, matrix.rows()
+    n, bound = blocks.n, certificates.row_sum_bound(a)
+    if n <= shifts.DENSE_MAX:
+        vector, reason = shifts.dense_least_vector(a[:])
+        return vector, -bound, reason
+    shift = shifts.factor_below(matrix, bound, tries=_TRIES)
     if shift is None:
         return np.full(n, np.nan), -bound, "no Cholesky factorisation of the shifted matrix succeeded"
     inverse = scipy.sparse.linalg.LinearOperator(shape=(n, n), matvec=blocks.solve, dtype=np.float64)  # pyright: ignore
     try:
-        _, vectors = eigsh(inverse, which="LA", ncv=12, tol=1e-7, maxiter=50)
+        _, vectors = shifts.arpack(inverse, which="LA", ncv=12, tol=1e-7, maxiter=50)
     except scipy.sparse.linalg.ArpackError as error:
-        return _turned(blocks, np.random.default_rng(0).standard_normal(n)), shift, f"Lanczos on the inverse: {error}"
+        turned = shifts.inverse_iteration(blocks.solve, shifts.start(n), steps=_STEPS)
+        return turned, shift, f"Lanczos on the inverse: {error}"
     return vectors[:, 0], shift, ""
-
-
-def _factor_below(blocks: Blocks, eigsh: Callable[..., Any], exponent: int, bound: float, noise: float) -> float | None:
-    """Leave the factor of A - shift I for a proved shift below λ_min, near zero where A is positive."""
-    for shift in (0.0, -4.0 * noise):
-        if blocks.test(shift, exponent):
-            return shift
-    # Indefinite: a Ritz value places the shift, and the distance grows until it lies below the spectrum.
-    a = blocks.scaled(exponent)
-    product = scipy.sparse.linalg.LinearOperator(shape=a.shape, matvec=a.__matmul__, dtype=np.float64)  # pyright: ignore
-    try:
-        least = float(eigsh(product, which="SA", tol=1e-3, maxiter=20, return_eigenvectors=False)[0])
-    except scipy.sparse.linalg.ArpackError:
-        least = 0.0
-    distance = 0.05 * abs(least) + 8.0 * noise
-    for _ in range(_TRIES):
-        if least - distance <= -bound:
-            break
-        if blocks.test(least - distance, exponent):
-            return least - distance
-        distance *= 4.0
-    shift = -bound - 8.0 * noise
-    return shift if blocks.test(shift, exponent) else None

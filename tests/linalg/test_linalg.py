@@ -14,7 +14,7 @@ import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lplr_jax import certificates, linalg
+from lplr_jax import certificates, linalg, unpacked
 from lplr_jax.linalg import MinEig, extremes, max_eig, min_eig, spectral_norm
 from matrices import definiteness, hard_matrix, holds_exactly, symmetric, with_spectrum
 
@@ -276,7 +276,7 @@ def test_cholesky_that_never_succeeds_or_returns_nan_proves_no_more_than_the_row
 
 
 def test_large_path_with_one_shift(monkeypatch):
-    monkeypatch.setattr(linalg, "_BISECTION_MAX", 500)
+    monkeypatch.setattr(unpacked, "_BISECTION_MAX", 500)
     n = 600
     a = 2.0 * np.eye(n) - np.eye(n, k=1) - np.eye(n, k=-1)
     truth = 4 * math.sin(math.pi / (2 * (n + 1))) ** 2

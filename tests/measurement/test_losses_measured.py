@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from lplr_jax import diagnostics, schema, theory
 from lplr_jax.losses import Huber, Logistic, Objective, SoftmaxCrossEntropy, Squared
-from lplr_jax.measurement import closing
+from lplr_jax.measurement import closing, gradients
 from lplr_jax.measurement.probe import KernelProbe
 from lplr_jax.measurement.spacing import parameter_eps, parameter_spacing
 from lplr_jax.models import MLP
@@ -155,8 +155,8 @@ def test_probes_of_every_loss(loss, y, c):
         assert eigenvalues[-1] <= arrays["smoothness_upper"]
     assert np.isnan(arrays["sharpness"][1])
     # ⟨∇L(θ_t), θ_t - θ_T⟩ from one gradient in one piece.
-    theta = [closing.flat_parameters(p) for p in points.values()]
-    gradient = closing.gradient_at(objective, points[7], X, y)
+    theta = [gradients.flat_parameters(p) for p in points.values()]
+    gradient = gradients.gradient_at(objective, points[7], X, y)
     assert arrays["lqcr_inner"][1] == pytest.approx(gradient @ (theta[1] - theta[2]), rel=1e-12)
     assert arrays["probe_loss_scale"] == loss.scale_of(N, c)
     assert arrays["parameter_eps"] == 2.0**-23
@@ -286,7 +286,7 @@ def test_probes_of_parameters_of_low_precision(dtype):
     points = {0: params, 1: jax.tree.map(lambda a: a + jnp.asarray(0.25, dtype), params)}
     probe, arrays = run_probes(Objective(apply_fn, "mean"), NUMBERS, points, spectrum_epochs=(0, 1))
     assert not probe.untrusted
-    flat = [closing.flat_parameters(p) for p in points.values()]
+    flat = [gradients.flat_parameters(p) for p in points.values()]
     assert flat[0].dtype == np.float64
     assert arrays["param_pair_distance"][0, 1] == pytest.approx(np.linalg.norm(flat[0] - flat[1]), rel=1e-13)
     assert arrays["parameter_eps"] == float(jnp.finfo(dtype).eps)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lplr_jax.measurement import closing
-from lplr_jax.measurement.closing import flat_parameters, pair_distances
+from lplr_jax.measurement.closing import pair_distances
+from lplr_jax.measurement.gradients import flat_parameters
 from lplr_jax.measurement.kernel import max_eig_upper
 from lplr_jax.measurement.search import pair_shifts, search_ball
 from lplr_jax.models import MLP

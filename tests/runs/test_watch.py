@@ -20,9 +20,10 @@ from flax import nnx
 
 from lplr_jax import records, theory
 from lplr_jax.losses import Squared
+from lplr_jax.runs.entries import series
 from lplr_jax.runs.loop import train
 from lplr_jax.runs.problem import Probes, Problem, kernel_probe
-from lplr_jax.runs.watch import Watch, series, watch
+from lplr_jax.runs.watch import Watch, watch
 
 N, D, STEPS = 8, 5, 12
 FEW = Probes(every=6, search=0, hessian=0)

@@ -27,8 +27,8 @@ def test_bounds_of_a_cut_spectrum(digits, kept):
     np.testing.assert_array_equal(short.spectra.rate[:, :kept], whole.spectra.rate[:, :kept])
     # The last column is λ_min for all the others: nothing is left past it.
     np.testing.assert_allclose(short.spectra.floor[:, -1], whole.spectra.floor[:, -1], rtol=1e-6, atol=1e-12)
-    assert short.rows_of(kept) == kept
-    assert short.rows_of(kept + 1) == count
+    assert short.spectra.rows(kept) == kept
+    assert short.spectra.rows(kept + 1) == count
     ours, theirs = window_of(short), window_of(whole)
     assert ours.bound >= theirs.bound * (1 - 1e-9)
     assert ours.bound_all == pytest.approx(theirs.bound_all, rel=1e-6)

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from lplr_jax import checks, parameters, programs, rooms
 from lplr_jax.lanczos import Matvec, Ritz, extreme_ritz
+from lplr_jax.narrowing import narrowing
 from lplr_jax.ntk.empirical import Precision, cast_floating, cast_parameters, point, precision_scope
 from lplr_jax.parameters import Trainable
 from lplr_jax.types import ApplyFn, Params
@@ -156,7 +157,7 @@ def _check_reduction(
         jax.device_get(jax.jit(function)(theta, carried, data))
         for function in (whole, _over_batches(whole, reduction, batch_size), moduli)
     )
-    narrow = programs.narrowing(closed, [True] * len(closed.jaxpr.invars), theta[0].dtype)
+    narrow = narrowing(closed, [True] * len(closed.jaxpr.invars), theta[0].dtype)
     eps = max(float(jnp.finfo(theta[0].dtype).eps), 0.0 if narrow is None else narrow.eps)
     for name, value in found.items():
         # Roundings of sums in another order; 1e4 leave room for sums of 1e8 terms.

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lplr_jax import certificates, checks, linalg, parameters
+from lplr_jax.narrowing import Narrow
 from lplr_jax.ntk import engine
 from lplr_jax.ntk.empirical import (
     Point,
@@ -22,7 +23,6 @@ from lplr_jax.ntk.empirical import (
 )
 from lplr_jax.ntk.memory import budget
 from lplr_jax.parameters import Trainable
-from lplr_jax.programs import Narrow
 from lplr_jax.proofs.assembly import assembly_bound
 from lplr_jax.proofs.rounding import AssemblyBound
 from lplr_jax.types import ApplyFn, Params

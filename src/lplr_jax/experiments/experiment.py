@@ -137,11 +137,7 @@ class Experiment(Generic[Config, Given, Done]):
             ending.show(CONSOLE, verdicts, found, verbose=following.verbose, first=self.first_told)
         for line in self.notes(done, config):
             say(line)
-        for name, record in found.items():
-            following.finished(name, verdicts[name], diverged_at=record.diverged_at)
-        if any(map(theory.any_inconsistent, verdicts.values())):
-            return INCONSISTENT
-        return self.diverged if any(record.diverged_at is not None for record in found.values()) else OK
+        return self._ended(found, verdicts, following)
 
     def _one_arm(self, config: Config, folder: Path, following: Following) -> int:
         """Run one arm in the sweep's folder, beside others that do so; table and figure come with the whole sweep."""
@@ -153,6 +149,10 @@ class Experiment(Generic[Config, Given, Done]):
         found = self.records(done)
         verdicts = {name: theory.verify(record) for name, record in found.items()}
         ending.show(CONSOLE, verdicts, found, verbose=following.verbose, first=False)
+        return self._ended(found, verdicts, following)
+
+    def _ended(self, found: Mapping[str, Record], verdicts: Mapping[str, theory.Verdicts], following: Following) -> int:
+        """Tell who follows that these runs have ended, and return the exit code."""
         for name, record in found.items():
             following.finished(name, verdicts[name], diverged_at=record.diverged_at)
         if any(map(theory.any_inconsistent, verdicts.values())):

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,47 +13,17 @@ from jaxtyping import Float
 from lplr_jax import certificates, linalg
 from lplr_jax.curves.pairs import kernel_error, pair_ratio, proof_radius
 from lplr_jax.losses import Objective
+from lplr_jax.measurement.gradients import flat_parameters, gradient_at, output_gradient_at
 from lplr_jax.measurement.kernel import max_eig_upper
 from lplr_jax.measurement.search import pair_shifts, search_ball
 from lplr_jax.measurement.spacing import loss_eps, parameter_spacing, probe_eps
-from lplr_jax.ntk import precision_scope
-from lplr_jax.ntk.empirical import cast_floating
-from lplr_jax.parameters import count_parameters, split
+from lplr_jax.parameters import count_parameters
 from lplr_jax.proofs.affine import is_affine
 from lplr_jax.proofs.ball import anchor, certified_radius
 from lplr_jax.types import Params
 
 _COLUMNS = 4096
 """Parameters of all points that are held in float64 at a time, so that they stay in a core's cache."""
-
-
-def gradient_at(objective: Objective, params: Params, x: Any, y: Any) -> Float[np.ndarray, " p"]:
-    """Return ∇L(θ), flat, in float64 on the host."""
-    with precision_scope("float64"):
-        wide = cast_floating((params, x, y), "float64")
-        return flat_parameters(jax.device_get(_gradient(*wide, objective=objective)))
-
-
-@partial(jax.jit, static_argnames=("objective",))
-def _gradient(params: Params, x: Any, y: Any, *, objective: Objective) -> Params:
-    return objective.value_and_gradient(params, x, y)[1]
-
-
-def output_gradient_at(objective: Objective, params: Params, x: Any, y: Any) -> Float[np.ndarray, "n c"]:
-    """Return g = ∂ℓ/∂f at f(θ), undivided by s, in float64 on the host."""
-    with precision_scope("float64"):
-        wide = cast_floating((params, x, y), "float64")
-        return jax.device_get(_output_gradient(*wide, objective=objective))
-
-
-@partial(jax.jit, static_argnames=("objective",))
-def _output_gradient(params: Params, x: Any, y: Any, *, objective: Objective) -> Any:
-    return objective.gradient_in_outputs(params, x, y)
-
-
-def flat_parameters(params: Params) -> Float[np.ndarray, " p"]:
-    """Return the leaves of a pytree as one vector in float64, in the order of `jax.tree.leaves`."""
-    return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in split(params).values])
 
 
 def closing_arrays(

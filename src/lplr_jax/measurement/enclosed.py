@@ -13,6 +13,7 @@ h = L_J ‖r‖/λ < ¼, with L_J and β on the closed ball of radius (σ/L_J)(1
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -56,14 +57,13 @@ def enclose(
         learning_rate: η of the step; NaN for none.
     """
     values: dict[str, float] = dict.fromkeys(NAMES, math.nan)
-    residual = network.outputs - y
-    low, high = _norm(residual, network.output_error)
+    low, high = residual_norm(network.outputs, network.output_error, y)
     values["probe_loss_lower"], values["probe_loss_upper"] = _loss(low, high, scale)
     base = anchor_of(network, max_eig_upper=max_eig_upper, residual_norm=high, loss_scale=scale)
     if base is None:
         return values
     if learning_rate > 0:
-        decrease = _one_step(network, bound, residual, base, max_eig_upper, learning_rate, y)
+        decrease = _one_step(network, bound, base, max_eig_upper, learning_rate, y)
         values["probe_decrease_lower"], values["probe_decrease_upper"] = decrease
     if min_eig_lower > 0:
         radius = 4 * high / math.sqrt(min_eig_lower) * INFLATE
@@ -73,10 +73,13 @@ def enclose(
     return values
 
 
-def _norm(residual: np.ndarray, error: np.ndarray) -> tuple[float, float]:
-    """Bound ‖r‖ from either side: differences, squares, sums and roots lose at most (n c + 4) u of what they give."""
-    computed, off = float(np.linalg.norm(residual)), float(np.linalg.norm(error)) * INFLATE
-    off += 2 * gamma(residual.size + 4) * computed + UNDERFLOW
+def residual_norm(outputs: Float[np.ndarray, "n c"], error: Float[np.ndarray, " n"], y: Any) -> tuple[float, float]:
+    """Bound ‖f - y‖ from either side, f within `error` of the computed outputs, row by row.
+
+    Differences, squares, sums and roots lose at most (n c + 4) u of what they give.
+    """
+    computed = float(np.linalg.norm(outputs - np.asarray(y, np.float64).reshape(outputs.shape)))
+    off = float(np.linalg.norm(error)) * INFLATE + 2 * gamma(outputs.size + 4) * computed + UNDERFLOW
     return max(computed - off, 0.0), (computed + off) * (1 + UNIT)
 
 
@@ -87,14 +90,14 @@ def _loss(low: float, high: float, scale: float) -> tuple[float, float]:
 def _one_step(
     network: DenseNetwork,
     bound: AssemblyBound,
-    residual: np.ndarray,
     base: Anchor,
     size: float,
     eta: float,
     y: np.ndarray,
 ) -> tuple[float, float]:
     """Bound a = (L(θ) - L(θ⁺)) / (η ‖G‖²) of one exact step from either side; NaN where η ‖G‖² may be 0."""
-    scale, (n, c) = base.loss_scale, residual.shape
+    scale, (n, c) = base.loss_scale, network.outputs.shape
+    residual = network.outputs - y
     moved, squared, lost, far = [], 0.0, 0.0, 0.0
     for layer, part in zip(network.layers, network.factors, strict=True):
         rows = part.delta.reshape(n, c, -1)
@@ -108,7 +111,7 @@ def _one_step(
         bias = None if layer.bias is None else layer.bias - eta * bias
         far += float(np.square(weight).sum()) + (0.0 if bias is None else float(np.square(bias).sum()))
         moved.append(DenseLayer(weight, bias, layer.activation))
-    low, high = _norm(residual, network.output_error)
+    low, high = residual_norm(network.outputs, network.output_error, y)
     lost += bound.factor_error * high + math.sqrt(size) * float(np.linalg.norm(network.output_error)) * INFLATE
     off = (lost / scale) * INFLATE + UNDERFLOW
     length = math.sqrt(squared)
@@ -119,7 +122,7 @@ def _one_step(
     # Rounding of θ̂⁺, and the distance of Ĝ from G.
     aside = (eta * off + 2 * UNIT * (math.sqrt(far) + eta * most)) * INFLATE
     slide = base.on_ball((eta * most + aside) * INFLATE).jacobian * aside * INFLATE
-    near, beyond = _norm(after[0] - y, after[1])
+    near, beyond = residual_norm(*after, y)
     before = _loss(low, high, scale)
     behind = _loss(max(near - slide, 0.0), beyond + slide, scale)
     falls = [(before[0] - behind[1]), (before[1] - behind[0])]

@@ -21,23 +21,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
 from lplr_jax import linalg
 from lplr_jax.certificates import up
 from lplr_jax.losses import Objective
+from lplr_jax.measurement.enclosed import residual_norm
+from lplr_jax.measurement.flat import FlatNetwork
+from lplr_jax.measurement.gradients import flat_parameters
 from lplr_jax.measurement.kernel import max_eig_upper
-from lplr_jax.ntk.empirical import cast_floating, empirical_ntk, precision_scope
+from lplr_jax.ntk.empirical import precision_scope
 from lplr_jax.proofs.assembly import dense_network
 from lplr_jax.proofs.ball import anchor_of
+from lplr_jax.proofs.rounding import INFLATE
 from lplr_jax.types import Params
 
 RATE = 2e10
 """Operations a second of two cores in float64, by which seconds become a number of steps. Calibrated."""
 _DOWNHILL, _PRODUCTS, _HALVINGS, _CORRECTIONS = 6, 12, 8, 4
-_INFLATE = 1.0 + 1e-6
-"""Room for the rounding of norms of at most 2³² terms."""
 _SMALL = 1e-8
 """‖r‖/‖y‖ below which a point counts as one of zero loss while the distance is minimised."""
 _ROUNDING = 1e-11
@@ -118,18 +119,14 @@ class Budget:
         return True
 
 
-class _Search:
-    """Points, residuals and projections, all of them vectors in float64 on the host."""
+class _Search(FlatNetwork):
+    """Points, residuals and projections around θ_0, all of them vectors in float64 on the host."""
 
     def __init__(self, objective: Objective, initial: Params, x: Any, y: Any, kernel: str) -> None:
-        self._apply, self._kernel_name = objective.apply_fn, kernel
-        self._x, y = cast_floating((x, y), "float64")
-        flat, self.unravel = ravel_pytree(cast_floating(initial, "float64"))
-        self.initial = np.asarray(flat)
-        outputs = lambda w, x: self._apply(self.unravel(w), x).reshape(-1)  # noqa: E731
-        targets = np.asarray(jax.jit(objective.rows)(self.unravel(flat), self._x, y)[1]).reshape(-1)
-        self.size = float(np.linalg.norm(targets))
-        self._targets = targets
+        super().__init__(objective.apply_fn, initial, x, kernel)
+        outputs = lambda w, x: self.apply_fn(self.unravel(w), x).reshape(-1)  # noqa: E731
+        self._targets = np.asarray(y, np.float64).reshape(-1)
+        self.size = float(np.linalg.norm(self._targets))
         self._outputs: Callable[..., Any] = jax.jit(outputs)
         self._along = jax.jit(lambda w, d, x: jax.jvp(lambda q: outputs(q, x), (w,), (d,))[1])
         self._back = jax.jit(lambda w, u, x: jax.vjp(lambda q: outputs(q, x), w)[1](u)[0])
@@ -138,10 +135,7 @@ class _Search:
         self.steps = 0
 
     def residual(self, w: np.ndarray) -> np.ndarray:
-        return np.asarray(self._outputs(w, self._x)) - self._targets
-
-    def kernel(self, w: np.ndarray) -> np.ndarray:
-        return np.asarray(empirical_ntk(self._apply, self.unravel(jnp.asarray(w)), self._x, kernel=self._kernel_name))
+        return np.asarray(self._outputs(w, self.x)) - self._targets
 
     def at(self, w: np.ndarray) -> "_Tangent":
         """Factorise the kernel at a point; LinAlgError where it is not positive."""
@@ -149,14 +143,14 @@ class _Search:
         return _Tangent(self, w, scipy.linalg.cho_factor(self.kernel(w), lower=True))
 
     def along(self, w: np.ndarray, d: np.ndarray) -> np.ndarray:
-        return np.asarray(self._along(w, d, self._x))
+        return np.asarray(self._along(w, d, self.x))
 
     def back(self, w: np.ndarray, u: np.ndarray) -> np.ndarray:
-        return np.asarray(self._back(w, u, self._x))
+        return np.asarray(self._back(w, u, self.x))
 
     def bent(self, w: np.ndarray, u: np.ndarray, d: np.ndarray) -> np.ndarray:
         """Return Σ u_k ∇²f_k d."""
-        return np.asarray(self._bent(w, u, d, self._x))
+        return np.asarray(self._bent(w, u, d, self.x))
 
 
 class _Tangent:
@@ -211,7 +205,7 @@ def _nearer(search: _Search, w: np.ndarray, budget: Budget) -> tuple[np.ndarray,
     """
     stationarity, step = math.inf, 0
     while budget.spend(budget.plain if step < _DOWNHILL else budget.newton):
-        tangent, away = search.at(w), w - search.initial
+        tangent, away = search.at(w), w - search.centre
         back, direction = tangent.least(search.residual(w)), -tangent.project(away)
         distance = float(np.linalg.norm(away))
         stationarity = float(np.linalg.norm(direction)) / distance if distance > 0 else 0.0
@@ -222,7 +216,7 @@ def _nearer(search: _Search, w: np.ndarray, budget: Budget) -> tuple[np.ndarray,
         share, found = 1.0, None
         for _ in range(_HALVINGS):
             trial, size = tangent.corrected(w + back + share * direction)
-            if size <= 0.01 * search.size and np.linalg.norm(trial - search.initial) < distance:
+            if size <= 0.01 * search.size and np.linalg.norm(trial - search.centre) < distance:
                 found = trial
                 break
             share /= 2
@@ -281,7 +275,7 @@ def find_interpolant(
     """
     with precision_scope("float64"):
         search = _Search(objective, initial, x, y, kernel)
-        start = np.asarray(ravel_pytree(cast_floating(params, "float64"))[0])
+        start = flat_parameters(params)
         rows = search.residual(start).size
         n = int(jax.tree.leaves(x)[0].shape[0])
         budget, last = Budget(seconds, n=n, rows=rows, p=start.size), iter(range(_CORRECTIONS))
@@ -296,7 +290,7 @@ def find_interpolant(
             return None
         if near is None:
             return None
-        point, far = search.unravel(jnp.asarray(near)), float(np.linalg.norm(near - search.initial))
+        point, far = search.unravel(jnp.asarray(near)), float(np.linalg.norm(near - search.centre))
         theta = linalg.as_symmetric(search.kernel(near))
         residual, least, bend, ball = certificate(objective, point, x, y, theta)
         return Interpolant(
@@ -331,12 +325,11 @@ def certificate(
     network = dense_network(objective.apply_fn, params, x)
     if network is None or not (bound := network.assembly(theta)).finite:
         return math.nan, math.nan, math.nan, math.nan
-    off = np.linalg.norm(network.outputs - np.asarray(y, np.float64).reshape(network.outputs.shape))
-    residual = up((float(off) + float(np.linalg.norm(network.output_error))) * _INFLATE)
+    _, residual = residual_norm(network.outputs, network.output_error, y)
     least = linalg.min_eig(theta, **vars(bound)).lower
     if not least > 0:
         return residual, least, math.nan, math.nan
-    ball = up(2 * residual / math.sqrt(least) * _INFLATE)
+    ball = up(2 * residual / math.sqrt(least) * INFLATE)
     size = max_eig_upper(theta, bound.kernel_error(theta))
     base = anchor_of(network, max_eig_upper=size, residual_norm=residual, loss_scale=1.0)
     return residual, least, math.nan if base is None else base.on_ball(ball).jacobian_lipschitz, ball

@@ -18,9 +18,10 @@ from jaxtyping import Num
 from lplr_jax import diagnostics, linalg
 from lplr_jax.files import atomic_write
 from lplr_jax.losses import Objective, Squared
-from lplr_jax.measurement.closing import closing_arrays, flat_parameters, gradient_at
+from lplr_jax.measurement.closing import closing_arrays
 from lplr_jax.measurement.enclosed import NAMES as ENCLOSED
 from lplr_jax.measurement.enclosed import enclose
+from lplr_jax.measurement.gradients import flat_parameters, gradient_at
 from lplr_jax.measurement.interpolation import duplicate_floor, find_interpolant
 from lplr_jax.measurement.kernel import kernel_values, recorded_spectra, spectrum_and_energy
 from lplr_jax.measurement.noise import Batches, batch_decrease, sample_noise
@@ -50,6 +51,8 @@ KERNEL_VALUES = (
     "ntk_shift",
     "probe_loss",
     "probe_grad_sq_norm",
+    "rsc_cosine",
+    "gauss_newton_curvature",
 )
 """Names in the record of what is measured of the kernel, and of loss and gradient beside it."""
 
@@ -128,7 +131,6 @@ class KernelProbe:
         if self._save_to is not None:
             save_params(params, self._save_to / f"epoch_{epoch:06d}.npz")
         values: dict[str, float] = dict.fromkeys(KERNEL_VALUES, math.nan)
-        values |= dict.fromkeys(("rsc_cosine", "gauss_newton_curvature"), math.nan)
         if self._subset is not None:
             values["ntk_min_eig_subset"] = math.nan
         if self._batches is not None:
@@ -173,15 +175,14 @@ class KernelProbe:
                 network,
                 bound,
                 np.asarray(self._y, np.float64).reshape(network.outputs.shape),
-                scale=self._objective.scale(*point.gradient.shape),
+                scale=point.loss_scale,
                 min_eig_lower=values["ntk_min_eig_lower"],
                 max_eig_upper=values["ntk_max_eig_upper"],
                 learning_rate=self._learning_rate,
             )
-        values |= kernel_rivals(theta, point.gradient, self._objective.scale(*point.gradient.shape))
+        values |= kernel_rivals(theta, point.gradient, point.loss_scale)
         if self._batches is not None:
-            n, c = point.gradient.shape
-            values |= sample_noise(theta, point.gradient, self._objective.scale(n, c))
+            values |= sample_noise(theta, point.gradient, point.loss_scale)
             if math.isfinite(self._batches.learning_rate):
                 values |= batch_decrease(self._objective, params, self._x, self._y, self._batches)
         values["ntk_effective_rank"] = diagnostics.effective_rank(theta)

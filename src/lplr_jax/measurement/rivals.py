@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lplr_jax.losses import Objective
+from lplr_jax.measurement.gradients import loss_and_gradient
 from lplr_jax.ntk.empirical import cast_floating, precision_scope
 from lplr_jax.types import Params
 
@@ -47,11 +48,6 @@ def _after(params: Params, gradient: Params, eta: Any, x: Any, y: Any, *, object
     return objective.value(jax.tree.map(lambda p, g: p - eta * g, params, gradient), x, y)
 
 
-@partial(jax.jit, static_argnames=("objective",))
-def _at(params: Params, x: Any, y: Any, *, objective: Objective) -> Any:
-    return objective.value_and_gradient(params, x, y)
-
-
 def critical_step(objective: Objective, params: Params, x: Any, y: Any, *, guess: float) -> float:
     """Return the largest step along -∇L that does not raise the loss, η_c; 2/η_c is the critical sharpness.
 
@@ -70,7 +66,7 @@ def critical_step(objective: Objective, params: Params, x: Any, y: Any, *, guess
     """
     with precision_scope("float64"):
         wide = cast_floating((params, x, y), "float64")
-        value, gradient = _at(*wide, objective=objective)
+        value, gradient = loss_and_gradient(*wide, objective=objective)
         value = float(value)
         if not (guess > 0 and math.isfinite(guess) and any(np.any(np.asarray(g)) for g in jax.tree.leaves(gradient))):
             return math.nan

@@ -16,8 +16,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from lplr_jax import linalg
-from lplr_jax.ntk import empirical_ntk, precision_scope
-from lplr_jax.ntk.empirical import cast_floating
+from lplr_jax.measurement.flat import FlatNetwork
+from lplr_jax.ntk import precision_scope
+from lplr_jax.shifts import arpack
 from lplr_jax.types import ApplyFn, Params
 
 LANCZOS_STEPS = 20
@@ -95,22 +96,14 @@ class Search:
     power: float
 
 
-class _Ball:
+class _Ball(FlatNetwork):
     """Kernels along lines in the ball of one radius around θ_0."""
 
     def __init__(self, apply_fn: ApplyFn, params: Params, x: Any, radius: float, kernel: str, error: float) -> None:
-        self._apply, self._x, self._kernel = apply_fn, x, kernel
+        super().__init__(apply_fn, params, x, kernel)
         self.radius, self._error = radius, error
         with precision_scope("float64"):
-            wide = cast_floating(params, "float64")
-            flat, self._unravel = ravel_pytree(wide)
-            self.centre = np.asarray(flat)
-            self._shape = jax.eval_shape(apply_fn, wide, cast_floating(x, "float64")).shape
-
-    def kernel(self, theta: np.ndarray) -> np.ndarray:
-        with precision_scope("float64"):
-            params = self._unravel(jnp.asarray(theta))
-            return np.asarray(empirical_ntk(self._apply, params, self._x, kernel=self._kernel))
+            self._shape = jax.eval_shape(apply_fn, self.unravel(jnp.asarray(self.centre)), self.x).shape
 
     def ratio(self, first: np.ndarray, second: np.ndarray) -> tuple[float, np.ndarray]:
         """Return ‖ΔΘ‖₂/‖Δθ‖ less the error of both kernels, and the eigenvector that attains the norm."""
@@ -118,7 +111,7 @@ class _Ball:
         n = difference.shape[0]
         # ARPACK refuses a zero matrix, and is no gain where a dense solver is quick.
         if n > 400 and difference.any():
-            values, vectors = linalg.arpack(difference, which="LM")
+            values, vectors = arpack(difference, which="LM")
         else:
             values, vectors = np.linalg.eigh(difference)
         if not np.isfinite(values).all():
@@ -136,8 +129,8 @@ class _Ball:
     def growth(self, theta: np.ndarray, u: np.ndarray) -> np.ndarray:
         """Return the direction in which uᵀΘu grows fastest at θ."""
         with precision_scope("float64"):
-            params, x = self._unravel(jnp.asarray(theta)), cast_floating(self._x, "float64")
-            gradient = _form_gradient(params, x, jnp.asarray(u).reshape(self._shape), apply_fn=self._apply)
+            params, u = self.unravel(jnp.asarray(theta)), np.reshape(u, self._shape)
+            gradient = _form_gradient(params, self.x, jnp.asarray(u), apply_fn=self.apply_fn)
             return np.asarray(ravel_pytree(gradient)[0])
 
 

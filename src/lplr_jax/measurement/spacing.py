@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from lplr_jax import programs
 from lplr_jax.losses import Objective
+from lplr_jax.narrowing import narrowing
 from lplr_jax.ntk.empirical import cast_floating, precision_scope
 from lplr_jax.types import Params
 
@@ -43,7 +43,7 @@ def loss_eps(objective: Objective, params: Params, x: Any, y: Any) -> float:
     of_theta = len(jax.tree.leaves(params))
     with jax.numpy_dtype_promotion("standard"):  # it is asked what a program rounds to, not whether it may
         closed = jax.make_jaxpr(lambda *leaves: objective.value(*jax.tree.unflatten(tree, leaves)))(*leaves)
-    found = programs.narrowing(closed, [at < of_theta for at in range(len(leaves))], jnp.float64)
+    found = narrowing(closed, [at < of_theta for at in range(len(leaves))], jnp.float64)
     return max(parameter_eps(params), 0.0 if found is None else found.eps)
 
 

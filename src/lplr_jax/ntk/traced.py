@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lplr_jax import parameters, programs
+from lplr_jax import narrowing, parameters, programs
 from lplr_jax.ntk.jaxpr import Program, contains, flatten
 from lplr_jax.parameters import Parameters
 
@@ -36,8 +36,8 @@ class Traced:
     c: int
     dtype: np.dtype
     paths: tuple[str, ...]
-    narrow: programs.Narrow | None
-    coarse: programs.Narrow | None
+    narrow: narrowing.Narrow | None
+    coarse: narrowing.Narrow | None
     has_callbacks: bool
     key: Hashable
 
@@ -57,7 +57,7 @@ class Traced:
         return tuple(self.paths[i] for i in self.leaves if i not in reached)
 
 
-def widening(narrow: programs.Narrow) -> str:
+def widening(narrow: narrowing.Narrow) -> str:
     """Say in one sentence where a function rounds, and how to have it computed in full."""
     return (
         f"apply_fn rounds to a unit of {narrow.eps:.1g} inside, first in {narrow.operation}, whatever dtype is asked "
@@ -127,8 +127,8 @@ def _trace(apply_fn: Callable[[Any, Any], Any], split: Parameters, x: Any) -> Tr
         c=c,
         dtype=programs.widest(out.dtype, wide, np.float32),
         paths=split.paths,
-        narrow=programs.narrowing(closed, of_theta, wide),
-        coarse=programs.narrowing(closed, [True] * len(of_theta), wide),
+        narrow=narrowing.narrowing(closed, of_theta, wide),
+        coarse=narrowing.narrowing(closed, [True] * len(of_theta), wide),
         has_callbacks=any(contains(op.eqn, "callback") for op in program.ops),
         key=programs.Key(program.key()),
     )

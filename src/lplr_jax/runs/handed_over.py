@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 
+from lplr_jax.runs.problem import Problem
 from lplr_jax.types import Params
 
 HANDED_OVER = 1e-3
@@ -52,6 +54,51 @@ def difference(before: Any, now: Any) -> str:
         if (shape, dtype) != (other, kind):
             return f"{dtype} of shape {shape} there, {kind} of shape {other} here"
     return "the same arrays in another tree"
+
+
+def check(step: int, params: Params, expected: Any) -> None:
+    """Hold parameters against what may be measured and kept.
+
+    Args:
+        step: t.
+        params: what was handed over.
+        expected: the form of the problem's parameters.
+
+    Raises:
+        TypeError: inside a transformation of JAX.
+        ValueError: for buffers that were deleted, or parameters of another form.
+    """
+    leaves = jax.tree.leaves(params)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        raise TypeError(
+            "the watch was called inside a transformation of JAX (jit, scan, grad, vmap), where there are no "
+            "numbers to measure: call it from Python between steps, or lplr_jax.series inside and extend outside"
+        )
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
+        raise ValueError(
+            f"the parameters of step {step} were deleted, as a step that donates them does: call the watch before "
+            "the step that takes them"
+        )
+    if (found := form(params)) != expected:
+        raise ValueError(
+            f"the parameters of step {step} differ in structure, shape or dtype from those of the problem: "
+            f"{difference(expected, found)}"
+        )
+
+
+def gradient(grads: Params, theta: Params, problem: Problem) -> Params:
+    """Return a gradient in the form of θ: shaped like the parameters, or like those of them that train.
+
+    Raises:
+        ValueError: for any other.
+    """
+    leaves, structure = jax.tree.flatten(theta)
+    found = jax.tree.leaves(grads)
+    if len(found) != len(leaves):
+        found = jax.tree.leaves(problem.theta(grads))
+    if [np.shape(leaf) for leaf in found] != [np.shape(leaf) for leaf in leaves]:
+        raise ValueError("grads must have the structure and the shapes of the parameters, as jax.grad gives them")
+    return jax.tree.unflatten(structure, found)
 
 
 def _flat(tree: Any) -> np.ndarray:

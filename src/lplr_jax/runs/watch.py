@@ -5,82 +5,33 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from lplr_jax import checks
-from lplr_jax.losses import Objective
+from lplr_jax.measurement.gradients import loss_and_gradient
 from lplr_jax.records import Record
+from lplr_jax.runs import entries, handed_over, interrupt
 from lplr_jax.runs import folder as run_folder
-from lplr_jax.runs import handed_over, interrupt
 from lplr_jax.runs.checkpoint import Checkpoints
 from lplr_jax.runs.environment import describe_environment, peak_memory_bytes
 from lplr_jax.runs.loop import judged
 from lplr_jax.runs.problem import Probes, Problem, kernel_probe
 from lplr_jax.runs.recorder import Recorder
 from lplr_jax.runs.session import Observer
-from lplr_jax.training import Metrics, StepMeasures, measure_step, metrics_of
+from lplr_jax.training import Metrics, StepMeasures
 from lplr_jax.types import Params
 
 _LOG = logging.getLogger(__name__)
 
 BUFFER = 256
 """Entries of the series that wait on the device, so that a loop is not held up by each. Calibrated."""
-
-
-@partial(jax.jit, static_argnames=("objective",))
-def _value_and_gradient(params: Params, x: Any, y: Any, *, objective: Objective) -> tuple[jax.Array, Params]:
-    return objective.value_and_gradient(params, x, y)
-
-
-@jax.jit
-def _measures(loss: Any, gradient: Params, params: Params, initial: Params) -> tuple[Any, Any, Any]:
-    return metrics_of(loss, gradient, params, initial)[:3]
-
-
-_measure_step = jax.jit(measure_step)
-
-
-def series(problem: Problem, params: Params, initial: Params, next_params: Params) -> Metrics:
-    """Return the entry of a step for `Watch.extend`: a pure function, for use inside a loop that scans.
-
-    Pass the problem into what is jitted as an argument (it is a pytree), or its data becomes part of the program.
-
-    Args:
-        problem: what is trained.
-        params: θ_t.
-        initial: θ_0.
-        next_params: θ_{t+1}, which any method may have made.
-
-    Returns:
-        Loss, ‖∇L‖² and drift at θ_t, and how the step lies to ∇L_t; scalars.
-    """
-    params, initial, next_params = (problem.theta(one) for one in (params, initial, next_params))
-    loss, gradient = problem.reduced.objective.value_and_gradient(params, problem.x, problem.y)
-    return metrics_of(loss, gradient, params, initial, measure_step(params, gradient, next_params))
-
-
-class _Kept(NamedTuple):
-    """A point whose step is not known yet: copies, as the loop may donate what it hands over."""
-
-    step: int
-    params: Params
-    gradient: Params
-
-
-class _Entry(NamedTuple):
-    """One entry of the series, on the device."""
-
-    step: int
-    values: tuple[Any, Any, Any]
-    measures: StepMeasures | None
 
 
 class Watch:
@@ -120,8 +71,8 @@ class Watch:
         self._recorder: Recorder | None = None
         self._observer = observer
         self._taken: set[int] = set()
-        self._buffer: list[_Entry] = []
-        self._kept: _Kept | None = None
+        self._buffer: list[entries.Entry] = []
+        self._kept: entries.Kept | None = None
         self._latest: tuple[int, Params] | None = None
         self._last = -1
         self._ending = False
@@ -204,11 +155,11 @@ class Watch:
             self._latest, self._last = (step, params), step  # no copy: this must cost next to nothing
             return
         step = checks.whole("step", step, least=0)
-        self._check(step, params)
+        handed_over.check(step, params, self._form)
         if (loss is None) != (grads is None):
             raise TypeError("loss and grads belong together: hand over both, or neither")
         params = self._whole.theta(params)
-        grads = None if grads is None else self._gradient(grads)
+        grads = None if grads is None else handed_over.gradient(grads, self._initial, self._whole)
         if self._recorder is None:
             self._begin(step, params)
         self._latest, self._last = (step, params), step
@@ -290,35 +241,6 @@ class Watch:
         """Return whether the step before was kept, so that this one tells where it led."""
         return self._kept is not None and self._kept.step == step - 1
 
-    def _check(self, step: int, params: Params) -> None:
-        leaves = jax.tree.leaves(params)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-            raise TypeError(
-                "the watch was called inside a transformation of JAX (jit, scan, grad, vmap), where there are no "
-                "numbers to measure: call it from Python between steps, or lplr_jax.series inside and extend outside"
-            )
-        if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
-            raise ValueError(
-                f"the parameters of step {step} were deleted, as a step that donates them does: call the watch before "
-                "the step that takes them"
-            )
-        form = handed_over.form(params)
-        if form != self._form:
-            raise ValueError(
-                f"the parameters of step {step} differ in structure, shape or dtype from those of the problem: "
-                f"{handed_over.difference(self._form, form)}"
-            )
-
-    def _gradient(self, grads: Params) -> Params:
-        """Return a gradient in the form of θ: shaped like the parameters, or like those of them that train."""
-        leaves, form = jax.tree.flatten(self._initial)
-        found = jax.tree.leaves(grads)
-        if len(found) != len(leaves):
-            found = jax.tree.leaves(self._whole.theta(grads))
-        if [np.shape(leaf) for leaf in found] != [np.shape(leaf) for leaf in leaves]:
-            raise ValueError("grads must have the structure and the shapes of the parameters, as jax.grad gives them")
-        return jax.tree.unflatten(form, found)
-
     def _begin(self, step: int, params: Params) -> None:
         """Make the recorder; go on from what was saved, or see to it that step 0 has an entry."""
         steps = None if self._length is None else self._probes.steps(self._length)
@@ -356,7 +278,7 @@ class Watch:
             self._recorder.forget(step)
             self._tell(f"what was saved up to step {saved} is cut off from step {step} on, where the loop goes on")
         elif step == saved + 1:
-            self._kept = _Kept(saved, *state)
+            self._kept = entries.Kept(saved, *state)
             self._tell(f"goes on from step {saved}, which was saved")
         else:
             self._tell(
@@ -374,28 +296,28 @@ class Watch:
         """Put the entry of a step into the series, and tell the entry before it where its step led."""
         assert self._recorder is not None
         if self._kept is not None and self._kept.step == step - 1 and self._buffer:
-            measures = _measure_step(self._kept.params, self._kept.gradient, params)
+            measures = entries.measure_step(self._kept.params, self._kept.gradient, params)
             self._buffer[-1] = self._buffer[-1]._replace(measures=measures)
         elif self._kept is not None and self._kept.step == step - 1:  # taken up from a checkpoint
             steps, columns = self._recorder.series.arrays()
-            measures = jax.device_get(_measure_step(self._kept.params, self._kept.gradient, params))
+            measures = jax.device_get(entries.measure_step(self._kept.params, self._kept.gradient, params))
             entry = {name: values[-1:] for name, values in columns.items()}
             self._recorder.series.put(
                 steps[-1:], {**entry, **{name: np.atleast_1d(value) for name, value in measures._asdict().items()}}
             )
         own = None
         if loss is None or probing:
-            own = _value_and_gradient(params, *self._problem.data, objective=self._problem.objective)
+            own = loss_and_gradient(params, *self._problem.data, objective=self._problem.objective)
         if loss is None:
             assert own is not None
             loss, grads = own
         elif own is not None:
             self._hold(step, (loss, grads), own)
-        values = _measures(loss, grads, params, self._initial)
-        self._buffer.append(_Entry(step, values, None))
+        values = entries.measures(loss, grads, params, self._initial)
+        self._buffer.append(entries.Entry(step, values, None))
         self._kept = None
         if step % self._every == 0 or probing:
-            self._kept = _Kept(step, *jax.tree.map(jnp.copy, (params, grads)))
+            self._kept = entries.Kept(step, *jax.tree.map(jnp.copy, (params, grads)))
         if len(self._buffer) >= BUFFER or probing:
             self._flush()
             if self._recorder.diverged(step, params):
@@ -406,7 +328,7 @@ class Watch:
         before = None
         if self._kept is not None and self._kept.step == step - 1:
             problem = self._problem
-            before = _value_and_gradient(self._kept.params, *problem.data, objective=problem.objective)
+            before = loss_and_gradient(self._kept.params, *problem.data, objective=problem.objective)
         for words in handed_over.differences(step, handed, own, before):
             self._tell(f"{words}; the problem's loss is {self._problem.loss!r}")
 
@@ -414,10 +336,10 @@ class Watch:
         if not self._buffer:
             return
         assert self._recorder is not None
-        entries, self._buffer = jax.device_get(self._buffer), []
+        waiting, self._buffer = jax.device_get(self._buffer), []
         unknown = StepMeasures(np.nan, np.nan, np.nan)  # pyright: ignore[reportArgumentType]
-        rows = [(*values, *(measures or unknown)) for _, values, measures in entries]
-        self._recorder.extend([step for step, _, _ in entries], Metrics(*np.array(rows, np.float64).T))
+        rows = [(*values, *(measures or unknown)) for _, values, measures in waiting]
+        self._recorder.extend([step for step, _, _ in waiting], Metrics(*np.array(rows, np.float64).T))
 
     def _diverge(self) -> None:
         assert self._recorder is not None

@@ -17,6 +17,7 @@ from lplr_jax.curves.summary import Summary, summarise
 from lplr_jax.records import Record, RecordError
 from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST, SCHEMA
 from lplr_jax.theory.method import Method, measure
+from lplr_jax.theory.spectra import Spectra, read_spectra
 from lplr_jax.theory.verdict import Verdict
 
 HESSIAN_ERROR = 1e-3
@@ -38,37 +39,6 @@ class Interval:
     lower: float
     upper: float
     certified: bool
-
-
-@dataclass(frozen=True)
-class Spectra:
-    """The probes that keep a spectrum, eigenvalues descending: column k - 1 is of the top k eigenvectors.
-
-    Of a large kernel only the top ones are kept; one last column then has λ_min for all the others and their energy.
-
-    ½‖∇L‖² >= (rate_k / s) (L - floor_k) at each of them. With E_k the energy past the k-th eigenvector over 2 s, of the
-    kernel as it was computed, δ its error: rᵀΘr >= λ_k (‖r‖² - 2 s E_k) - δ ‖r‖², so that rate = λ_k - δ and
-    floor = E_k λ_k / (λ_k - δ), both of them for the exact kernel.
-
-    Attributes:
-        epochs: step numbers.
-        at: positions in the series.
-        loss: L of the probe.
-        error: δ.
-        eigenvalues: λ_k.
-        energy: ⟨v_k, r⟩² / (2 s), in units of L.
-        rate: (λ_k - δ)_+.
-        floor: E_k λ_k / (λ_k - δ); L where λ_k <= δ, and nothing is known.
-    """
-
-    epochs: Int[np.ndarray, " k"]
-    at: Int[np.ndarray, " k"]
-    loss: Float[np.ndarray, " k"]
-    error: Float[np.ndarray, " k"]
-    eigenvalues: Float[np.ndarray, "k m"]
-    energy: Float[np.ndarray, "k m"]
-    rate: Float[np.ndarray, "k m"]
-    floor: Float[np.ndarray, "k m"]
 
 
 @dataclass(frozen=True)
@@ -301,50 +271,18 @@ class Evidence:
             upper = value + error if math.isnan(upper) else upper + off
         return Interval(value, lower, upper, certified)
 
-    def rows_of(self, k: int) -> int:
-        """Return how many eigenvectors the first k columns of `spectra` stand for."""
-        cut = "spectrum_rest" in self.arrays and k > self.arrays["spectrum"].shape[1]
-        return self.kernel_size if cut else k
-
-    def spectrum_rest(self, name: str) -> Float[np.ndarray, " k"]:
-        """Return what a record keeps of `name` past its largest entries, summed; 0 where it keeps all of them."""
-        return self.probe(f"{name}_rest") if "spectrum_rest" in self.arrays else np.zeros(self.epochs.size)
-
     @cached_property
     def spectra(self) -> Spectra | None:
         """Spectrum and energy of the residual at the probes that keep both; None where none does, or L is not squared.
 
         Those of an output-averaged kernel are none: the residual has no coordinates along its eigenvectors.
         """
-        named = ("spectrum", "residual_energy")
-        if self.loss != "squared" or self.trace or not all(name in self.arrays for name in named):
+        if self.loss != "squared" or self.trace:
             return None
-        values, shares = (np.asarray(self.arrays[name], np.float64)[:, ::-1] for name in named)
-        rest = self.spectrum_rest("residual_energy")
         loss = self.probe("probe_loss")
         if not self.partial:  # the series has no loss of a subset
             loss = np.where(np.isfinite(loss), loss, self.series("loss")[self.at])
-        # The residual of an exact fit has no direction.
-        shares, rest = np.where((loss == 0)[:, None], 0.0, shares), np.where(loss == 0, 0.0, rest)
-        error = self.kernel_error
-        kept = (
-            np.isfinite(values).all(axis=1)
-            & np.isfinite(shares).all(axis=1)
-            & np.isfinite(rest + loss)
-            & np.isfinite(error)
-        )
-        if not kept.any():
-            return None
-        values, shares, loss, error = values[kept], shares[kept], loss[kept], error[kept]
-        energy = loss[:, None] * shares
-        if "spectrum_rest" in self.arrays:
-            energy = np.column_stack([energy, loss * rest[kept]])
-            values = np.column_stack([values, np.fmin(self.probe("ntk_min_eig")[kept], values[:, -1])])
-        past = np.zeros_like(energy)
-        past[:, :-1] = np.cumsum(energy[:, :0:-1], axis=1)[:, ::-1]
-        rate = np.maximum(values - error[:, None], 0.0)
-        floor = np.divide(past * values, rate, out=np.repeat(loss[:, None], values.shape[1], axis=1), where=rate > 0)
-        return Spectra(self.epochs[kept], self.at[kept], loss, error, values, energy, rate, floor)
+        return read_spectra(self.arrays, self.epochs, self.at, loss, self.kernel_error, self.kernel_size)
 
     @cached_property
     def budget(self) -> Interval | None:

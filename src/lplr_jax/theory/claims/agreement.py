@@ -12,6 +12,7 @@ from jaxtyping import Float
 from lplr_jax.curves.pairs import UNIT_32, UNIT_64
 from lplr_jax.curves.pl import pl_identity_tolerance
 from lplr_jax.theory.evidence import HESSIAN_ERROR, KERNEL_UNITS, LIPSCHITZ_UNITS, SUMS, Evidence
+from lplr_jax.theory.spectra import rest_of
 from lplr_jax.theory.verdict import Outcome, Verdict, factor
 
 REFERENCE = "identity ½‖∇L‖² = gᵀΘg/(2 s²), section 3"
@@ -210,7 +211,7 @@ def _spectra(evidence: Evidence) -> Iterator[Verdict | None]:
     if not evidence.has("residual_energy"):
         return
     energy = np.asarray(evidence.arrays["residual_energy"], np.float64)[kept]
-    rest = evidence.spectrum_rest("residual_energy")[kept]
+    rest = rest_of(evidence.arrays, "residual_energy", evidence.epochs.size)[kept]
     has = np.isfinite(energy).all(axis=1) & np.isfinite(rest)  # the residual of an exact fit has no direction
     energy, spectrum, at, slack, rest = energy[has], spectrum[has], at[has], slack[has], rest[has]
     faults = np.maximum(np.abs(energy.sum(axis=1) + rest - 1), -np.fmin(energy.min(axis=1), rest))

@@ -53,7 +53,11 @@ def containment(evidence: Evidence) -> Verdict:
     proved β, and J is constant with λ_0 > 0 proved, or the proved L_J of the ball gives h < ¼. Else "not refuted": a
     proved L_J is an upper bound, so that h < a/2 stays open.
     """
-    return _from_the_start(evidence).with_parts(*_restart(evidence))
+    verdict, restart = _from_the_start(evidence), _restart(evidence)
+    proof = next((part for part in restart if part.outcome == "proved" and part.step == 0), None)
+    if proof is not None and verdict.outcome in ("not refuted", "undecided"):
+        verdict = replace(proof, claim="containment")
+    return verdict.with_parts(*restart)
 
 
 def _from_the_start(evidence: Evidence) -> Verdict:
@@ -84,9 +88,6 @@ def _from_the_start(evidence: Evidence) -> Verdict:
         first = int(broken[0])
         note += f"; reached by epoch {evidence.epochs[first]}: {_refuted(evidence, first)}"
     else:
-        proof = next(iter(_restart(evidence)), None)
-        if proof is not None and proof.outcome == "proved" and proof.step == 0:
-            return replace(proof, claim="containment")
         note += "; no proved L_J is small enough, so h < a/2 stays open"
         outcome = "not refuted" if budget.lower > 0 else "undecided"
     return Verdict(

@@ -19,7 +19,8 @@ from lplr_jax.records import Record
 from lplr_jax.theory.claims.claim import Claim, Rests
 from lplr_jax.theory.claims.decrease import Decrease, decrease_of, not_descending
 from lplr_jax.theory.claims.example import linear_regression
-from lplr_jax.theory.evidence import LOSS_UNITS, SUMS, Evidence, Spectra
+from lplr_jax.theory.evidence import LOSS_UNITS, SUMS, Evidence
+from lplr_jax.theory.spectra import Spectra
 from lplr_jax.theory.verdict import NAN, Outcome, Verdict, factor
 
 REFERENCE = "ours (PL with a floor)"
@@ -148,7 +149,7 @@ def window_of(evidence: Evidence) -> Window | None:
         for i in range(1, last)
     ]
     return Window(
-        k=evidence.rows_of(k + 1),
+        k=spectra.rows(k + 1),
         start=int(spectra.epochs[0]),
         stop=int(spectra.epochs[last]),
         probes=last + 1,
@@ -308,7 +309,7 @@ def _pointwise(evidence: Evidence) -> tuple[Verdict, ...]:
     k = int(np.argmax(guaranteed[worst])) + 1
     refuted = bool(short[worst] > 0)
     where = f" ({evidence.partial}, with its own loss and gradient)" if evidence.partial else ""
-    closest = f"{int(known.sum())} probes; closest with k = {evidence.rows_of(k)} here{where}"
+    closest = f"{int(known.sum())} probes; closest with k = {spectra.rows(k)} here{where}"
     part = Verdict(
         "pointwise", REFERENCE, "refuted" if refuted else "not refuted", measured=float(half[worst]),
         bound=float(guaranteed[worst, k - 1]), margin=factor(float(guaranteed[worst, k - 1]), float(half[worst])),

@@ -12,7 +12,7 @@ from lplr_jax.curves.pairs import UNIT_64
 from lplr_jax.theory.claims.claim import Claim
 from lplr_jax.theory.claims.example import linear_regression
 from lplr_jax.theory.evidence import LOSS_UNITS, Evidence
-from lplr_jax.theory.verdict import Outcome, Verdict, factor
+from lplr_jax.theory.verdict import Verdict, factor
 
 REFERENCE = "ours (Newton-Kantorovich)"
 NEAREST = 1e-2
@@ -98,9 +98,8 @@ def interpolation(evidence: Evidence) -> Verdict:
     how = "no zero of f - y nearby is nearer to θ_0, to first order" if near else "found on the way, not the nearest"
     where = f"zero loss is attained within R_0 = {found.radius:.6g} of θ_0, where the run drifted {drift:.4g}"
     note = f"{where}; L* = 0 on every ball from R_0 on, below it open; t* = {found.reach:.2g}: {how}"
-    outcome: Outcome = "proved"
     return Verdict(
-        "interpolation", REFERENCE, outcome, measured=found.h, bound=0.5, margin=factor(found.h, 0.5), units="1",
+        "interpolation", REFERENCE, "proved", measured=found.h, bound=0.5, margin=factor(found.h, 0.5), units="1",
         note=note,
     )  # fmt: skip
 
