@@ -18,6 +18,7 @@ from lplr_jax.records import Record
 from lplr_jax.theory.claims.floor_pl import curves
 from lplr_jax.theory.claims.interpolation import certificate_of
 from lplr_jax.theory.evidence import Evidence
+from lplr_jax.theory.verdict import at_most
 
 BLUE, VERMILION, GREEN, PURPLE, BLACK = "C0", "C1", "C2", "C3", "C6"
 MARKS: dict[theory.Outcome, tuple[str, str]] = {
@@ -222,7 +223,7 @@ def _pl_panel(axes: Axes, record: Record, summary: Summary) -> None:
 def _where(record: Record) -> str:
     """Say from which radius around θ_0 on L* = 0 is a theorem; nothing where it is none."""
     found = certificate_of(Evidence(record)) if record.loss == "squared" else None
-    return f", a theorem from R = {found.radius:.3g} on" if found is not None and not found.reason else ""
+    return f", a theorem from R = {at_most(found.radius, 3)} on" if found is not None and not found.reason else ""
 
 
 def _loss_panel(axes: Axes, record: Record, summary: Summary) -> None:

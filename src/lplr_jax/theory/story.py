@@ -8,7 +8,7 @@ from lplr_jax.records import Record
 from lplr_jax.theory.claims.floor_pl import Window, percent, window_of
 from lplr_jax.theory.claims.interpolation import certificate_of
 from lplr_jax.theory.evidence import Evidence
-from lplr_jax.theory.verdict import Verdict, any_inconsistent
+from lplr_jax.theory.verdict import Verdict, any_inconsistent, at_least, at_most
 
 LINES = 6
 """Lines that a story has at most."""
@@ -94,8 +94,8 @@ def _decrease(verdict: Verdict, window: Window | None, word: str) -> str:
     return (
         f"PL with a floor ({OURS}) accounts for {shares[0]} of the decrease of log L, λ_min for {shares[1]}: in one "
         f"window, {word} {window.start} to {window.stop}, the loss falls in the top {window.k} eigendirections at the "
-        f"rate of λ_{window.k} >= {window.rate:.3g} to L_T <= {window.bound:.3g}, where {last:.3g} was reached; all "
-        "of it is measured along the run, not predicted."
+        f"rate of λ_{window.k} >= {at_least(window.rate, 3)} to L_T <= {at_most(window.bound, 3)}, where {last:.3g} "
+        "was reached; all of it is measured along the run, not predicted."
     )
 
 
@@ -118,7 +118,7 @@ def _zero(verdict: Verdict, evidence: Evidence) -> str:
         return f"Whether zero loss is within reach is {_open(verdict)} ({OURS}): {verdict.note}."
     inside = "on the ball of the run itself" if evidence.radius >= found.radius else "on larger balls alone"
     return (
-        f"Zero loss is proved to be attained within {found.radius:.4g} of θ_0 ({OURS}), where the run drifted "
+        f"Zero loss is proved to be attained within {at_most(found.radius, 4)} of θ_0 ({OURS}), where the run drifted "
         f"{evidence.radius:.3g}: L* = 0 is a theorem {inside}."
     )
 

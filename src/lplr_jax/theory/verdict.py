@@ -1,5 +1,6 @@
 """What a hypothesis or a conclusion of the theory comes to on one run."""
 
+import decimal
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -116,6 +117,27 @@ class Verdicts(tuple[Verdict, ...]):
 def _cut(text: str) -> str:
     line = printable(" ".join(text.split()))
     return line if len(line) <= 90 else f"{line[:89]}…"
+
+
+def at_least(bound: float, digits: int) -> str:
+    """Return a lower bound to some digits, rounded down, so that what is shown holds as well.
+
+    Example:
+        >>> at_least(0.02468, 3), at_most(2.41452, 3), at_least(-0.02461, 3)
+        ('0.0246', '2.42', '-0.0247')
+    """
+    return _directed(bound, digits, decimal.ROUND_FLOOR)
+
+
+def at_most(bound: float, digits: int) -> str:
+    """Return an upper bound to some digits, rounded up."""
+    return _directed(bound, digits, decimal.ROUND_CEILING)
+
+
+def _directed(bound: float, digits: int, rounding: str) -> str:
+    if math.isfinite(bound):
+        bound = float(decimal.Context(prec=digits, rounding=rounding).create_decimal_from_float(float(bound)))
+    return f"{bound:.{digits}g}"
 
 
 def factor(small: float, large: float) -> float:

@@ -7,7 +7,7 @@ from lplr_jax.curves.summary import check_record
 from lplr_jax.records import Record
 from lplr_jax.theory.claims import CLAIMS, REGISTRY
 from lplr_jax.theory.evidence import Evidence
-from lplr_jax.theory.verdict import Verdict, Verdicts
+from lplr_jax.theory.verdict import Verdict, Verdicts, at_least
 
 
 def verify(record: Record) -> Verdicts:
@@ -50,7 +50,7 @@ def reading(verdicts: Sequence[Verdict]) -> str:
     condition, theorem, rate = by["compatibility"], by["local_pl"], by["linear_rate"]
     if theorem.outcome == "proved":
         return (
-            f"The hypotheses of Theorem 5.4 are proved here, so PL holds with μ/s >= {theorem.bound:.3g}."
+            f"The hypotheses of Theorem 5.4 are proved here, so PL holds with μ/s >= {at_least(theorem.bound, 3)}."
             f" The linear rate of Theorem 5.7 is {rate.outcome} on this run; neither is said of other regions."
         )
     if condition.outcome == "refuted":

@@ -9,7 +9,7 @@ from lplr_jax.theory.claims.claim import Claim, Rests
 from lplr_jax.theory.claims.example import linear_regression
 from lplr_jax.theory.claims.ntk_lipschitz import directions
 from lplr_jax.theory.evidence import KERNEL_UNITS, Evidence
-from lplr_jax.theory.verdict import NAN, Outcome, Verdict, factor
+from lplr_jax.theory.verdict import NAN, Outcome, Verdict, at_least, at_most, factor
 
 
 def compatibility(evidence: Evidence) -> Verdict:
@@ -37,7 +37,7 @@ def compatibility(evidence: Evidence) -> Verdict:
     elif outcome == "proved" and evidence.affine:
         note = "L_Θ = 0"
     elif outcome == "proved":
-        note = f"the upper bound gives L_Θ r <= {high * evidence.proof_radius:.3g}"
+        note = f"the upper bound gives L_Θ r <= {at_most(high * evidence.proof_radius, 3)}"
     elif outcome == "undecided":
         note = "λ_0 is not known to be positive"
     else:
@@ -79,7 +79,7 @@ def _certified_radius(evidence: Evidence) -> tuple[Verdict, ...]:
         return ()
     gradient = float(np.sqrt(evidence.series("grad_sq_norm")[0])) if evidence.end else NAN
     step, spacing = evidence.eta * gradient, evidence.number("parameter_spacing")
-    note = f"R* = {certified:.3g}: the theorem is proved inside"
+    note = f"R* = {at_least(certified, 3)}: the theorem is proved inside"
     if math.isfinite(step):
         note += f"; η ‖∇L(θ_0)‖ = {step:.3g}"
     if math.isfinite(spacing):

@@ -21,7 +21,7 @@ from lplr_jax.theory.claims.claim import Claim, Rests
 from lplr_jax.theory.claims.decrease import decrease_of, not_descending
 from lplr_jax.theory.claims.example import linear_regression
 from lplr_jax.theory.evidence import SUMS, Evidence
-from lplr_jax.theory.verdict import Outcome, Verdict, factor
+from lplr_jax.theory.verdict import Outcome, Verdict, at_least, at_most, factor
 
 REFERENCE = "ours (containment)"
 
@@ -83,7 +83,9 @@ def _from_the_start(evidence: Evidence) -> Verdict:
     worst = int(np.argmax(np.where(known, shift, -np.inf)))
     outcome: Outcome = "refuted" if broken.size else "not refuted"
     of = f" ({evidence.partial}: λ_0 of all is no larger)" if evidence.partial else ""
-    note = f"‖J_t - J_0‖₂ >= {shift[worst]:.3g} at epoch {evidence.epochs[worst]} against σ_0 = {limit:.3g}{of}"
+    note = (
+        f"‖J_t - J_0‖₂ >= {at_least(shift[worst], 3)} at epoch {evidence.epochs[worst]} against σ_0 = {limit:.3g}{of}"
+    )
     if broken.size:
         first = int(broken[0])
         note += f"; reached by epoch {evidence.epochs[first]}: {_refuted(evidence, first)}"
@@ -110,7 +112,7 @@ def _restart(evidence: Evidence) -> tuple[Verdict, ...]:
     note = f"4 L_J ‖r_t‖/λ_min(Θ_t) = {ratio[at]:.3g} at epoch {evidence.epochs[at]}, 1 is needed"
     if holds.size:
         reach = evidence.probe("restart_radius")[at]
-        note += f": exact gradient descent stays within {reach:.3g} of θ_t and its loss falls linearly to 0"
+        note += f": exact gradient descent stays within {at_most(reach, 3)} of θ_t and its loss falls linearly to 0"
         note += "" if plain else "; but not every step was seen to be one of it"
     elif (ratio[known] < 1).any():
         note += "; η <= 1/β is not proved there"

@@ -16,7 +16,7 @@ from lplr_jax.theory.claims.claim import Claim
 from lplr_jax.theory.claims.descent import loss_slack, step_sizes
 from lplr_jax.theory.claims.example import linear_regression
 from lplr_jax.theory.evidence import Evidence
-from lplr_jax.theory.verdict import NAN, Outcome, Verdict
+from lplr_jax.theory.verdict import NAN, Outcome, Verdict, at_least, at_most
 
 REFERENCE = "ours (decrease test)"
 
@@ -180,8 +180,8 @@ def _exact_steps(evidence: Evidence) -> tuple[Verdict, ...]:
     outcome: Outcome = "refuted" if rises.size else "proved" if falls.size == known.size else "undecided"
     worst = int(known[np.argmin(lower[known])])
     note = f"one exact step of η = {evidence.number('learning_rate'):.4g} from each of {known.size} probes: a_t > 0 is "
-    note += f"proved at {falls.size}, a_t < 0 at {rises.size}; a_t in [{lower[worst]:.6g}, {upper[worst]:.6g}] at the "
-    note += f"least, epoch {evidence.epochs[worst]}"
+    note += f"proved at {falls.size}, a_t < 0 at {rises.size}; a_t in "
+    note += f"[{at_least(lower[worst], 6)}, {at_most(upper[worst], 6)}] at the least, epoch {evidence.epochs[worst]}"
     return (
         Verdict(
             "exact_step", REFERENCE, outcome, measured=float(lower[worst]), bound=0.0, step=int(evidence.epochs[worst]),

@@ -21,7 +21,7 @@ from lplr_jax.theory.claims.decrease import Decrease, decrease_of, not_descendin
 from lplr_jax.theory.claims.example import linear_regression
 from lplr_jax.theory.evidence import LOSS_UNITS, SUMS, Evidence
 from lplr_jax.theory.spectra import Spectra
-from lplr_jax.theory.verdict import NAN, Outcome, Verdict, factor
+from lplr_jax.theory.verdict import NAN, Outcome, Verdict, at_least, factor
 
 REFERENCE = "ours (PL with a floor)"
 POINTS = 200
@@ -271,7 +271,7 @@ def _windows(evidence: Evidence) -> tuple[Verdict, ...]:
     share, all_ = (percent(window.share(bound)) for bound in (window.bound, window.bound_all))
     note = (
         f"k = {window.k}, one window from {span}: {share} of the decrease accounted for, {all_} by λ_min (bound "
-        f"{window.bound_all:.4g}); λ_k >= {window.rate:.4g}, E = {window.floor:.3g}, a = {window.a:.3g}; "
+        f"{window.bound_all:.4g}); λ_k >= {at_least(window.rate, 4)}, E = {window.floor:.3g}, a = {window.a:.3g}; "
         f"not checked between the {window.probes} probes with a spectrum"
     )
     parts = [held("window", window.bound, note)]

@@ -12,7 +12,7 @@ from lplr_jax.curves.pairs import UNIT_64
 from lplr_jax.theory.claims.claim import Claim
 from lplr_jax.theory.claims.example import linear_regression
 from lplr_jax.theory.evidence import LOSS_UNITS, Evidence
-from lplr_jax.theory.verdict import Verdict, factor
+from lplr_jax.theory.verdict import Verdict, at_least, at_most, factor
 
 REFERENCE = "ours (Newton-Kantorovich)"
 NEAREST = 1e-2
@@ -80,7 +80,7 @@ def interpolation(evidence: Evidence) -> Verdict:
     floor, found = evidence.number("loss_floor_lower"), certificate_of(evidence)
     if floor > 0:
         contradiction = found is not None and not found.reason
-        note = f"equal inputs have unlike targets: L >= {floor:.6g} for every function of each sample alone"
+        note = f"equal inputs have unlike targets: L >= {at_least(floor, 6)} for every function of each sample alone"
         least = float(evidence.series("loss").min(initial=math.inf))
         return Verdict(
             "interpolation", REFERENCE, "refuted", measured=least, bound=floor, margin=factor(floor, least),
@@ -96,7 +96,7 @@ def interpolation(evidence: Evidence) -> Verdict:
     drift = evidence.radius
     near = evidence.number("interpolant_stationarity") <= NEAREST
     how = "no zero of f - y nearby is nearer to θ_0, to first order" if near else "found on the way, not the nearest"
-    where = f"zero loss is attained within R_0 = {found.radius:.6g} of θ_0, where the run drifted {drift:.4g}"
+    where = f"zero loss is attained within R_0 = {at_most(found.radius, 6)} of θ_0, where the run drifted {drift:.4g}"
     note = f"{where}; L* = 0 on every ball from R_0 on, below it open; t* = {found.reach:.2g}: {how}"
     return Verdict(
         "interpolation", REFERENCE, "proved", measured=found.h, bound=0.5, margin=factor(found.h, 0.5), units="1",

@@ -14,7 +14,7 @@ from lplr_jax.theory.claims.local_pl import mu_lower
 from lplr_jax.theory.claims.moving_step import moving_rate
 from lplr_jax.theory.evidence import HESSIAN_ERROR, Evidence
 from lplr_jax.theory.method import NOT_SEEN
-from lplr_jax.theory.verdict import NAN, Outcome, Verdict, factor, weakest
+from lplr_jax.theory.verdict import NAN, Outcome, Verdict, at_most, factor, weakest
 
 
 def linear_rate(evidence: Evidence) -> Verdict:
@@ -93,7 +93,7 @@ def _step_size(evidence: Evidence) -> Verdict:
         note = f"η β >= {measured:.3g} from {int(known.sum())} probes, which bound β from below"
         outcome = "refuted" if measured > 1 + HESSIAN_ERROR else "not refuted"
     if 0 < upper < math.inf and eta * upper * (1 + 1e-15) <= 1:
-        outcome, note = "proved", f"η β <= {eta * upper:.6g} on the ball of the run"
+        outcome, note = "proved", f"η β <= {at_most(eta * upper, 6)} on the ball of the run"
         measured = measured if math.isfinite(measured) else eta * upper
     return Verdict(
         "step_size",

@@ -7,7 +7,7 @@ import numpy as np
 from lplr_jax.theory.claims.claim import Claim, Rests
 from lplr_jax.theory.claims.example import linear_regression
 from lplr_jax.theory.evidence import LOSS_UNITS, SUMS, Evidence
-from lplr_jax.theory.verdict import NAN, Outcome, Verdict, factor
+from lplr_jax.theory.verdict import NAN, Outcome, Verdict, at_least, factor
 
 TOP = 10
 """Leading eigenvectors whose share of the residual is told."""
@@ -44,7 +44,7 @@ def local_pl(evidence: Evidence) -> Verdict:
         note = f"μ <= λ_0 - L_Θ r = {bound * s:.3g} (sum loss), not positive: the theorem is silent, not false"
     elif mu > 0:
         bound, outcome = mu / s, "proved"
-        note = f"μ >= {mu:.6g} for the sum loss, {bound:.6g} in units of L"
+        note = f"μ >= {at_least(mu, 6)} for the sum loss, {at_least(bound, 6)} in units of L"
         loss, gradient = evidence.series("loss"), evidence.series("grad_sq_norm")
         short = bound * (loss - evidence.loss_noise) - 0.5 * (gradient + evidence.gradient_noise)
         short = short[evidence.seen]

@@ -5,7 +5,7 @@ import math
 from lplr_jax.theory.claims.claim import Claim, Rests
 from lplr_jax.theory.claims.example import linear_regression
 from lplr_jax.theory.evidence import LIPSCHITZ_UNITS, Evidence
-from lplr_jax.theory.verdict import NAN, Outcome, Verdict, factor
+from lplr_jax.theory.verdict import NAN, Outcome, Verdict, at_most, factor
 
 AFFINE = "the jaxpr shows that the Jacobian does not depend on θ"
 
@@ -23,7 +23,7 @@ def ntk_lipschitz(evidence: Evidence) -> Verdict:
     elif math.isfinite(upper):
         outcome, note = (
             "proved",
-            f"L_Θ <= {upper:.3g} on the ball of radius {evidence.radius:.3g}, by recursion over layers",
+            f"L_Θ <= {at_most(upper, 3)} on the ball of radius {evidence.radius:.3g}, by recursion over layers",
         )
     elif math.isfinite(ratio.value):
         outcome, note = "not refuted", "lower estimates only; no upper bound is known for this model"

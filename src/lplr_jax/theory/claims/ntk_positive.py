@@ -5,7 +5,7 @@ import math
 from lplr_jax.theory.claims.claim import Claim, Rests
 from lplr_jax.theory.claims.example import linear_regression
 from lplr_jax.theory.evidence import KERNEL_UNITS, Evidence
-from lplr_jax.theory.verdict import Outcome, Verdict, factor, weakest
+from lplr_jax.theory.verdict import Outcome, Verdict, at_least, factor, weakest
 
 
 def ntk_positive(evidence: Evidence) -> Verdict:
@@ -26,11 +26,11 @@ def ntk_positive(evidence: Evidence) -> Verdict:
     elif not budget.lower > 0:
         outcome, note = "undecided", f"the interval [{budget.lower:.3g}, {budget.upper:.3g}] holds zero"
     elif budget.certified:
-        outcome, note = "proved", f"λ_0 >= {budget.lower:.6g}, error of assembly included"
+        outcome, note = "proved", f"λ_0 >= {at_least(budget.lower, 6)}, error of assembly included"
     elif evidence.partial:
         outcome, note = "not refuted", f"{evidence.partial}: an upper bound of λ_0, which cannot support it"
     else:
-        outcome, note = "not refuted", f"λ_0 >= {budget.lower:.6g} relative to the computed kernel"
+        outcome, note = "not refuted", f"λ_0 >= {at_least(budget.lower, 6)} relative to the computed kernel"
     spread = budget.value - budget.lower
     verdict = Verdict(
         "ntk_positive",

@@ -10,7 +10,7 @@ from lplr_jax.theory.claims.claim import Claim, Rests
 from lplr_jax.theory.claims.example import linear_regression
 from lplr_jax.theory.claims.ntk_lipschitz import AFFINE
 from lplr_jax.theory.evidence import KERNEL_UNITS, Evidence
-from lplr_jax.theory.verdict import Outcome, Verdict, factor
+from lplr_jax.theory.verdict import Outcome, Verdict, at_most, factor
 
 NORM_ERROR = 1e-6
 """Relative amount by which a measured ‖Θ_t - Θ_0‖₂ may stay below the norm."""
@@ -94,7 +94,7 @@ def _from_below(evidence: Evidence, probes: Int[np.ndarray, " k"]) -> tuple[Verd
     certified = certified and bool((kernel <= np.fmax(jacobian, 0.0)).all())
     larger = "the kernel's" if kernel[worst] >= jacobian[worst] else "the Jacobian's"
     note = f"λ_min from below: {kernel[worst]:.4g} by the motion of the kernel, {jacobian[worst]:.4g} by that of the "
-    note += f"Jacobian, L_J <= {slope:.3g} (ours); {larger} is the larger; {int((bound[known] > 0).sum())} of "
+    note += f"Jacobian, L_J <= {at_most(slope, 3)} (ours); {larger} is the larger; {int((bound[known] > 0).sum())} of "
     note += f"{int(known.sum())} probes keep it above 0"
     return (
         Verdict(
