@@ -4,7 +4,9 @@ A counter is a scalar of the loop's state that starts at a literal and is made o
 an `iota`. Where the rows that it takes are evenly spaced and inside of the array, those rows are the slices.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lplr_jax.ntk.jaxpr import Op
+from lplr_jax.ntk.jaxpr import Held, Op
 
 # Scalars alone pass through them.
 _ARITHMETIC: Mapping[str, Callable[..., Any]] = {
@@ -106,6 +108,28 @@ def rows_of(start: int, stride: int, length: int) -> Sequence[Callable[[jax.Arra
     low, high = min(start, end), max(start, end) + 1
     steps = [lambda a: lax.slice_in_dim(a, low, high, abs(stride))]
     return steps if stride > 0 else [*steps, lambda a: lax.rev(a, (0,))]
+
+
+def folded(op: Op, known: Mapping[int, Held], aval: Callable[[Any], Any]) -> Held | Op:
+    """An operation with numbers that are known: its result where that is one, or slices at numbers as such.
+
+    Args:
+        op: The operation.
+        known: Numbers by slot.
+        aval: From slot or literal to its shape and dtype.
+    """
+    op = replace(op, ins=tuple(known.get(atom, atom) if isinstance(atom, int) else atom for atom in op.ins))
+    rule, out = _ARITHMETIC.get(op.name), aval(op.outs[0])
+    numbers = [_number(atom) for atom in op.ins]
+    if rule and numbers and math.prod(out.shape) == 1 and out.dtype.kind in "iub" and None not in numbers:
+        return Held(np.asarray(rule(*numbers)).astype(out.dtype).reshape(out.shape))
+    if op.name != "dynamic_slice" or None in numbers[1:] or not isinstance(op.ins[0], int):
+        return op
+    sizes, shape = op.params["slice_sizes"], aval(op.ins[0]).shape
+    starts = [min(max(s, 0), full - size) for s, full, size in zip(numbers[1:], shape, sizes, strict=True)]
+    limits = [start + size for start, size in zip(starts, sizes, strict=True)]
+    made = operation(lambda a: lax.slice(a, starts, limits), aval(op.ins[0]), op.ins[0], lambda _: op.outs[0])
+    return replace(made, level=op.level)
 
 
 def iota(op: Op | None) -> np.ndarray | None:

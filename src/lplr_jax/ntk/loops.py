@@ -107,7 +107,14 @@ def enter(program: Program) -> Program:
     )
 
 
-def _counts(params: Mapping[str, Any]) -> tuple[int, int]:
+def enterable(op: Op) -> bool:
+    """Whether it is a scan whose body says all that it does."""
+    if op.name != "scan" or op.eqn.effects:
+        return False
+    return not any(contains(op.eqn, name) for name in ("while", "callback"))
+
+
+def operand_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     """Return how many operands of a scan are constants, and how many are carried; newer JAX tells by their trees."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
@@ -133,8 +140,7 @@ class _Entering:
         op = replace(op, ins=tuple(self.named(atom) for atom in op.ins), level=level)
         self.levels.update((slot, level) for slot in op.outs if level)
         self.made_by.update((slot, op) for slot in op.outs)
-        unfit = op.name != "scan" or op.eqn.effects or any(contains(op.eqn, name) for name in ("while", "callback"))
-        return [op] if unfit else self._scan(op, level, needed)
+        return self._scan(op, level, needed) if enterable(op) else [op]
 
     def _new(self, aval: Any) -> int:
         self.avals.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
@@ -142,7 +148,7 @@ class _Entering:
 
     def _scan(self, op: Op, level: tuple[int, ...], needed: Set[Any]) -> list[Op]:
         params = op.params
-        body, (whole, handed) = params["jaxpr"], _counts(params)
+        body, (whole, handed) = params["jaxpr"], operand_counts(params)
         begin, avals = len(self.avals), [var.aval for var in body.jaxpr.invars]
         slots = [self._new(aval) for aval in avals[whole:]]
         ops: list[Op] = []
@@ -201,7 +207,7 @@ class _Entering:
         """The body with its slices by a counter as scanned arrays: operations, those before the loop, and arrays."""
         if not any(inner.name in ("dynamic_slice", "gather") for inner in ops):
             return list(ops), [], []
-        length, (whole, handed) = op.params["length"], _counts(op.params)
+        length, (whole, handed) = op.params["length"], operand_counts(op.params)
         carried = zip(slots[:handed], op.ins[whole : whole + handed], outs[:handed], strict=True)
         numbers = [
             (slot, counters.iota(self.made_by.get(atom)))
@@ -276,7 +282,7 @@ def _collect(ops: Sequence[Op], uses: dict[int, list[tuple[Op, int]]]) -> None:
             for at, atom in enumerate(op.ins):
                 add(atom, op, at)
             continue
-        whole, _ = _counts(op.params)
+        whole, _ = operand_counts(op.params)
         for carry in op.loop.carries:
             add(carry.start, op, whole + carry.result)
         for _, array, at in op.loop.sliced:

@@ -13,6 +13,7 @@ from lplr_jax.ntk.geometry import dilated, geometry
 from lplr_jax.ntk.jaxpr import Program
 from lplr_jax.ntk.loops import enter
 from lplr_jax.ntk.rules import Outer, Positions, Rows, Side, Term
+from lplr_jax.ntk.unroll import unroll
 from lplr_jax.ntk.walk import AFFINE, Enter, Use, before_while, follow
 from lplr_jax.programs import widest
 
@@ -103,7 +104,7 @@ def make_plan(program: Program, leaves: tuple[int, ...], work: Workload) -> Plan
     Returns:
         The plan.
     """
-    program = enter(program)
+    program = enter(unroll(program, work.samples))
     blocked = before_while(program)
     builder, assignments = _Builder(program), []
     for leaf in leaves:

@@ -1,9 +1,10 @@
 """Where a parameter leaf enters a program: the operations that consume it, and where their cotangents are read off.
 
 A leaf may first pass through operations that are linear in it and do not depend on x (reshape, transpose, broadcast,
-scaling by a constant, the step from real to complex), and into loops. The operation behind them is linear in the leaf too when its primitive is one of
-`LINEAR`; then the gradient of an output with respect to the leaf is a function of that operation's other operand and of
-the cotangent at its result. A leaf that is used k times has the sum of the k gradients.
+scaling by a constant, the step from real to complex), and into loops. The operation behind them is linear in the leaf
+too when its primitive is one of `LINEAR`; then the gradient of an output with respect to the leaf is a function of that
+operation's other operand and of the cotangent at its result. A leaf that is used k times has the sum of the k
+gradients.
 """
 
 import math
@@ -298,7 +299,7 @@ def _size(program: Program, atom: Any) -> int:
 def _isometry(
     program: Program, chain: Iterable[Apply]
 ) -> tuple[bool, tuple[tuple[Any, bool], ...], Apply | None, Apply | None]:
-    """Whether the chain keeps inner products of gradients up to one factor; scalars that make it up, merge and route."""
+    """Whether the chain keeps inner products of gradients up to one factor; that factor's scalars, merge and route."""
     factors: list[tuple[Any, bool]] = []
     merge = route = None
     for step in chain:
