@@ -144,7 +144,9 @@ def _choose(program: Program, leaf: int, work: Workload, blocked: frozenset[int]
     found = bundles(program, uses)
     for way in ({"merging": True}, {"routing": True}):  # further on, a cotangent is smaller
         further = follow(program, slot, **way)
-        if not isinstance(further, str) and not any(use.cut in blocked for use in further):
+        if isinstance(further, str) or not any(use.merge or use.route for use in further):
+            continue
+        if not any(use.cut in blocked for use in further):
             beyond = bundles(program, further)
             if beyond is not None:
                 found, uses = beyond, further
