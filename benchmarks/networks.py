@@ -27,8 +27,8 @@ def problem(model: str, *, n: int, m: int, c: int, dtype: str) -> Problem:
 
     def draw(*shape: int, scale: float | None = None) -> jax.Array:
         """Normal entries, by default of variance one over the product of all but the last axis."""
-        scale = float(np.prod(shape[:-1])) ** -0.5 if scale is None else scale
-        return jnp.asarray(rng.normal(size=shape) * scale, dtype)
+        by = float(np.prod(shape[:-1])) ** -0.5 if scale is None else scale
+        return jnp.asarray(rng.normal(size=shape) * by, dtype)
 
     return _MODELS[model](draw, n=n, m=m, c=c)
 

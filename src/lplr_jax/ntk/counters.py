@@ -123,10 +123,11 @@ def folded(op: Op, known: Mapping[int, Held], aval: Callable[[Any], Any]) -> Hel
     numbers = [_number(atom) for atom in op.ins]
     if rule and numbers and math.prod(out.shape) == 1 and out.dtype.kind in "iub" and None not in numbers:
         return Held(np.asarray(rule(*numbers)).astype(out.dtype).reshape(out.shape))
-    if op.name != "dynamic_slice" or None in numbers[1:] or not isinstance(op.ins[0], int):
+    places = [number for number in numbers[1:] if number is not None]
+    if op.name != "dynamic_slice" or len(places) != len(op.ins) - 1 or not isinstance(op.ins[0], int):
         return op
     sizes, shape = op.params["slice_sizes"], aval(op.ins[0]).shape
-    starts = [min(max(s, 0), full - size) for s, full, size in zip(numbers[1:], shape, sizes, strict=True)]
+    starts = [min(max(s, 0), full - size) for s, full, size in zip(places, shape, sizes, strict=True)]
     limits = [start + size for start, size in zip(starts, sizes, strict=True)]
     made = operation(lambda a: lax.slice(a, starts, limits), aval(op.ins[0]), op.ins[0], lambda _: op.outs[0])
     return replace(made, level=op.level)

@@ -220,7 +220,7 @@ class _Entering:
         inside.update(slot for i, slot in enumerate(slots[:handed]) if outs[i] is not slot)
         body, before, arrays = [], [], []
         for inner in ops:
-            array = inner.ins[0] if inner.ins else None
+            array: Any = inner.ins[0] if inner.ins else None
             fit = isinstance(array, int) and array not in inside
             rows = counters.taken(inner, self.avals[array].shape, known) if fit else None
             if rows is None:

@@ -118,11 +118,14 @@ class Use:
         other = self.op.ins[1 - self.position]
 
         def scaled(values: Mapping[int, Any]) -> jax.Array:
-            h = None if self.op.name in AFFINE else jnp.asarray(read(values, other))
-            for atom, inverted in self.factors if h is not None else ():
+            met = [read(values, atom) for atom in self._met]
+            if self.op.name in AFFINE:
+                return form(None, *met)
+            h = jnp.asarray(read(values, other))
+            for atom, inverted in self.factors:
                 value = jnp.asarray(read(values, atom)).reshape(()).astype(h.dtype)
                 h = h * jnp.broadcast_to(1 / value if inverted else value, h.shape)
-            return form(h, *(read(values, atom) for atom in self._met))
+            return form(h, *met)
 
         values = {slot: env[slot] for slot in self.needs(in_form=True)}
         return _in_loops(program, self.op.level, scaled, values)
