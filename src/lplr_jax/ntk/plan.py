@@ -142,9 +142,9 @@ def _choose(program: Program, leaf: int, work: Workload, blocked: frozenset[int]
         why = "its cotangent would pass a while loop"
         return [_Choice(_Part(leaf, "forward"), "Jacobian (forward mode)", jacobian, c * size)], why
     found = bundles(program, uses)
-    for way in ({"merging": True}, {"routing": True}):  # further on, a cotangent is smaller
-        further = follow(program, slot, **way)
-        if isinstance(further, str) or not any(use.merge or use.route for use in further):
+    for routing in (False, True):  # further on, a cotangent is smaller
+        further = follow(program, slot, merging=True, routing=routing)
+        if isinstance(further, str) or {use.op for use in further} == {use.op for use in uses}:
             continue
         if not any(use.cut in blocked for use in further):
             beyond = bundles(program, further)
