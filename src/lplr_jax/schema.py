@@ -297,6 +297,35 @@ SCHEMA: dict[str, Entry] = {
         NON_NEGATIVE,
     ),
     "sample_kernel_max": Entry(("probe",), KERNEL, "largest λ_max of the c × c blocks Θ_ii", NON_NEGATIVE),
+    "output_grad_norm": Entry(("probe",), "L s / output", "‖g‖₂ at g = ∂ℓ/∂f, in float64", NON_NEGATIVE),
+    "output_norm": Entry(("probe",), "output", "‖f(θ_t)‖₂ over all samples, in float64", NON_NEGATIVE),
+    "sample_bound_sum": Entry(
+        ("probe",),
+        "(L s / output)²",
+        "Σ ψ(ℓ_i), a lower bound of ‖g‖² by the losses of the samples alone, or by their excess over H(τ_i)",
+        NON_NEGATIVE,
+    ),
+    "samples_beyond": Entry(
+        ("probe",), "samples", "k, the samples with ℓ_i > ln 2, beyond which (1 - e^-x)² is not convex", NON_NEGATIVE
+    ),
+    "sample_least_share": Entry(
+        ("probe",), "1", "least min(p_ik, τ_ik) of all samples and classes, where targets are distributions", SHARE
+    ),
+    "ntk_class_min_eig": Entry(
+        ("probe",), KERNEL, "λ_⊥ of softmax: λ_min of Θ on the vectors whose outputs sum up to 0 in every sample"
+    ),
+    "ntk_class_min_eig_lower": Entry(("probe",), KERNEL, "proved lower bound of λ_⊥; NaN where none is known"),
+    "ntk_class_min_eig_upper": Entry(("probe",), KERNEL, "proved upper bound of λ_⊥; NaN where none is known"),
+    "loss_infimum": Entry(
+        (), LOSS, "infimum of L over all outputs, the mean entropy of the targets; absent: 0", NON_NEGATIVE
+    ),
+    "margin_max": Entry((), "output", "largest margin of a sample at θ_0: ℓ_i is a decreasing function of it"),
+    "margin_slope_upper": Entry(
+        (),
+        JACOBIAN,
+        "proved bound of the Lipschitz constant in θ of every margin on the ball of the run",
+        NON_NEGATIVE,
+    ),
     "batch_decrease": Entry(
         ("probe",), LOSS, "mean of L(θ_t - η g_B) - L(θ_t) over batches B drawn without replacement, in float64"
     ),
@@ -360,6 +389,17 @@ SINCE_2 = frozenset(
         "path_budget",
         "sample_grad_sq_norm",
         "sample_kernel_max",
+        "output_grad_norm",
+        "output_norm",
+        "sample_bound_sum",
+        "samples_beyond",
+        "sample_least_share",
+        "ntk_class_min_eig",
+        "ntk_class_min_eig_lower",
+        "ntk_class_min_eig_upper",
+        "loss_infimum",
+        "margin_max",
+        "margin_slope_upper",
         "batch_decrease",
         "batch_decrease_error",
         "batch_size",

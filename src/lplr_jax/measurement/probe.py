@@ -18,6 +18,7 @@ from jaxtyping import Num
 from lplr_jax import diagnostics, linalg
 from lplr_jax.files import atomic_write
 from lplr_jax.losses import Objective, Squared
+from lplr_jax.measurement import bridge
 from lplr_jax.measurement.closing import closing_arrays
 from lplr_jax.measurement.enclosed import NAMES as ENCLOSED
 from lplr_jax.measurement.enclosed import enclose
@@ -29,6 +30,7 @@ from lplr_jax.measurement.peer import peer_difference, peer_samples
 from lplr_jax.measurement.rivals import critical_step, kernel_rivals
 from lplr_jax.ntk.empirical import Precision, empirical_ntk
 from lplr_jax.ntk.memory import total_memory
+from lplr_jax.parameters import count_parameters
 from lplr_jax.proofs.assembly import dense_network
 from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
 from lplr_jax.types import Params
@@ -137,6 +139,8 @@ class KernelProbe:
             values |= dict.fromkeys(NOISE_VALUES, math.nan)
         if self._encloses:
             values |= dict.fromkeys(ENCLOSED, math.nan)
+        if not isinstance(self._objective.loss, Squared):
+            values |= dict.fromkeys(bridge.names(self._objective.loss), math.nan)
         with self._losing("kernel", KERNEL_LOST, epoch, values):
             values |= self._measure_kernel(params, epoch)
         if _among(epoch, self._hessian_epochs):
@@ -181,6 +185,9 @@ class KernelProbe:
                 learning_rate=self._learning_rate,
             )
         values |= kernel_rivals(theta, point.gradient, point.loss_scale)
+        if not isinstance(self._objective.loss, Squared):
+            p = count_parameters(params)
+            values |= bridge.bridge_values(theta, point, self._objective.loss, p, bound=bound)
         if self._batches is not None:
             values |= sample_noise(theta, point.gradient, point.loss_scale)
             if math.isfinite(self._batches.learning_rate):
