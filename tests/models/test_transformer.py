@@ -61,7 +61,7 @@ def formula(params, tokens, *, heads):
             h = [
                 one + dense(gelu(dense(norm(one, leaves["norm_dense"]), leaves["wide"])), leaves["narrow"]) for one in h
             ]
-        head = p["head"]["kernel"] if "head" in p else p["embedding"]["embedding"].T
+        head = p["head"]["kernel"] if "head" in p else p["embedding"]["embedding"].T / np.sqrt(d)
         outputs.append([norm(one, p["norm"]) @ head for one in h])
     return np.array(outputs)
 
@@ -117,7 +117,7 @@ def test_initialisation_has_the_variances_that_are_stated():
     for leaf, variance in (
         (params["embedding"]["embedding"], 1 / 64),
         (params["positions"]["embedding"], 1 / 64),
-        (params["head"]["kernel"], 1 / 64),
+        (params["head"]["kernel"], 1 / 64**2),
         (layers["query_key_value"]["kernel"], 1 / 64),
         (layers["wide"]["kernel"], 1 / 64),
         (layers["mixed"]["kernel"], 1 / (6 * 64)),

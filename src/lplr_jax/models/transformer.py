@@ -32,7 +32,7 @@ class Transformer(nn.Module):
         layers: attention and feed-forward pairs; their parameters are stacked along a first axis.
         heads: attention heads of a layer, d/heads entries each.
         length: most positions T of a sequence.
-        tied: whether the head's matrix W is the embedding's, Eᵀ.
+        tied: whether the head's matrix W is the embedding's, Eᵀ/sqrt(d).
         dtype: type of the computation; None takes that of parameters.
         param_dtype: type in which the parameters are initialised.
 
@@ -77,8 +77,9 @@ class Transformer(nn.Module):
         h, _ = layers(self.heads, self.layers, name="layers", **shared)(h, None)
         h = _norm(h, "norm", self.dtype)
         if self.tied:
-            return embedding.attend(h)
-        return nn.Dense(self.vocabulary, use_bias=False, kernel_init=_normal, name="head", **shared)(h)
+            return embedding.attend(h * np.asarray(self.width**-0.5, h.dtype))
+        small = nn.initializers.variance_scaling(1 / self.width, "fan_in", "normal")
+        return nn.Dense(self.vocabulary, use_bias=False, kernel_init=small, name="head", **shared)(h)
 
 
 class _Layer(nn.Module):
