@@ -4,8 +4,8 @@ The paper's limitations 3 and 5: an architecture of today, and the conditioning 
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
@@ -15,14 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array
+from matplotlib.figure import Figure
 
 from lplr_jax import checks, data, plotting
 from lplr_jax.curves.position import position_of
 from lplr_jax.experiments.experiment import Experiment, record_of
+from lplr_jax.experiments.next_token import (
+    EachPosition,
+    LossName,
+    Rows,
+    all_outputs,
+    causal_floor,
+    chosen_outputs,
+    draw_rows,
+)
 from lplr_jax.experiments.parts import DECIDES_NOTHING, ArmsFolderPart, ProbePart, SeedsPart, decisive
-from lplr_jax.experiments.quantities import quantities, row
 from lplr_jax.experiments.sweep import ArmsPart
-from lplr_jax.losses import Loss, Objective, Squared, by_name
+from lplr_jax.losses import Objective, by_name
 from lplr_jax.measurement.probe import KernelProbe
 from lplr_jax.models import Transformer
 from lplr_jax.parameters import count_parameters
@@ -31,12 +40,10 @@ from lplr_jax.reports.exit_codes import OK
 from lplr_jax.reports.tables import Cell, Quantity, Table, last_finite, mean_of
 from lplr_jax.runs.checkpoint import Checkpoints
 from lplr_jax.runs.loop import run_and_record
-from lplr_jax.runs.problem import MOST, Problem, check_learning_rate, check_memory, probe_epochs, spread
+from lplr_jax.runs.problem import Problem, check_learning_rate, check_memory, probe_epochs, spread
 from lplr_jax.runs.session import Follow, Observer, Say, unfollowed
 from lplr_jax.training import BatchSteps, batches_of, evaluate, init_state, train_epochs
-from lplr_jax.types import ApplyFn, Params
 
-LossName = Literal["squared", "softmax_cross_entropy"]
 Optimizer = Literal["sgd", "adam"]
 ROWS_SEED = 0
 """Seed of the rows whose kernel is measured: one set for all runs."""
@@ -62,7 +69,7 @@ class TransformerConfig(ArmsPart, ArmsFolderPart, ProbePart, SeedsPart):
     """Sequences: the first n T + 1 bytes of the text. Calibrated."""
     loss: LossName = "squared"
     """Loss of a position: squared on the one-hot next byte, or softmax cross-entropy; L is the mean over positions."""
-    optimizers: str = "sgd,adam"
+    optimizers: str = field(default="sgd,adam", metadata=DECIDES_NOTHING)  # of one run
     """What trains, with commas: "sgd" is plain gradient descent, "adam" has the usual β_1 and β_2."""
     learning_rate: float = 0.1
     """η of SGD, in squared parameters per unit of loss. Calibrated."""
@@ -87,7 +94,7 @@ class TransformerConfig(ArmsPart, ArmsFolderPart, ProbePart, SeedsPart):
     def each_optimizer(self) -> tuple[Optimizer, ...]:
         """Return the optimisers, in the order asked for."""
         names = [part.strip() for part in self.optimizers.split(",")] if isinstance(self.optimizers, str) else [""]
-        found = tuple(checks.one_of("optimizers", name, get_args(Optimizer)) for name in names)
+        found: tuple[Any, ...] = tuple(checks.one_of("optimizers", name, get_args(Optimizer)) for name in names)
         if len(set(found)) != len(found):
             raise ValueError(f"optimizers must be distinct, got {checks.shown(self.optimizers)}")
         return found
@@ -132,47 +139,8 @@ _network = lru_cache(maxsize=16)(Transformer)
 _OPTIMIZERS = {"sgd": lru_cache(maxsize=16)(optax.sgd), "adam": lru_cache(maxsize=16)(optax.adam)}
 
 
-def _model(config: TransformerConfig, vocabulary: int) -> Transformer:
+def _model(config: TransformerConfig, vocabulary: int) -> Any:  # a type checker takes it for not hashable
     return _network(vocabulary, config.width, config.layers, config.heads, config.length, config.tied)
-
-
-@lru_cache(maxsize=16)
-def _all_outputs(model: Transformer) -> ApplyFn:
-    """Return the network as a function with outputs (n, T V)."""
-    return lambda params, x: jnp.reshape(model.apply(params, x), (x.shape[0], -1))
-
-
-@lru_cache(maxsize=16)
-def _chosen_outputs(model: Transformer, loss: LossName) -> ApplyFn:
-    """Return the network as a function of {"tokens" (m, T), "position" (m,), "class" (m,)} with those outputs (m, 1).
-
-    Under cross-entropy a row has no gradient of its own, so all classes of a position are its outputs (m, V).
-    """
-
-    def outputs(params: Params, x: Mapping[str, Array]) -> Array:
-        found = model.apply(params, x["tokens"])
-        assert isinstance(found, jax.Array)
-        found = jnp.take_along_axis(found, x["position"][:, None, None], axis=1)[:, 0]
-        return jnp.take_along_axis(found, x["class"][:, None], axis=1) if loss == "squared" else found
-
-    return outputs
-
-
-@dataclass(frozen=True)
-class _EachPosition(Loss):
-    """A loss of every position of a sequence, summed over them: outputs and targets (n, T V)."""
-
-    scale: Any
-    each: Loss
-    classes: int
-    name = "each_position"
-
-    def _per_sample(self, f: Any, y: Any) -> Any:
-        of = self.each.per_sample(f.reshape(-1, self.classes), y.reshape(-1, self.classes))
-        return jnp.sum(of.reshape(f.shape[0], -1), axis=1)
-
-    def _total(self, f: Any, y: Any) -> Any:
-        return self.each.total(f.reshape(-1, self.classes), y.reshape(-1, self.classes))
 
 
 class Setting(NamedTuple):
@@ -186,12 +154,10 @@ class Setting(NamedTuple):
     """The next token of each, one-hot, (n, T V)."""
     objective: Objective
     """L, the mean loss of all n T positions."""
-    ids: np.ndarray
-    """Numbers of the rows: (sequence T + position) V + class, without the class under cross-entropy."""
-    rows: Objective
+    rows: Rows
+    """Whose kernel is measured."""
+    of_rows: Objective
     """The loss of the rows alone, their mean."""
-    rows_x: Mapping[str, np.ndarray]
-    rows_y: np.ndarray
 
 
 def set_up(config: TransformerConfig) -> Setting:
@@ -203,52 +169,31 @@ def set_up(config: TransformerConfig) -> Setting:
     checks.instance("config", config, TransformerConfig, "as in transformer.PRESETS")
     config.check()
     text = data.load_text(n=config.n_train, length=config.length, data=config.data)
-    model, v, after = _model(config, text.c), text.c, text.y.reshape(-1)
+    model, v = _model(config, text.c), text.c
     check_memory(jax.eval_shape(model.init, jax.random.key(0), text.x[:1]), config.width)
-    rng, squared = np.random.default_rng(ROWS_SEED), config.loss == "squared"
-    count = config.subset_size // (2 if squared else v)
-    if not count:
-        raise ValueError(f"subset_size must be at least {v}, all classes of one position, got {config.subset_size}")
-    places = np.sort(rng.choice(after.size, min(count, after.size), replace=False))
-    classes = np.zeros(places.size, np.int64)
-    if squared:
-        other = (after[places] + rng.integers(1, v, places.size)) % v
-        ids = np.sort(np.concatenate([places * v + after[places], places * v + other]))
-        places, classes = ids // v, ids % v
-        rows_y = (classes == after[places]).astype(np.float32)[:, None]
-    else:
-        ids, rows_y = places, np.eye(v, dtype=np.float32)[after[places]]
-    rows_x = {
-        "tokens": text.x[places // config.length],
-        "position": (places % config.length).astype(np.int32),
-        "class": classes.astype(np.int32),
-    }
-    loss = _EachPosition(float(after.size), by_name(config.loss, "sum"), v)
+    rows = draw_rows(text, config.subset_size, loss=config.loss, seed=ROWS_SEED)
+    loss = EachPosition(float(text.y.size), by_name(config.loss, "sum"), v)
     return Setting(
         text,
         model,
         jnp.asarray(text.x),
         jax.nn.one_hot(text.y, v).reshape(text.n, -1),
-        Objective(_all_outputs(model), loss),
-        ids,
-        Objective(_chosen_outputs(model, config.loss), by_name(config.loss)),
-        rows_x,
-        rows_y,
+        Objective(all_outputs(model), loss),
+        rows,
+        Objective(chosen_outputs(model, config.loss), by_name(config.loss)),
     )
 
 
 def identity(config: TransformerConfig, setting: Setting) -> dict[str, Any]:
     """Return what decides the numbers of all runs."""
-    names = ",".join(config.each_optimizer())
-    return {**decisive(config), "optimizers": names, "data_checksum": setting.text.checksum}
+    return {**decisive(config), "data_checksum": setting.text.checksum}
 
 
 def identity_of_run(config: TransformerConfig, optimizer: Optimizer, seed: int, setting: Setting) -> dict[str, Any]:
     """Return what decides the numbers of one run, as its record keeps it."""
     found = {**identity(config, setting), "optimizer": optimizer, "seed": seed}
     found["learning_rate"] = config.rate_of(optimizer)
-    for name in ("optimizers", "adam_learning_rate"):
-        del found[name]
+    del found["adam_learning_rate"]
     return found
 
 
@@ -267,8 +212,8 @@ def numbers(config: TransformerConfig, optimizer: Optimizer, setting: Setting, p
         "n": np.int64(samples),
         "c": np.int64(1 if squared else setting.text.c),
         "p": np.int64(p),
-        "subset_ids": setting.ids,
-        "kernel_samples": np.int64(setting.ids.size),
+        "subset_ids": setting.rows.ids,
+        "kernel_samples": np.int64(setting.rows.ids.size),
     }
     if squared:
         found["target_norm"] = np.sqrt(np.float64(positions))
@@ -306,9 +251,9 @@ def run(
     transformation = _OPTIMIZERS[optimizer](config.rate_of(optimizer))
     probes_at = probe_epochs(config.epochs, config.spacing())
     probe = KernelProbe(
-        setting.rows,
-        setting.rows_x,
-        setting.rows_y,
+        setting.of_rows,
+        setting.rows.x,
+        setting.rows.y,
         subset=None,
         kernel=config.kernel,
         hessian_epochs=spread(probes_at, config.hessian_probes),
@@ -325,9 +270,9 @@ def run(
     else:
         stepper = BatchSteps(batch, initial, batch_size=size, **common)
         advance, at_point, where = stepper.advance, stepper.evaluate, {"measured": stepper.measured, "dense": False}
-    loss = setting.rows.loss
+    loss = setting.of_rows.loss
     return run_and_record(
-        Problem(setting.rows.apply_fn, initial, setting.rows_x, setting.rows_y, loss=loss, name="transformer"),
+        Problem(setting.of_rows.apply_fn, initial, setting.rows.x, setting.rows.y, loss=loss, name="transformer"),
         init_state(initial, transformation, seed=seed),
         probe=probe,
         probes_at=probes_at,
@@ -340,3 +285,189 @@ def run(
         checkpoints=checkpoints,
         **where,
     )
+
+
+Done = Mapping[tuple[Optimizer, int], Record]
+"""The record of each optimiser and seed."""
+
+
+def run_all(
+    config: TransformerConfig,
+    folder: Path,
+    setting: Setting,
+    *,
+    say: Say = lambda line: None,
+    follow: Follow = unfollowed,
+    check: Callable[[], None] = lambda: None,
+) -> Done:
+    """Train and record every optimiser and seed; runs whose record is there are read instead.
+
+    Args:
+        config: what to run; `out` and `force` are for the caller.
+        folder: where every run gets a folder of its own.
+        setting: what `set_up` made of the config.
+        say: told one line at a time what is done.
+        follow: from name and number of steps to a context with an observer for one run.
+        check: called before every write; raises where nothing must be written any more.
+
+    Raises:
+        ValueError: for a field out of range, or a run of another config in the folder.
+    """
+    text = setting.text
+    say(f"{text.n} sequences of {text.length} bytes, {text.c} of them unlike, from {text.source}")
+    done: dict[tuple[Optimizer, int], Record] = {}
+    for optimizer, seed in _arms(config):
+        name = _name(optimizer, seed)
+        if not config.takes(name):
+            continue
+        probe_dir = folder / name / "probes" if config.save_probes else None
+
+        def make(
+            observer: Observer | None,
+            checkpoints: Checkpoints,
+            optimizer: Optimizer = optimizer,
+            seed: int = seed,
+            probe_dir: Path | None = probe_dir,
+        ) -> Record:
+            settings = {"observer": observer, "probe_dir": probe_dir, "checkpoints": checkpoints}
+            return run(config, optimizer, seed, setting, **settings)
+
+        record = record_of(
+            folder / name,
+            "transformer",
+            identity_of_run(config, optimizer, seed, setting),
+            make,
+            run=name,
+            epochs=config.epochs,
+            say=lambda line, name=name: say(f"{name}: {line}"),
+            follow=follow,
+            check=check,
+        )
+        done[optimizer, seed] = record
+        seconds = record.provenance["seconds"]
+        words = f"L_T = {last_finite(record['loss']):.4g}, λ_T = {last_finite(record['ntk_min_eig']):.3g}"
+        say(f"{name}: {words}; {seconds['total']:.0f} s, of which probes {seconds['probes']:.0f} s")
+    return done
+
+
+def _arms(config: TransformerConfig) -> list[tuple[Optimizer, int]]:
+    return list(itertools.product(config.each_optimizer(), config.each_seed()))
+
+
+def _name(optimizer: Optimizer, seed: int) -> str:
+    return f"{optimizer}-seed{seed}"
+
+
+def _position(record: Record, name: str, place: int) -> float:
+    found = position_of(record)
+    return float("nan") if found is None else float(getattr(found, name)[place])
+
+
+def _pl_ratio(record: Record) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 0.5 * np.asarray(record["grad_sq_norm"], np.float64) / np.asarray(record["loss"], np.float64)
+
+
+def _interval(record: Record) -> float:
+    value, lower, upper = (record[f"ntk_min_eig{end}"] for end in ("", "_lower", "_upper"))
+    return float(np.nanmax((upper - lower) / np.abs(value)))
+
+
+def _first(name: str) -> Callable[[Record], float]:
+    return lambda record: float(record[name][0]) if name in record else float("nan")
+
+
+def _last(name: str) -> Callable[[Record], float]:
+    return lambda record: last_finite(record[name]) if name in record else float("nan")
+
+
+_READ: tuple[tuple[str, str, str, str, Callable[[Record], float]], ...] = (
+    ("loss_0", "L_0", "$L_0$", "training loss of all positions at initialisation, units of L", _first("loss")),
+    ("loss_t", "L_T", "$L_T$", "last training loss", _last("loss")),
+    ("gradient_t", "‖∇L_T‖²", r"$\|\nabla L_T\|^2$", "exact, of all positions", _last("grad_sq_norm")),
+    ("pl_0", "PL ratio, 0", "PL ratio, $0$", "½‖∇L‖²/L with L* = 0, units of L", lambda r: float(_pl_ratio(r)[0])),
+    ("pl_t", "PL ratio, T", "PL ratio, $T$", "the same at the end", lambda r: last_finite(_pl_ratio(r))),
+    ("pl_least", "PL ratio, least", "PL ratio, least", "the least of all steps",
+     lambda r: float(np.nanmin(_pl_ratio(r)))),
+    ("drift_t", "drift", r"$\|\theta_T-\theta_0\|$", "‖θ_T - θ_0‖₂", _last("drift")),
+    ("sharpness_0", "β, 0", r"$\beta$, $0$", "largest eigenvalue of the Hessian of L, all positions",
+     _first("sharpness")),
+    ("sharpness_t", "β, T", r"$\beta$, $T$", "the same at the last probe", _last("sharpness")),
+    ("lambda_0", "λ_min, 0", r"$\lambda_{\min}$, $0$", "least eigenvalue of the rows' kernel, output²/parameter²",
+     _first("ntk_min_eig")),
+    ("lambda_t", "λ_min, T", r"$\lambda_{\min}$, $T$", "the same at the last probe", _last("ntk_min_eig")),
+    ("lambda_least", "λ_min, least", r"$\lambda_{\min}$, least", "the least at any probe",
+     lambda r: float(np.nanmin(r["ntk_min_eig"]))),
+    ("interval", "interval of λ_min", r"interval of $\lambda_{\min}$", "its largest width over λ_min, of all probes",
+     _interval),
+    ("max_0", "λ_max, 0", r"$\lambda_{\max}$, $0$", "largest eigenvalue of the same kernel", _first("ntk_max_eig")),
+    ("max_t", "λ_max, T", r"$\lambda_{\max}$, $T$", "the same at the last probe", _last("ntk_max_eig")),
+    ("rank_0", "effective rank, 0", "effective rank, $0$", "(tr Θ)²/‖Θ‖_F²", _first("ntk_effective_rank")),
+    ("rank_t", "effective rank, T", "effective rank, $T$", "the same at the last probe", _last("ntk_effective_rank")),
+    ("rayleigh_0", "ρ, 0", r"$\rho$, $0$", "gᵀΘg/‖g‖² at the rows' own gradient in f", _first("ntk_rayleigh")),
+    ("rayleigh_t", "ρ, T", r"$\rho$, $T$", "the same at the last probe", _last("ntk_rayleigh")),
+    ("above_0", "eigenvalues ≥ ρ, 0", r"eigenvalues $\geq\rho$, $0$", "as a share of all: where the gradient lies",
+     lambda r: _position(r, "above", 0)),
+    ("above_t", "eigenvalues ≥ ρ, T", r"eigenvalues $\geq\rho$, $T$", "the same at the last probe",
+     lambda r: _position(r, "above", -1)),
+    ("floor_share_0", "share by best k, 0", "share by best $k$, $0$", "λ_k A_k/ρ: how much of ½‖∇L‖² floor_pl gives",
+     lambda r: _position(r, "floor_share", 0)),
+    ("floor_share_t", "share by best k, T", "share by best $k$, $T$", "the same at the last probe",
+     lambda r: _position(r, "floor_share", -1)),
+    ("best_t", "best k, T", "best $k$, $T$", "the k of it", lambda r: _position(r, "best", -1)),
+    ("least_share_0", "share by λ_min, 0", r"share by $\lambda_{\min}$, $0$", "λ_min/ρ: what the paper's bound gives",
+     lambda r: _position(r, "least_share", 0)),
+    ("least_share_t", "share by λ_min, T", r"share by $\lambda_{\min}$, $T$", "the same at the last probe",
+     lambda r: _position(r, "least_share", -1)),
+    ("shift_t", "‖Θ_T - Θ_0‖₂/λ_max", r"$\|\Theta_T-\Theta_0\|_2/\lambda_{\max}$", "shift over λ_max(Θ_0), of the rows",
+     lambda r: last_finite(r["ntk_shift"]) / float(r["ntk_max_eig"][0])),
+)  # fmt: skip
+
+
+def table(done: Done, config: TransformerConfig) -> Table:
+    """Return one column an optimiser, each number with its mean and deviation over seeds."""
+    names: tuple[Optimizer, ...] = tuple(dict.fromkeys(optimizer for optimizer, _ in done))
+    of = {name: [record for (optimizer, _), record in done.items() if optimizer == name] for name in names}
+    cells: dict[str, list[Cell]] = {
+        key: [mean_of([read(record) for record in of[name]]) for name in names] for key, *_, read in _READ
+    }
+    first = next(iter(done.values()))
+    n, c, p = (int(first[name]) for name in ("n", "c", "p"))
+    rows = int(first["kernel_samples"]) * c
+    floor = causal_floor(data.load_text(n=config.n_train, length=config.length, data=config.data), config.loss)
+    none = f"; with p = {p:,} parameters below that, λ_min of all is 0" if p < n * c else ""
+    notes = (
+        f"Mean ± sample standard deviation over {len(of[names[0]])} seeds. Kernel of {rows} of {n * c:,} rows, each a "
+        f"(sequence, position, class): an upper bound of λ_min of all{none}.",
+        f"No causal function has a loss below {floor:.4g} on this text: equal contexts go on in unlike ways.",
+        "η: " + ", ".join(f"{name} {config.rate_of(name):g}" for name in names) + ". Ours, not the paper's.",
+    )
+    shown = tuple(Quantity(key, label, latex, meaning) for key, label, latex, meaning, _ in _READ)
+    return Table(f"Transformer on text, {config.loss.replace('_', ' ')} loss", names, shown, cells, notes)
+
+
+def figure(done: Done, config: TransformerConfig) -> Figure:
+    """Return loss, PL ratio, spectrum and shares, one colour an optimiser and one curve a seed."""
+    runs: dict[str, list[Record]] = {}
+    for (optimizer, _), record in done.items():
+        runs.setdefault(f"{optimizer}, η = {config.rate_of(optimizer):g}", []).append(record)
+    text = data.load_text(n=config.n_train, length=config.length, data=config.data)
+    size = f"width {config.width}, {config.layers} layers, {config.heads} heads, T = {config.length}"
+    first = next(iter(done.values()))
+    title = f"transformer, {size}, p = {int(first['p']):,}: {text.n} sequences of {text.source}"
+    return plotting.spectral(runs, floor=causal_floor(text, config.loss), title=title)
+
+
+EXPERIMENT = Experiment(
+    name="transformer",
+    config=TransformerConfig,
+    presets=PRESETS,
+    prepare=lambda config, folder: set_up(config),
+    identity=identity,
+    run=run_all,
+    records=lambda done: {_name(*key): record for key, record in done.items()},
+    table=table,
+    figure=figure,
+    diverged=OK,
+    arms=lambda config: [_name(*one) for one in _arms(config)],
+)
