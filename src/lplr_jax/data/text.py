@@ -140,8 +140,11 @@ def _descriptions() -> tuple[bytes, str]:
 
 
 def _read(path: Path, *, most: int) -> bytes:
+    reason = "no ordinary file"
     try:
-        with path.open("rb") as file:
-            return file.read(most)
-    except OSError as error:
-        raise DataError(f"the text {checks.shown(str(path))} cannot be read ({error.strerror}); {OWN}") from error
+        if path.is_file():  # a pipe would be waited for
+            with path.open("rb") as file:
+                return file.read(most)
+    except (OSError, ValueError) as error:  # ValueError: a name with a null
+        reason = getattr(error, "strerror", None) or str(error)
+    raise DataError(f"the text {checks.shown(str(path))} cannot be read ({reason}); {OWN}")

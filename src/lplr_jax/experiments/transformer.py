@@ -40,11 +40,12 @@ from lplr_jax.reports.exit_codes import OK
 from lplr_jax.reports.tables import Cell, Quantity, Table, last_finite, mean_of
 from lplr_jax.runs.checkpoint import Checkpoints
 from lplr_jax.runs.loop import run_and_record
-from lplr_jax.runs.problem import Problem, check_learning_rate, check_memory, probe_epochs, spread
+from lplr_jax.runs.problem import MOST, Problem, check_learning_rate, check_memory, probe_epochs, spread
 from lplr_jax.runs.session import Follow, Observer, Say, unfollowed
 from lplr_jax.training import BatchSteps, batches_of, evaluate, init_state, train_epochs
 
 Optimizer = Literal["sgd", "adam"]
+_MOST = {"width": MOST["width"], "layers": 1_000, "heads": MOST["width"], "length": 2**24, "n_train": 2**24}
 ROWS_SEED = 0
 """Seed of the rows whose kernel is measured: one set for all runs."""
 
@@ -106,7 +107,8 @@ class TransformerConfig(ArmsPart, ArmsFolderPart, ProbePart, SeedsPart):
     def check(self) -> None:
         """Raise ValueError for the first field whose value cannot be run."""
         super().check()
-        self._check_counts("n_train", least=1)
+        for name in ("n_train", "width", "layers", "heads", "length"):
+            checks.whole(name, getattr(self, name), least=1, most=_MOST[name])
         self._check_counts("hessian_probes", least=0)
         if self.batch_size is not None:
             checks.whole("batch_size", self.batch_size, least=1, most=self.n_train, of="n_train")
@@ -114,10 +116,9 @@ class TransformerConfig(ArmsPart, ArmsFolderPart, ProbePart, SeedsPart):
         self.each_optimizer()
         for name in ("learning_rate", "adam_learning_rate"):
             check_learning_rate(name, getattr(self, name))
-        positions = self.n_train * checks.whole("length", self.length, least=1)
-        most = checks.whole("subset_size", self.subset_size, least=2, most=2 * positions, of="2 n_train length")
-        if most % 2:
-            raise ValueError(f"subset_size must be even, two rows a position, got {most}")
+        positions = self.n_train * self.length
+        if checks.whole("subset_size", self.subset_size, least=2, most=2 * positions, of="2 n_train length") % 2:
+            raise ValueError(f"subset_size must be even, two rows a position, got {self.subset_size}")
         _model(self, 2)
 
 
