@@ -160,7 +160,14 @@ def test_what_the_runs_say(tiny):
 @pytest.mark.slow
 def test_cross_entropy_and_mini_batches(words, tmp_path):
     config = dataclasses.replace(
-        TINY, data=words, loss="softmax_cross_entropy", batch_size=4, optimizers="adam", seeds="0", save_probes=False
+        TINY,
+        data=words,
+        loss="softmax_cross_entropy",
+        batch_size=4,
+        optimizers="adam",
+        seeds="0",
+        save_probes=False,
+        second_opinion=False,
     )
     record = transformer.run_all(config, tmp_path, transformer.set_up(config))["adam", 0]
     text = data.load_text(n=6, length=5, data=words)

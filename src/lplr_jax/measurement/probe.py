@@ -92,6 +92,7 @@ class KernelProbe:
         certify_floor: float = 0.0,
         learning_rate: float = math.nan,
         hessian_of: tuple[Objective, Any, Any] | None = None,
+        second_opinion: bool = True,
     ) -> None:
         """Set up.
 
@@ -111,7 +112,9 @@ class KernelProbe:
             learning_rate: η of the exact step whose decrease is enclosed; NaN for none.
             hessian_of: function of the same θ, inputs and targets whose Hessian is measured; None for that of the
                 kernel.
+            second_opinion: whether the first and the last kernel are held against those of another implementation.
         """
+        self._peer = second_opinion
         self._curved_by = hessian_of or (objective, x, y)
         self._learning_rate, self._encloses = learning_rate, isinstance(objective.loss, Squared)
         self._certify_floor = certify_floor
@@ -318,7 +321,8 @@ class KernelProbe:
             n = len(self._y)
             rows = next(iter(self._kernels.values())).shape[0]
             closing["probe_loss_scale"] = np.asarray(self._objective.scale(n, rows // n))
-            closing |= self._second_opinion(arrays["probe_epoch"], rows // n, seed)
+            if self._peer:
+                closing |= self._second_opinion(arrays["probe_epoch"], rows // n, seed)
             if isinstance(self._objective.loss, Squared):
                 closing["loss_floor_lower"] = np.asarray(
                     duplicate_floor(self._x, np.reshape(self._y, (n, -1)), float(closing["probe_loss_scale"]))
