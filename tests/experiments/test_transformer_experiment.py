@@ -37,7 +37,8 @@ def test_rows_are_the_class_that_follows_and_one_other(words):
     for tokens, position, chosen, identity in zip(*rows.x.values(), rows.ids, strict=True):
         sequence, rest = divmod(identity, 5 * text.c)
         assert (position, chosen) == divmod(rest, text.c)
-        np.testing.assert_array_equal(tokens, text.x[sequence])
+        np.testing.assert_array_equal(tokens[: position + 1], text.x[sequence, : position + 1])
+        assert not tokens[position + 1 :].any()
     whole = next_token.draw_rows(text, 9, loss="softmax_cross_entropy", seed=3)
     assert (whole.ids.size, whole.y.shape) == (9 // text.c, (9 // text.c, text.c))
     with pytest.raises(ValueError, match=f"subset_size must be at least {text.c}, all classes of one position, got 2"):

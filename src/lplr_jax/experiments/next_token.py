@@ -66,7 +66,7 @@ class Rows(NamedTuple):
     ids: np.ndarray
     """Their numbers, ascending: (sequence T + position) V + class; without the class where all of them are taken."""
     x: Mapping[str, np.ndarray]
-    """"tokens" (m, T), "position" (m,), "class" (m,)."""
+    """"tokens" (m, T), 0 past the position; "position" (m,), "class" (m,)."""
     y: np.ndarray
     """Targets (m, 1): 1 where the class is that of the next token; one-hot (m, V) where all classes are taken."""
 
@@ -96,7 +96,9 @@ def draw_rows(text: Text, size: int, *, loss: LossName, seed: int) -> Rows:
         places, classes = ids // v, ids % v
         y = (classes == after[places]).astype(np.float32)[:, None]
     position, chosen = (places % length).astype(np.int32), classes.astype(np.int32)
-    return Rows(ids, {"tokens": text.x[places // length], "position": position, "class": chosen}, y)
+    # What a position does not see is 0, so that equal contexts are equal inputs.
+    tokens = np.where(np.arange(length) <= position[:, None], text.x[places // length], 0).astype(np.int32)
+    return Rows(ids, {"tokens": tokens, "position": position, "class": chosen}, y)
 
 
 def causal_floor(text: Text, loss: LossName) -> float:

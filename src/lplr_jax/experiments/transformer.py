@@ -88,7 +88,7 @@ class TransformerConfig(ArmsPart, ArmsFolderPart, ProbePart, SeedsPart):
     hessian_probes: int = 5
     """Probes, evenly spread with both ends, at which the Hessian of the loss of all data is measured; 0 for none."""
     second_opinion: bool = True
-    """Hold the first and the last kernel against neural-tangents' as well, where it is there: its compilation is long."""
+    """Hold the first and last kernel against those of neural-tangents, where it is there; it takes long to compile."""
     seeds: str = field(default="0,1,2", metadata=DECIDES_NOTHING)  # of one seed's run
     """Seeds of initialisation and order, with commas."""
     data: Path | None = field(default=None, metadata=DECIDES_NOTHING)
@@ -439,12 +439,15 @@ def table(done: Done, config: TransformerConfig) -> Table:
     first = next(iter(done.values()))
     n, c, p = (int(first[name]) for name in ("n", "c", "p"))
     rows, seeds = int(first["kernel_samples"]) * c, ", ".join(str(seed) for seed in dict.fromkeys(s for _, s in done))
-    floor = causal_floor(data.load_text(n=config.n_train, length=config.length, data=config.data), config.loss)
-    none = f"; with p = {p:,} parameters below that, λ_min of all is 0" if p < n * c else ""
+    text = data.load_text(n=config.n_train, length=config.length, data=config.data)
+    again = text.y.size - int(text.contexts().max()) - 1
+    why = [f"p = {p:,} is below {n * c:,}"] * (p < n * c)
+    why += [f"{again} of {text.y.size:,} positions see what another one sees"] * (again > 0)
     notes = (
         f"Mean ± sample standard deviation over seeds {seeds}. Kernel of {rows} of {n * c:,} rows, each a "
-        f"(sequence, position, class): an upper bound of λ_min of all{none}.",
-        f"No causal function has a loss below {floor:.4g} on this text: equal contexts go on in unlike ways.",
+        f"(sequence, position, class): an upper bound of λ_min of all.",
+        *([f"λ_min of all is 0 at every θ: {' and '.join(why)}."] if why else []),
+        f"No causal function has a loss below {causal_floor(text, config.loss):.4g}: equal contexts go on unlike.",
         "η: " + ", ".join(f"{name} {config.rate_of(name):g}" for name in names) + ". Ours, not the paper's.",
     )
     shown = tuple(Quantity(key, label, latex, meaning) for key, label, latex, meaning, _ in _READ)
