@@ -56,3 +56,21 @@ def test_a_text_that_cannot_be_used_is_refused(tmp_path):
         load_text(n=2, length=4, data=path)
     with pytest.raises(DataError, match="cannot be read"):
         load_text(n=2, length=4, data=tmp_path)
+
+
+def test_pl_with_the_floor_of_the_contexts(text):
+    """½‖∇L‖² >= (λ_P/s)(L - L_P) for a linear function of the context, and λ_min of all is 0; docs/theory.md."""
+    rng, v, s = np.random.default_rng(0), text.c, 6.0
+    contexts = text.contexts()
+    of_contexts = rng.normal(size=(contexts.max() + 1, v, 40))
+    jacobian = of_contexts[contexts].reshape(-1, 40)
+    y = np.eye(v)[text.y.reshape(-1)].reshape(-1)
+    least = np.linalg.eigvalsh(of_contexts.reshape(-1, 40) @ of_contexts.reshape(-1, 40).T)[0]
+    assert np.linalg.eigvalsh(jacobian @ jacobian.T)[0] == pytest.approx(0, abs=1e-12)
+    floor = causal_floor(text, "squared")
+    fit = np.linalg.lstsq(jacobian, y, rcond=None)[0]
+    for theta in (rng.normal(size=40), fit, fit + 1e-3 * rng.normal(size=40)):
+        r = jacobian @ theta - y
+        loss, slope = r @ r / (2 * s), jacobian.T @ r / s
+        assert 0.5 * slope @ slope >= least / s * (loss - floor) * (1 - 1e-9) - 1e-14
+    assert np.sum((jacobian @ fit - y) ** 2) / (2 * s) == pytest.approx(floor), "40 parameters reach the floor"
