@@ -18,7 +18,6 @@ from jaxtyping import Array
 from matplotlib.figure import Figure
 
 from lplr_jax import checks, data, plotting
-from lplr_jax.curves.position import position_of
 from lplr_jax.experiments.experiment import Experiment, record_of
 from lplr_jax.experiments.next_token import (
     EachPosition,
@@ -30,6 +29,7 @@ from lplr_jax.experiments.next_token import (
     draw_rows,
 )
 from lplr_jax.experiments.parts import DECIDES_NOTHING, ArmsFolderPart, ProbePart, SeedsPart, decisive
+from lplr_jax.experiments.spectral_readings import FLOOR, READINGS, pl_ratio
 from lplr_jax.experiments.sweep import ArmsPart
 from lplr_jax.losses import Objective, by_name
 from lplr_jax.measurement.probe import KernelProbe
@@ -363,83 +363,20 @@ def _name(optimizer: Optimizer, seed: int) -> str:
     return f"{optimizer}-seed{seed}"
 
 
-def _position(record: Record, name: str, place: int) -> float:
-    found = position_of(record)
-    return float("nan") if found is None else float(getattr(found, name)[place])
-
-
-def _pl_ratio(record: Record) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return 0.5 * np.asarray(record["grad_sq_norm"], np.float64) / np.asarray(record["loss"], np.float64)
-
-
-def _interval(record: Record) -> float:
-    value, lower, upper = (record[f"ntk_min_eig{end}"] for end in ("", "_lower", "_upper"))
-    return float(np.nanmax((upper - lower) / np.abs(value)))
-
-
-def _first(name: str) -> Callable[[Record], float]:
-    return lambda record: float(record[name][0]) if name in record else float("nan")
-
-
-def _last(name: str) -> Callable[[Record], float]:
-    return lambda record: last_finite(record[name]) if name in record else float("nan")
-
-
-_READ: tuple[tuple[str, str, str, str, Callable[[Record], float]], ...] = (
-    ("loss_0", "L_0", "$L_0$", "training loss of all positions at initialisation, units of L", _first("loss")),
-    ("loss_t", "L_T", "$L_T$", "last training loss", _last("loss")),
-    ("gradient_t", "‖∇L_T‖²", r"$\|\nabla L_T\|^2$", "exact, of all positions", _last("grad_sq_norm")),
-    ("pl_0", "PL ratio, 0", "PL ratio, $0$", "½‖∇L‖²/L with L* = 0, units of L", lambda r: float(_pl_ratio(r)[0])),
-    ("pl_t", "PL ratio, T", "PL ratio, $T$", "the same at the end", lambda r: last_finite(_pl_ratio(r))),
-    ("pl_least", "PL ratio, least", "PL ratio, least", "the least of all steps",
-     lambda r: float(np.nanmin(_pl_ratio(r)))),
-    ("drift_t", "drift", r"$\|\theta_T-\theta_0\|$", "‖θ_T - θ_0‖₂", _last("drift")),
-    ("sharpness_0", "β, 0", r"$\beta$, $0$", "largest eigenvalue of the Hessian of L, all positions",
-     _first("sharpness")),
-    ("sharpness_t", "β, T", r"$\beta$, $T$", "the same at the last probe", _last("sharpness")),
-    ("lambda_0", "λ_min, 0", r"$\lambda_{\min}$, $0$", "least eigenvalue of the rows' kernel, output²/parameter²",
-     _first("ntk_min_eig")),
-    ("lambda_t", "λ_min, T", r"$\lambda_{\min}$, $T$", "the same at the last probe", _last("ntk_min_eig")),
-    ("lambda_least", "λ_min, least", r"$\lambda_{\min}$, least", "the least at any probe",
-     lambda r: float(np.nanmin(r["ntk_min_eig"]))),
-    ("interval", "interval of λ_min", r"interval of $\lambda_{\min}$", "its largest width over λ_min, of all probes",
-     _interval),
-    ("max_0", "λ_max, 0", r"$\lambda_{\max}$, $0$", "largest eigenvalue of the same kernel", _first("ntk_max_eig")),
-    ("max_t", "λ_max, T", r"$\lambda_{\max}$, $T$", "the same at the last probe", _last("ntk_max_eig")),
-    ("rank_0", "effective rank, 0", "effective rank, $0$", "(tr Θ)²/‖Θ‖_F²", _first("ntk_effective_rank")),
-    ("rank_t", "effective rank, T", "effective rank, $T$", "the same at the last probe", _last("ntk_effective_rank")),
-    ("rayleigh_0", "ρ, 0", r"$\rho$, $0$", "gᵀΘg/‖g‖² at the rows' own gradient in f", _first("ntk_rayleigh")),
-    ("rayleigh_t", "ρ, T", r"$\rho$, $T$", "the same at the last probe", _last("ntk_rayleigh")),
-    ("above_0", "eigenvalues ≥ ρ, 0", r"eigenvalues $\geq\rho$, $0$", "as a share of all: where the gradient lies",
-     lambda r: _position(r, "above", 0)),
-    ("above_t", "eigenvalues ≥ ρ, T", r"eigenvalues $\geq\rho$, $T$", "the same at the last probe",
-     lambda r: _position(r, "above", -1)),
-    ("floor_share_0", "share by best k, 0", "share by best $k$, $0$", "λ_k A_k/ρ: how much of ½‖∇L‖² floor_pl gives",
-     lambda r: _position(r, "floor_share", 0)),
-    ("floor_share_t", "share by best k, T", "share by best $k$, $T$", "the same at the last probe",
-     lambda r: _position(r, "floor_share", -1)),
-    ("best_t", "best k, T", "best $k$, $T$", "the k of it", lambda r: _position(r, "best", -1)),
-    ("least_share_0", "share by λ_min, 0", r"share by $\lambda_{\min}$, $0$", "λ_min/ρ: what the paper's bound gives",
-     lambda r: _position(r, "least_share", 0)),
-    ("least_share_t", "share by λ_min, T", r"share by $\lambda_{\min}$, $T$", "the same at the last probe",
-     lambda r: _position(r, "least_share", -1)),
-    ("shift_t", "‖Θ_T - Θ_0‖₂/λ_max", r"$\|\Theta_T-\Theta_0\|_2/\lambda_{\max}$", "shift over λ_max(Θ_0), of the rows",
-     lambda r: last_finite(r["ntk_shift"]) / float(r["ntk_max_eig"][0])),
-)  # fmt: skip
-
-
 def table(done: Done, config: TransformerConfig) -> Table:
     """Return one column an optimiser, each number with its mean and deviation over seeds."""
     names: tuple[Optimizer, ...] = tuple(dict.fromkeys(optimizer for optimizer, _ in done))
     of = {name: [record for (optimizer, _), record in done.items() if optimizer == name] for name in names}
-    cells: dict[str, list[Cell]] = {
-        key: [mean_of([read(record) for record in of[name]]) for name in names] for key, *_, read in _READ
-    }
     first = next(iter(done.values()))
     n, c, p = (int(first[name]) for name in ("n", "c", "p"))
     rows, seeds = int(first["kernel_samples"]) * c, ", ".join(str(seed) for seed in dict.fromkeys(s for _, s in done))
     text = data.load_text(n=config.n_train, length=config.length, data=config.data)
+    floor = causal_floor(text, config.loss)
+    of_floor = FLOOR.key, lambda record: float(np.nanmin(pl_ratio(record, floor)))
+    cells: dict[str, list[Cell]] = {
+        key: [mean_of([read(record) for record in of[name]]) for name in names]
+        for key, read in (*((key, read) for key, *_, read in READINGS), of_floor)
+    }
     again = text.y.size - int(text.contexts().max()) - 1
     why = [f"p = {p:,} is below {n * c:,}"] * (p < n * c)
     why += [f"{again} of {text.y.size:,} positions see what another one sees"] * (again > 0)
@@ -447,11 +384,12 @@ def table(done: Done, config: TransformerConfig) -> Table:
         f"Mean ± sample standard deviation over seeds {seeds}. Kernel of {rows} of {n * c:,} rows, each a "
         f"(sequence, position, class): an upper bound of λ_min of all.",
         *([f"λ_min of all is 0 at every θ: {' and '.join(why)}."] if why else []),
-        f"No causal function has a loss below {causal_floor(text, config.loss):.4g}: equal contexts go on unlike.",
+        f"No causal function has a loss below {floor:.4g}: equal contexts go on unlike.",
         "η: " + ", ".join(f"{name} {config.rate_of(name):g}" for name in names) + ". Ours, not the paper's.",
     )
-    shown = tuple(Quantity(key, label, latex, meaning) for key, label, latex, meaning, _ in _READ)
-    return Table(f"Transformer on text, {config.loss.replace('_', ' ')} loss", names, shown, cells, notes)
+    shown = [Quantity(key, label, latex, meaning) for key, label, latex, meaning, _ in READINGS]
+    shown.insert(1 + [one.key for one in shown].index("pl_least"), FLOOR)
+    return Table(f"Transformer on text, {config.loss.replace('_', ' ')} loss", names, tuple(shown), cells, notes)
 
 
 def figure(done: Done, config: TransformerConfig) -> Figure:
@@ -460,7 +398,7 @@ def figure(done: Done, config: TransformerConfig) -> Figure:
     for (optimizer, _), record in done.items():
         runs.setdefault(f"{optimizer}, η = {config.rate_of(optimizer):g}", []).append(record)
     text = data.load_text(n=config.n_train, length=config.length, data=config.data)
-    size = f"width {config.width}, {config.layers} layers, {config.heads} heads, T = {config.length}"
+    size = f"width {config.width}, layers {config.layers}, heads {config.heads}, T = {config.length}"
     first = next(iter(done.values()))
     title = f"transformer, {size}, p = {int(first['p']):,}: {text.n} sequences of {text.source}"
     return plotting.spectral(runs, floor=causal_floor(text, config.loss), title=title)

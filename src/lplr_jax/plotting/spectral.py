@@ -1,6 +1,7 @@
 """Loss, PL ratio, spectrum and shares of several methods, one colour a method and one curve a run."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -25,8 +26,9 @@ Curves = tuple[tuple[str, Line, Callable[[Record], tuple[np.ndarray, np.ndarray]
 def spectral(runs: Mapping[str, Sequence[Record]], *, floor: float | None = None, title: str = "") -> Figure:
     """Draw what the gradient has to do with the kernel's spectrum along the runs of several methods.
 
-    Panels: loss; PL ratio ½‖∇L‖²/L; λ_max, ρ = gᵀΘg/‖g‖² and λ_min with its interval; and as shares of one the
-    eigenvalues at least ρ, how much of ½‖∇L‖² the best bound by the top k eigenvectors accounts for, and that by λ_min.
+    Panels: loss; PL ratio ½‖∇L‖²/(L - L*), L* = 0 and the floor; λ_max, ρ = gᵀΘg/‖g‖² and λ_min with its interval; and
+    as shares of one the eigenvalues at least ρ, how much of ½‖∇L‖² the best bound by the top k eigenvectors accounts
+    for, and that by λ_min.
 
     Args:
         runs: from a method to the records of its runs, all of which keep spectra.
@@ -43,9 +45,17 @@ def spectral(runs: Mapping[str, Sequence[Record]], *, floor: float | None = None
     check_records(several)
     if any(position_of(record) is None for record in several):
         raise ValueError("every record must hold spectrum, residual_energy, ntk_rayleigh and ntk_min_eig of a probe")
+    levels = [0.0] if floor is None or floor <= 0 else [0.0, floor]
     panels: tuple[tuple[str, str, Curves], ...] = (
         ("training loss, all positions", "L   [units of L]", (("", "-", _loss),)),
-        (r"PL ratio $\frac{1}{2}\|\nabla L\|^2/L$, with $L^*=0$", "PL ratio   [units of L]", (("", "-", _pl_ratio),)),
+        (
+            r"PL ratio $\frac{1}{2}\|\nabla L\|^2/(L-L^*)$",
+            "PL ratio   [units of L]",
+            tuple(
+                (f"$L^*={level:.3g}$", line, partial(_pl_ratio, level=level))
+                for level, line in zip(levels, ("-", "--"), strict=False)
+            ),
+        ),
         (
             _of_rows(several[0]),
             "output² / parameter²",
@@ -77,7 +87,12 @@ def spectral(runs: Mapping[str, Sequence[Record]], *, floor: float | None = None
             for record in records:
                 _interval(spectrum, record, f"C{index}")
         colours = [
-            Line2D([], [], color=f"C{index}", label=f"{plain(name, LONGEST_NAME)}, {len(records)} runs")
+            Line2D(
+                [],
+                [],
+                color=f"C{index}",
+                label=f"{plain(name, LONGEST_NAME)}, {len(records)} run{'s' * (len(records) > 1)}",
+            )
             for index, (name, records) in enumerate(runs.items())
         ]
         if floor is not None and floor > 0:
@@ -88,12 +103,12 @@ def spectral(runs: Mapping[str, Sequence[Record]], *, floor: float | None = None
 
 
 def _panel(axes: Axes, runs: Mapping[str, Sequence[Record]], curves: Curves) -> None:
-    for label, line, of in curves:
+    for _, line, of in curves:
         for index, records in enumerate(runs.values()):
             for record in records:
                 steps, values = of(record)
                 known = np.isfinite(values) & (values > 0)
-                marker = "o" if label and line == "-" else None
+                marker = "o" if line == "-" and steps.size < 100 else None
                 style = {"color": f"C{index}", "linestyle": line, "linewidth": 0.9, "marker": marker, "markersize": 2.5}
                 axes.plot(steps[known], values[known], **style)
     axes.set_yscale("log")
@@ -105,9 +120,9 @@ def _loss(record: Record) -> tuple[np.ndarray, np.ndarray]:
     return record["epoch"], record["loss"]
 
 
-def _pl_ratio(record: Record) -> tuple[np.ndarray, np.ndarray]:
+def _pl_ratio(record: Record, level: float) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(divide="ignore", invalid="ignore"):
-        return record["epoch"], 0.5 * record["grad_sq_norm"] / record["loss"]
+        return record["epoch"], 0.5 * record["grad_sq_norm"] / (record["loss"] - level)
 
 
 def _least(record: Record) -> tuple[np.ndarray, np.ndarray]:
