@@ -6,12 +6,14 @@ The only room that knows a layer. Everything downstream sees `apply_fn(params, x
 from typing import Any
 
 from lplr_jax import rooms
-from lplr_jax.models.mlp import INITS, MLP
-from lplr_jax.models.parts import ACTIVATIONS, he_normal
+from lplr_jax.models.mlp import INITS as INITS
+from lplr_jax.models.mlp import MLP
+from lplr_jax.models.parts import ACTIVATIONS as ACTIVATIONS
+from lplr_jax.models.parts import he_normal as he_normal
 from lplr_jax.models.resnet import ResNet
 from lplr_jax.models.transformer import Transformer
 
-__all__ = ["ACTIVATIONS", "INITS", "MLP", "ResNet", "Transformer", "he_normal"]
+__all__ = ["MLP", "ResNet", "Transformer"]
 
 
 def __getattr__(name: str) -> Any:
