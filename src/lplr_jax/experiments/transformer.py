@@ -139,7 +139,19 @@ PRESETS: dict[str, TransformerConfig] = {
 
 # Compiled code is found again by the identity of model, function and optimiser: one object for each setting.
 _network = lru_cache(maxsize=16)(Transformer)
-_OPTIMIZERS = {"sgd": lru_cache(maxsize=16)(optax.sgd), "adam": lru_cache(maxsize=16)(optax.adam)}
+
+
+@lru_cache(maxsize=16)
+def _optimizer(name: Optimizer, rate: float) -> optax.GradientTransformation:
+    if name == "sgd":
+        return optax.sgd(rate)
+    adam = optax.adam(rate)
+
+    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):  # its bias correction relies on it
+            return adam.update(gradient, state, params)
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 def _model(config: TransformerConfig, vocabulary: int) -> Any:  # a type checker takes it for not hashable
@@ -252,7 +264,7 @@ def run(
     """
     batch, objective = (setting.x, setting.y), setting.objective
     initial = jax.jit(setting.model.init)(jax.random.key(seed), setting.x[:1])
-    transformation = _OPTIMIZERS[optimizer](config.rate_of(optimizer))
+    transformation = _optimizer(optimizer, config.rate_of(optimizer))
     probes_at = probe_epochs(config.epochs, config.spacing())
     probe = KernelProbe(
         setting.of_rows,
