@@ -147,9 +147,9 @@ def _optimizer(name: Optimizer, rate: float) -> optax.GradientTransformation:
         return optax.sgd(rate)
     adam = optax.adam(rate)
 
-    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         with jax.numpy_dtype_promotion("standard"):  # its bias correction relies on it
-            return adam.update(gradient, state, params)
+            return adam.update(updates, state, params)
 
     return optax.GradientTransformation(adam.init, update)
 
