@@ -35,6 +35,10 @@ REGISTRY = {
         "lplr_jax.experiments.cifar",
         "CIFAR-10, five classes: residual network, SGD, several seeds, and the kernel of a subset (section 6.3).",
     ),
+    "transformer": Listed(
+        "lplr_jax.experiments.transformer",
+        "A causal transformer on text, by SGD and Adam: its kernel on fixed rows, and where the gradient lies in it.",
+    ),
     "steps": Listed(
         "lplr_jax.experiments.steps",
         "Step rules against width: which keep drift, kernel and PL ratio stable without a tuned η.",

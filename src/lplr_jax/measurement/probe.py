@@ -93,6 +93,8 @@ class KernelProbe:
         batches: Batches | None = None,
         certify_floor: float = 0.0,
         learning_rate: float = math.nan,
+        hessian_of: tuple[Objective, Any, Any] | None = None,
+        second_opinion: bool = True,
     ) -> None:
         """Set up.
 
@@ -110,7 +112,12 @@ class KernelProbe:
             batches: mini-batches whose noise is measured; None for none.
             certify_floor: seconds of two cores for a certificate of zero loss after the last probe; 0 for none.
             learning_rate: η of the exact step whose decrease is enclosed; NaN for none.
+            hessian_of: function of the same θ, inputs and targets whose Hessian is measured; None for that of the
+                kernel.
+            second_opinion: whether the first and the last kernel are held against those of another implementation.
         """
+        self._peer = second_opinion
+        self._curved_by = hessian_of or (objective, x, y)
         self._learning_rate, self._encloses = learning_rate, isinstance(objective.loss, Squared)
         self._certify_floor = certify_floor
         self._batches = batches
@@ -150,7 +157,8 @@ class KernelProbe:
                 self._extremes = self._measure_hessian(params)
                 values |= {"sharpness": self._extremes.largest, "curvature_min": self._extremes.least}
                 guess = 2 / self._extremes.largest if self._extremes.largest > 0 else math.nan
-                values["critical_step"] = critical_step(self._objective, params, self._x, self._y, guess=guess)
+                objective, x, y = self._curved_by
+                values["critical_step"] = critical_step(objective, params, x, y, guess=guess)
         return values
 
     @contextmanager
@@ -228,12 +236,13 @@ class KernelProbe:
         return False
 
     def _measure_hessian(self, params: Params) -> diagnostics.Extremes:
+        objective, x, y = self._curved_by
         found = diagnostics.hessian_extremes(
-            self._objective.value,
+            objective.value,
             params,
-            self._x,
-            self._y,
-            reduction=self._objective.reduction,
+            x,
+            y,
+            reduction=objective.reduction,
             dtype=self._hessian_precision,
             tolerance=HESSIAN_TOLERANCE[self._hessian_precision],
             start=self._extremes,
@@ -319,7 +328,8 @@ class KernelProbe:
             n = len(self._y)
             rows = next(iter(self._kernels.values())).shape[0]
             closing["probe_loss_scale"] = np.asarray(self._objective.scale(n, rows // n))
-            closing |= self._second_opinion(arrays["probe_epoch"], rows // n, seed)
+            if self._peer:
+                closing |= self._second_opinion(arrays["probe_epoch"], rows // n, seed)
             if isinstance(self._objective.loss, Squared):
                 closing["loss_floor_lower"] = np.asarray(
                     duplicate_floor(self._x, np.reshape(self._y, (n, -1)), float(closing["probe_loss_scale"]))

@@ -10,6 +10,7 @@ from lplr_jax.plotting.choice import plot  # noqa: E402
 from lplr_jax.plotting.cifar import cifar, scope_note  # noqa: E402
 from lplr_jax.plotting.losses import losses  # noqa: E402
 from lplr_jax.plotting.panels import four_panel  # noqa: E402
+from lplr_jax.plotting.spectral import spectral  # noqa: E402
 from lplr_jax.plotting.style import save  # noqa: E402
 from lplr_jax.plotting.width import against_width  # noqa: E402
 
@@ -24,4 +25,5 @@ __all__ = [
     "plot",
     "save",
     "scope_note",
+    "spectral",
 ]
