@@ -234,7 +234,8 @@ SCHEMA: dict[str, Entry] = {
     "critical_step": Entry(
         ("probe",),
         "parameter² / L",
-        "η_c, the step along -∇L beyond which the loss rises, within 4 %",
+        "η_c, the step along -∇L beyond which the loss of the probe's samples rises, within 4 %, by forward passes; 2/η_c "
+        "is the critical sharpness, at most that of the Hessian where L is quadratic",
         NON_NEGATIVE,
     ),
     "aiming_inner": Entry(("probe",), LOSS, "⟨∇L(θ_t), θ_t - θ̃⟩, θ̃ the point beside which zero loss is certified"),
