@@ -27,6 +27,10 @@ REGISTRY = {
         "lplr_jax.experiments.boundary",
         "Find the largest step size that descends, for every width, and hold it against 2/β.",
     ),
+    "width": Listed(
+        "lplr_jax.experiments.width",
+        "Network width from λ_min(Θ_0): λ_0 against width with its proved interval, and where it stops growing.",
+    ),
     "initialisation": Listed(
         "lplr_jax.experiments.initialisation",
         "Initialisations side by side, and the figures of the paper's earlier version.",

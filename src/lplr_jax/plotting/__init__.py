@@ -8,17 +8,20 @@ from lplr_jax.plotting.ablation import ablation, initialisation  # noqa: E402
 from lplr_jax.plotting.boundary import boundary  # noqa: E402
 from lplr_jax.plotting.choice import plot  # noqa: E402
 from lplr_jax.plotting.cifar import cifar, scope_note  # noqa: E402
+from lplr_jax.plotting.growing import Growing, growing  # noqa: E402
 from lplr_jax.plotting.losses import losses  # noqa: E402
 from lplr_jax.plotting.panels import four_panel  # noqa: E402
 from lplr_jax.plotting.style import save  # noqa: E402
 from lplr_jax.plotting.width import against_width  # noqa: E402
 
 __all__ = [
+    "Growing",
     "ablation",
     "against_width",
     "boundary",
     "cifar",
     "four_panel",
+    "growing",
     "initialisation",
     "losses",
     "plot",
