@@ -26,7 +26,7 @@ PYTHON_LATEST ?= $(shell for v in 3.14 3.13 3.12; do for p in python$$v "$$HOME"
 VENV_LATEST ?= .venv-latest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mnist ablation boundary width initialisation steps noise cifar bench test test-all test-worlds test-latest check docs lock clean
+.PHONY: help setup mnist ablation boundary width initialisation edge steps noise cifar bench test test-all test-worlds test-latest check docs lock clean
 
 help:  ## show this list
 	@echo 'lplr-jax: which hypotheses of local Polyak-Lojasiewicz theory hold on a training run'
@@ -68,6 +68,9 @@ width: $(RUN)  ## λ_min of the kernel at initialisation against width, proved, 
 
 initialisation: $(RUN)  ## three initialisations side by side, and the figures of the paper's earlier version
 	@$(BIN)/lplr initialisation $(OPTIONS)
+
+edge: $(RUN)  ## edge of stability as published: sharpness rises to 2/η on CIFAR-10, and hovers (needs DATA=)
+	@$(BIN)/lplr edge $(OPTIONS)
 
 steps: $(RUN)  ## step rules against width: which keep drift, kernel and PL ratio stable without a tuned η
 	@$(BIN)/lplr steps $(OPTIONS)

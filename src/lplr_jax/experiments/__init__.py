@@ -39,6 +39,10 @@ REGISTRY = {
         "lplr_jax.experiments.cifar",
         "CIFAR-10, five classes: residual network, SGD, several seeds, and the kernel of a subset (section 6.3).",
     ),
+    "edge": Listed(
+        "lplr_jax.experiments.edge",
+        "Edge of stability as published: sharpness rises to 2/η on CIFAR-10 and hovers, critical sharpness beside it.",
+    ),
     "steps": Listed(
         "lplr_jax.experiments.steps",
         "Step rules against width: which keep drift, kernel and PL ratio stable without a tuned η.",

@@ -8,6 +8,7 @@ from lplr_jax.plotting.ablation import ablation, initialisation  # noqa: E402
 from lplr_jax.plotting.boundary import boundary  # noqa: E402
 from lplr_jax.plotting.choice import plot  # noqa: E402
 from lplr_jax.plotting.cifar import cifar, scope_note  # noqa: E402
+from lplr_jax.plotting.edge import edge  # noqa: E402
 from lplr_jax.plotting.growing import Growing, growing  # noqa: E402
 from lplr_jax.plotting.losses import losses  # noqa: E402
 from lplr_jax.plotting.panels import four_panel  # noqa: E402
@@ -20,6 +21,7 @@ __all__ = [
     "against_width",
     "boundary",
     "cifar",
+    "edge",
     "four_panel",
     "growing",
     "initialisation",
