@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -90,6 +91,7 @@ def saturation(m: Float[np.ndarray, " k"], values: Float[np.ndarray, " k"]) -> S
     best = int(np.argmin([linear(place)[0] for place in places]))
     low, high = places[max(best - 1, 0)], places[min(best + 1, places.size - 1)]
     settings = {"bounds": (low, high), "method": "bounded", "options": {"xatol": 1e-12}}
-    log_b = float(scipy.optimize.minimize_scalar(lambda place: linear(place)[0], **settings).x)
+    found: Any = scipy.optimize.minimize_scalar(lambda place: linear(place)[0], **settings)
+    log_b = float(found.x)
     _, (rise, c) = linear(log_b)
     return Saturation(-float(rise), math.exp(log_b), float(c))

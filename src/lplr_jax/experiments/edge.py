@@ -128,7 +128,7 @@ def standardised(images: np.ndarray) -> np.ndarray:
 
 def initial(model: MLP, seed: int, x: Any) -> Params:
     """Return θ_0 as PyTorch draws that of its linear layers: weights and biases uniform on ±1/√fan_in."""
-    params = model.init(jax.random.key(seed), x[:1])["params"]
+    params: Any = model.init(jax.random.key(seed), x[:1])["params"]
     keys = jax.random.split(jax.random.key(seed), 2 * len(params))
     drawn = {}
     for place, name in enumerate(sorted(params)):

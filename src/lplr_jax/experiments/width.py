@@ -98,7 +98,7 @@ PRESETS: dict[str, WidthConfig] = {
 
 
 def _data_config(config: WidthConfig, width: int) -> mnist.MnistConfig:
-    own = {"width": width, "n_train": config.n_train + config.held_out}
+    own: dict[str, Any] = {"width": width, "n_train": config.n_train + config.held_out}
     return mnist.MnistConfig(**shared(config, mnist.MnistConfig) | own)
 
 

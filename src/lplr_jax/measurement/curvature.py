@@ -98,16 +98,17 @@ class CurvatureProbe:
 
     def _enclosed(self, params: Params) -> dict[str, float]:
         """Return proved bounds of the loss and of what one exact step takes of it; NaN where there are none."""
-        values = dict.fromkeys(ENCLOSED, math.nan)
+        values: dict[str, float] = dict.fromkeys(ENCLOSED, math.nan)
         network = dense_network(self._objective.apply_fn, params, self._x)
         if network is None:
             return values
-        y = np.asarray(self._y, np.float64).reshape(network.outputs.shape)
+        n, c = network.outputs.shape
+        y = np.asarray(self._y, np.float64).reshape(n, c)
         found = enclose(
             network,
             AssemblyBound(math.inf, network.factor_error),  # no kernel was assembled
             y,
-            scale=self._objective.scale(*y.shape),
+            scale=self._objective.scale(n, c),
             min_eig_lower=math.nan,
             max_eig_upper=network.trace_upper,
             learning_rate=self._learning_rate,
