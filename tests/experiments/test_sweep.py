@@ -28,7 +28,13 @@ def test_arms_are_listed_as_json(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "first", "count"),
-    [("ablation", "m128-seed0", 5), ("cifar", "seed0", 3), ("steps", "fixed-m128", 18), ("noise", "b10-seed0", 16)],
+    [
+        ("ablation", "m128-seed0", 5),
+        ("cifar", "seed0", 3),
+        ("steps", "fixed-m128", 18),
+        ("noise", "b10-seed0", 16),
+        ("width", "ntk-m16-seed0", 70),
+    ],
 )
 def test_every_sweep_names_its_arms(name, first, count):
     experiment = find(name)
