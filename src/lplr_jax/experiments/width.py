@@ -351,24 +351,26 @@ def table(done: Done, config: WidthConfig) -> Table:
 
 
 def _finding(found: Growth, share: float, held: Sequence[Cell]) -> str:
-    """Say where λ_0 stops growing, and what the held-out loss does from there on."""
+    """Say where λ_0 stops growing, what it gains at the end, and where the held-out loss is least."""
     last, words = found.widths.size - 1, ""
     if last:
         _, below, above = found.gain(last)
         widths = f"{int(found.widths[last - 1])} to {int(found.widths[last])}"
         words = f"; from width {widths} it gains a factor in [{at_least(below, 4)}, {at_most(above, 4)}], proved"
+    losses = [cell.value if isinstance(cell, Measured) else math.inf for cell in held]
+    least = int(np.argmin(losses))
+    if math.isfinite(losses[last]) and losses[least] < math.inf:
+        at = f"m = {int(found.widths[least])}, {losses[least]:.4g}"
+        words += f"; the held-out loss is least at {at}, and {losses[last]:.4g} at the widest"
     if found.fit is None:
         return "fewer than three widths: no curve to fit" + words
-    if math.isnan(found.stops):
-        rises = found.fit.a < 0 < found.fit.limit
-        limit = f"the fit has a limit of {found.fit.limit:.3g}" if rises else "the fit does not rise to a limit"
-        return f"λ_0 does not reach {share:.0%} of a limit within these widths: {limit}" + words
-    text = f"λ_0 reaches {share:.0%} of its limit {found.fit.limit:.4g} at m = {found.stops:.0f}" + words
-    place = int(np.searchsorted(found.widths, found.stops))
-    near, end = held[min(place, last)], held[last]
-    if place < last and isinstance(near, Measured) and isinstance(end, Measured):
-        text += f"; the held-out loss goes from {near.value:.4g} at m = {int(found.widths[place])} to {end.value:.4g}"
-    return text
+    if math.isfinite(found.stops):
+        return f"λ_0 reaches {share:.0%} of its limit {found.fit.limit:.4g} at m = {found.stops:.0f}" + words
+    limit = "the fit does not rise to a limit"
+    if found.fit.a < 0 < found.fit.limit:
+        reached = float(found.fit.at(found.widths[-1:])[0]) / found.fit.limit
+        limit = f"the fit has a limit of {found.fit.limit:.3g}, of which the widest has {reached:.0%}"
+    return f"λ_0 does not reach {share:.0%} of a limit within these widths: {limit}" + words
 
 
 def figure(done: Done, config: WidthConfig) -> Figure:

@@ -55,7 +55,7 @@ def growing(curves: Mapping[str, Growing], *, share: float) -> Figure:
         axes = figure.subplots(2 if lossy else 1, len(curves), squeeze=False, sharex="col")
         for column, (name, curve) in enumerate(curves.items()):
             top = axes[0, column]
-            _points(top, curve.widths, curve.values, "C0", "λ_0, one dot a seed (proved intervals: within a dot)")
+            _points(top, curve.widths, curve.values, "C0", "λ_0: mean, and one dot a seed")
             if curve.fit is not None:
                 dense = np.geomspace(curve.widths[0], curve.widths[-1], 200)
                 label = f"fit c - a m/(b + m), limit {curve.fit.limit:.3g}"
