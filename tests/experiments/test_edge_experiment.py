@@ -26,10 +26,10 @@ def images(tmp_path_factory):
 
 
 def test_initialisation_is_uniform_with_the_published_bounds():
-    model = MLP(200, 3, "tanh", 5)
-    x = jnp.zeros((1, 3072))
+    model = MLP(40, 3, "tanh", 5)
+    x = jnp.zeros((1, 300))
     params = edge.initial(model, 3, x)["params"]
-    for name, fan_in in (("dense_0", 3072), ("dense_1", 200), ("dense_2", 200)):
+    for name, fan_in in (("dense_0", 300), ("dense_1", 40), ("dense_2", 40)):
         for leaf in params[name].values():
             drawn = np.asarray(leaf, np.float64) * fan_in**0.5
             assert np.abs(drawn).max() <= 1
@@ -87,7 +87,7 @@ def test_mistakes_end_with_a_sentence(options, message, capsys, tmp_path):
 @pytest.mark.skipif(not REAL.exists(), reason="real CIFAR-10 images: name their folder in LPLR_TEST_DATA")
 def test_sharpness_rises_to_the_edge_and_hovers_there():
     """As published, on 500 images: sharpening up to 2/η; the critical sharpness rises late, and joins it there."""
-    config = EdgeConfig(n_train=500, epochs=1200, probe_every=80, data=REAL.parent)
+    config = EdgeConfig(n_train=500, epochs=1200, probe_every=100, data=REAL.parent)
     record = edge.run(config)
     found = edge_of(record)
     assert found.sharpness_0 < 0.6 * found.threshold

@@ -43,6 +43,9 @@ def boundary(
     for name, column in columns.items():
         if not (np.isfinite(column) & (column > 0)).all():
             raise ValueError(f"{name} must hold finite numbers > 0, got {column.tolist()}")
+    once = None if critical is None else checks.real_array("critical", critical, axes="k")
+    if once is not None and once.size != lengths[0]:
+        raise ValueError(f"critical must have one entry for each of {lengths[0]} widths, got {once.size}")
     m, two_over_beta, low, high = columns.values()
     measured = np.sqrt(low * high)
     with styled():
@@ -57,8 +60,7 @@ def boundary(
             text = f"{label}:  exponent {law.slope:.2f} ± {law.stderr:.2f}"
             top.plot(m, values, **{**style, "linestyle": "none"}, label=text)
             top.plot(m, law.at(m), color=style["color"], linestyle=style["linestyle"], linewidth=1)
-        if critical is not None and np.isfinite(critical).any():
-            once = checks.real_array("critical", critical, axes="k")
+        if once is not None and np.isfinite(once).any():
             label = r"$\eta_c$ at initialisation: one step descends"
             top.plot(m, once, color="C2", marker="^", linestyle=":", linewidth=1, label=label)
         top.errorbar(m, measured, errors, fmt="none", ecolor="C0")
