@@ -303,7 +303,7 @@ def growth(done: Done, parametrisation: str, share: float) -> Growth:
     fit = saturation(m, values.mean(axis=1))
     stops = math.nan if fit is None else fit.reaches(share)
     # A width that was not measured is no finding: beyond the last one the limit is an extrapolation.
-    stops = stops if stops <= m[-1] else math.nan
+    stops = max(stops, m[0]) if stops <= m[-1] else math.nan
     return Growth(m, values, column("ntk_min_eig_lower"), column("ntk_min_eig_upper"), fit, stops)
 
 
