@@ -23,7 +23,7 @@ def edge(record: Record) -> Figure:
     found = edge_of(record)
     steps = steps_of(record)
     with styled():
-        figure = blank(7.2, 6.0)
+        figure = blank(7.2, 6.4)
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1.5, 1))
         top.axhline(found.threshold, color="0.3", linestyle="--", linewidth=1, label=f"2/η = {found.threshold:g}")
         _series(top, record, "sharpness", "C0", "o", r"sharpness $\lambda_{\max}(\nabla^2L)$")
@@ -31,7 +31,7 @@ def edge(record: Record) -> Figure:
         _proved(top, record)
         top.set_ylim(bottom=0)
         top.set_ylabel("curvature   [L / parameter²]")
-        top.legend(loc="lower left", bbox_to_anchor=(0.03, 0.07), fontsize=8)
+        top.legend(loc="upper center", bbox_to_anchor=(0.5, -0.03), ncol=2, fontsize=8)
         bottom.plot(steps, record["loss"], color="C0", linewidth=0.8, label="$L_t$")
         bottom.set_yscale("log")
         bottom.set_ylabel("loss   [units of L]")
