@@ -30,7 +30,7 @@ PYTHON_LATEST ?= $(shell for v in 3.14 3.13 3.12; do for p in python$$v "$$HOME"
 VENV_LATEST ?= .venv-latest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mnist ablation boundary initialisation steps noise cifar transformer bench test test-all test-worlds test-latest check docs lock clean
+.PHONY: help setup mnist ablation boundary width initialisation edge steps noise cifar transformer bench test test-all test-worlds test-latest check docs lock clean
 
 help:  ## show this list
 	@echo 'lplr-jax: which hypotheses of local Polyak-Lojasiewicz theory hold on a training run'
@@ -67,8 +67,14 @@ ablation: $(RUN)  ## widths 128 to 1024 at one step size: predicted from 2/β, t
 boundary: $(RUN)  ## the largest step size that descends, for every width, against 2/β
 	@$(BIN)/lplr boundary $(OPTIONS)
 
+width: $(RUN)  ## λ_min of the kernel at initialisation against width, proved, and where it stops growing
+	@$(BIN)/lplr width $(OPTIONS)
+
 initialisation: $(RUN)  ## three initialisations side by side, and the figures of the paper's earlier version
 	@$(BIN)/lplr initialisation $(OPTIONS)
+
+edge: $(RUN)  ## edge of stability as published: sharpness rises to 2/η on CIFAR-10, and hovers (needs DATA=)
+	@$(BIN)/lplr edge $(OPTIONS)
 
 steps: $(RUN)  ## step rules against width: which keep drift, kernel and PL ratio stable without a tuned η
 	@$(BIN)/lplr steps $(OPTIONS)

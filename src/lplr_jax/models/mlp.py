@@ -14,6 +14,9 @@ from lplr_jax.models.parts import ACTIVATIONS, check_floating, he_normal
 INITS = ("he", "scaled-output", "antisymmetric")
 """Initialisations of `MLP` by name; biases are zero in all."""
 
+PARAMETRISATIONS = ("standard", "ntk")
+"""Parametrisations of `MLP` by name."""
+
 
 def _scaled_output(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return he_normal(key, shape, dtype) / np.asarray(shape[0], dtype) ** 0.5
@@ -33,6 +36,11 @@ def _paired_blocks(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 def _opposed_rows(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     half, _ = jnp.split(he_normal(key, shape, dtype), 2)
     return jnp.concatenate([half, -half])
+
+
+def _divided(init: Callable[..., Array], scale: float) -> Callable[..., Array]:
+    """Return an initialiser whose weights, multiplied by a scale, are those of another."""
+    return lambda key, shape, dtype: init(key, shape, dtype) / np.asarray(scale, dtype)
 
 
 def _kernel_init(initialisation: str, *, first: bool, last: bool) -> Callable[..., Array]:
@@ -55,6 +63,10 @@ class MLP(nn.Module):
     agree and their cotangents are opposite, (A - B)ᵀ of those above, so every layer has a gradient. Pairing the last
     hidden layer alone would be A = B there, which ends the gradient of all layers below.
 
+    Parametrisations. "standard": z = W h + b. "ntk": z = √(2/fan_in) W h + b, W of unit variance where "standard" has
+    2/fan_in (Jacot et al. 2018; Lee et al. 2019 with σ_w² = 2): the same function of the same seed, whose kernel has a
+    limit as m grows where that of "standard" grows like m.
+
     With 784 inputs, depth 5 and one output it has p = 3 m² + 789 m + 1 parameters (the paper's model, section 6.1).
 
     Attributes:
@@ -66,6 +78,7 @@ class MLP(nn.Module):
             training and float64 kernels.
         param_dtype: type in which the parameters are initialised.
         initialisation: "he", "scaled-output" or "antisymmetric"; the number of parameters is the same.
+        parametrisation: "standard" or "ntk".
     """
 
     width: int = 128
@@ -75,12 +88,14 @@ class MLP(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     initialisation: str = "he"
+    parametrisation: str = "standard"
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "outputs"):
             checks.whole(name, getattr(self, name), least=1)
         checks.one_of("activation", self.activation, sorted(ACTIVATIONS))
         checks.one_of("initialisation", self.initialisation, INITS)
+        checks.one_of("parametrisation", self.parametrisation, PARAMETRISATIONS)
         if self.dtype is not None:
             check_floating("dtype", self.dtype)
         check_floating("param_dtype", self.param_dtype)
@@ -105,11 +120,15 @@ class MLP(nn.Module):
             )
         for layer in range(self.depth):
             last = layer == self.depth - 1
+            init = _kernel_init(self.initialisation, first=layer == 0, last=last)
+            if self.parametrisation == "ntk":
+                scale = (2 / h.shape[1]) ** 0.5
+                h, init = h * scale, _divided(init, scale)
             h = nn.Dense(
                 self.outputs if last else self.width,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                kernel_init=_kernel_init(self.initialisation, first=layer == 0, last=last),
+                kernel_init=init,
                 bias_init=nn.initializers.zeros_init(),
                 name=f"dense_{layer}",
             )(h)
