@@ -26,7 +26,7 @@ PYTHON_LATEST ?= $(shell for v in 3.14 3.13 3.12; do for p in python$$v "$$HOME"
 VENV_LATEST ?= .venv-latest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mnist ablation boundary initialisation steps noise cifar bench test test-all test-worlds test-latest check docs lock clean
+.PHONY: help setup mnist ablation boundary initialisation steps noise cifar reproduction bench test test-all test-worlds test-latest check docs lock clean
 
 help:  ## show this list
 	@echo 'lplr-jax: which hypotheses of local Polyak-Lojasiewicz theory hold on a training run'
@@ -74,6 +74,9 @@ noise: $(RUN)  ## mini-batches of 10 to 1000, five seeds: a noise ball, or none 
 
 cifar: $(RUN)  ## CIFAR-10, five classes: residual network, SGD, three seeds, and a subset's kernel (needs DATA=)
 	@$(BIN)/lplr cifar $(OPTIONS)
+
+reproduction: $(RUN)  ## the paper's statements one by one: reproduced or not, and in which set-ups (hours; needs DATA=)
+	@$(BIN)/lplr reproduce $(if $(filter smoke,$(PRESET)),--preset smoke) $(if $(OUT),--out "$(OUT)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 bench: $(DEV)  ## time the kernel engine against its peers; tables to benchmarks/results/ (minutes to hours)
 	@$(BIN)/python benchmarks/ntk.py $(ARGS)

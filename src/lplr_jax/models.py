@@ -6,6 +6,7 @@ The only module that knows a layer. Everything downstream sees `apply_fn(params,
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -21,7 +22,24 @@ he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 INITS = ("he", "scaled-output", "antisymmetric")
-"""Initialisations of `MLP` by name; biases are zero in all."""
+"""Initialisations of `MLP` by name."""
+
+OUTPUT_INITS = {"he": 2.0, "lecun": 1.0, "small": 1 / 3, "zero": 0.0}
+"""Variance of the output layer's weights times fan_in, by name; "small" is that of PyTorch's uniform default."""
+
+BIAS_INITS = ("zero", "uniform")
+"""Initial biases of `MLP`: zero, or uniform within 1/√fan_in, PyTorch's default."""
+
+
+def _output_init(name: str) -> Callable[..., Array]:
+    """Return the initialiser of an output layer, normal with the variance of `OUTPUT_INITS`."""
+    variance = OUTPUT_INITS[name]
+    return nn.initializers.variance_scaling(variance, "fan_in", "normal") if variance else nn.initializers.zeros_init()
+
+
+def _uniform_bias(fan_in: int) -> Callable[..., Array]:
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _scaled_output(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -44,8 +62,10 @@ def _opposed_rows(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return jnp.concatenate([half, -half])
 
 
-def _kernel_init(initialisation: str, *, first: bool, last: bool) -> Callable[..., Array]:
+def _kernel_init(initialisation: str, output_init: str, *, first: bool, last: bool) -> Callable[..., Array]:
     """Return the initialiser of one layer's kernel (inputs, outputs)."""
+    if initialisation == "he" and last:
+        return _output_init(output_init)
     if initialisation == "scaled-output" and last:
         return _scaled_output
     if initialisation == "antisymmetric":
@@ -54,7 +74,7 @@ def _kernel_init(initialisation: str, *, first: bool, last: bool) -> Callable[..
 
 
 class MLP(nn.Module):
-    """Fully connected network with zero biases, He-normal weights unless another initialisation is named.
+    """Fully connected network: zero biases and He-normal weights unless another initialisation is named.
 
     Initialisations. "he": normal of variance 2/fan_in. "scaled-output": the output layer is divided by sqrt(m),
     variance 2/m², as in the maximal update parametrisation (Yang and Hu 2021): outputs and hidden gradients start
@@ -75,6 +95,9 @@ class MLP(nn.Module):
             training and float64 kernels.
         param_dtype: type in which the parameters are initialised.
         initialisation: "he", "scaled-output" or "antisymmetric"; the number of parameters is the same.
+        output_init: "he", "lecun", "small" or "zero", the variance of the output layer's weights (`OUTPUT_INITS`);
+            other than "he" with the initialisation "he" alone.
+        bias_init: "zero" or "uniform", the initial biases (`BIAS_INITS`); the latter with "he" alone.
     """
 
     width: int = 128
@@ -84,12 +107,21 @@ class MLP(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     initialisation: str = "he"
+    output_init: str = "he"
+    bias_init: str = "zero"
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "outputs"):
             checks.whole(name, getattr(self, name), least=1)
         checks.one_of("activation", self.activation, sorted(ACTIVATIONS))
         checks.one_of("initialisation", self.initialisation, INITS)
+        checks.one_of("output_init", self.output_init, OUTPUT_INITS)
+        checks.one_of("bias_init", self.bias_init, BIAS_INITS)
+        if self.initialisation != "he" and (self.output_init, self.bias_init) != ("he", "zero"):
+            raise ValueError(
+                f"output_init {self.output_init!r} and bias_init {self.bias_init!r} go with the initialisation 'he'; "
+                f"{self.initialisation!r} sets output layer and biases itself"
+            )
         if self.dtype is not None:
             _check_floating("dtype", self.dtype)
         _check_floating("param_dtype", self.param_dtype)
@@ -118,8 +150,8 @@ class MLP(nn.Module):
                 self.outputs if last else self.width,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                kernel_init=_kernel_init(self.initialisation, first=layer == 0, last=last),
-                bias_init=nn.initializers.zeros_init(),
+                kernel_init=_kernel_init(self.initialisation, self.output_init, first=layer == 0, last=last),
+                bias_init=_uniform_bias(h.shape[1]) if self.bias_init == "uniform" else nn.initializers.zeros_init(),
                 name=f"dense_{layer}",
             )(h)
             if not last:
@@ -147,6 +179,7 @@ class ResNet(nn.Module):
         activation: "relu", "softplus" or "tanh".
         dtype: type of the computation; None takes that of parameters and inputs.
         param_dtype: type in which the parameters are initialised.
+        output_init: "he", "lecun", "small" or "zero", the variance of the output layer's weights (`OUTPUT_INITS`).
     """
 
     width: int = 64
@@ -157,11 +190,13 @@ class ResNet(nn.Module):
     activation: str = "relu"
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    output_init: str = "he"
 
     def __post_init__(self) -> None:
         for name in ("width", "stages", "blocks", "groups", "outputs"):
             checks.whole(name, getattr(self, name), least=1)
         checks.one_of("activation", self.activation, sorted(ACTIVATIONS))
+        checks.one_of("output_init", self.output_init, OUTPUT_INITS)
         if self.dtype is not None:
             _check_floating("dtype", self.dtype)
         _check_floating("param_dtype", self.param_dtype)
@@ -201,7 +236,8 @@ class ResNet(nn.Module):
                 if h.shape != branch.shape:
                     h = conv(h, channels, size=1, stride=stride, name=f"{name}_skip")
                 h = activation(h + branch)
-        return nn.Dense(self.outputs, kernel_init=he_normal, name="dense", **shared)(jnp.mean(h, axis=(1, 2)))
+        last = nn.Dense(self.outputs, kernel_init=_output_init(self.output_init), name="dense", **shared)
+        return last(jnp.mean(h, axis=(1, 2)))
 
 
 def _check_floating(name: str, value: Any) -> None:

@@ -15,7 +15,8 @@ what was there but passed over (WARNING). A file is never trusted: the sizes it 
 and against its content before memory is spent, and nothing is unpickled.
 """
 
+from lplr_jax.data.coding import Labels, Pixels, recode
 from lplr_jax.data.problem import DataError, Dataset, labels_of
 from lplr_jax.data.selection import load
 
-__all__ = ["DataError", "Dataset", "labels_of", "load"]
+__all__ = ["DataError", "Dataset", "Labels", "Pixels", "labels_of", "load", "recode"]

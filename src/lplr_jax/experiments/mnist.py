@@ -19,6 +19,7 @@ from lplr_jax.experiments import parts
 from lplr_jax.experiments.experiment import Experiment, record_of
 from lplr_jax.experiments.parts import (
     KEPT_AS,
+    CodingPart,
     DataPart,
     FolderPart,
     LayersPart,
@@ -52,7 +53,7 @@ def kept_rule(text: str | None) -> str | None:
 
 
 @dataclass(frozen=True)
-class MnistConfig(FolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedPart, LayersPart):
+class MnistConfig(FolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedPart, CodingPart, LayersPart):
     """Everything that decides the numbers of a run, and where they go."""
 
     width: int = 128
@@ -81,6 +82,10 @@ class MnistConfig(FolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedP
         """Return the number of images of the random subset."""
         return max(1, self.n_train // 5) if self.subset_size is None else self.subset_size
 
+    def initialisation(self) -> dict[str, str]:
+        """Return the settings of the network's initialisation."""
+        return {"initialisation": self.init, "output_init": self.output_init, "bias_init": self.bias_init}
+
     def check(self) -> None:
         """Raise ValueError for the first field whose value cannot be run."""
         super().check()
@@ -92,8 +97,7 @@ class MnistConfig(FolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedP
         if self.step_rule is not None:
             check_loss(rules.parse(self.step_rule), "squared")
         checks.one_of("init", self.init, INITS)
-        if self.init == "antisymmetric":
-            MLP(self.width, self.depth, initialisation=self.init)  # which needs an even width
+        MLP(self.width, self.depth, **self.initialisation())  # which has the last word on what goes together
         checks.one_of("hessian_precision", self.hessian_precision, ("float32", "float64"))
         for name, least in (("regime_start", 0), ("regime_stop", 1)):
             value = getattr(self, name)
@@ -147,13 +151,23 @@ def load_data(config: MnistConfig) -> data.Dataset:
     """
     place, classes = config.data, config.each_class()
     here = Path.cwd() if isinstance(place, str | Path) and not Path(place).is_absolute() else None
-    asked = (config.source, str(place), here, config.n_train, classes, os.environ.get("TFDS_DATA_DIR"))
+    coding = {"pixels": config.pixels, "labels": config.labels}
+    asked = (
+        config.source,
+        str(place),
+        here,
+        config.n_train,
+        classes,
+        os.environ.get("TFDS_DATA_DIR"),
+        *coding.values(),
+    )
     if asked in _LOADED:
         dataset, state = _LOADED[asked]
         if state == _state(dataset):
             return dataset
     _LOADED.clear()
     dataset = data.load("mnist", source=config.source, data_dir=place, n_train=config.n_train, classes=classes)
+    dataset = data.recode(dataset, **coding)
     _LOADED[asked] = dataset, _state(dataset)
     return dataset
 
@@ -188,7 +202,7 @@ def set_up(config: MnistConfig) -> Digits:
     config, _, _ = resolve(config)
     dataset = load_data(config)
     x, y = jnp.asarray(dataset.x), jnp.asarray(dataset.y)
-    model = _model(config.width, config.depth, config.activation, dataset.c, initialisation=config.init)
+    model = _model(config.width, config.depth, config.activation, dataset.c, **config.initialisation())
     check_memory(jax.eval_shape(model.init, jax.random.key(config.seed), x[:1]), config.width)
     params = model.init(jax.random.key(config.seed), x[:1])
     optimizer = _gradient_descent(config.learning_rate)
