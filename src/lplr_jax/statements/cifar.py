@@ -35,7 +35,7 @@ def _gap(runs: Runs) -> Finding:
     for record, summary in _each(runs).values():
         gap = record["loss"] - summary.floor
         positive = gap[np.isfinite(gap) & (gap > 0)]
-        orders.append(math.log10(gap[0] / positive[-1]))
+        orders.append(math.log10(gap[0] / positive[-1]) if positive.size and gap[0] > 0 else 0.0)
         straight.append(contraction_factor(gap, summary.middle, steps=summary.step_numbers).exponential_r2)
         curves.append(np.log10(np.where(gap > 0, gap, np.nan))[summary.middle])
     size = min(map(len, curves))

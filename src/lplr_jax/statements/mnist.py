@@ -94,7 +94,7 @@ def _pl_bounded(runs: Runs) -> Finding:
 
 def _pl_ends(runs: Runs) -> Finding:
     summary = summarise(_run(runs))
-    if not _middle(summary).size:
+    if not _middle(summary).size or not np.isfinite(summary.bracket[1]).any():
         return Finding("not reproduced", "no stable middle regime by the rule of stable_regime")
     middle = float(np.median(_middle(summary)))
     first = summary.bracket[1][: max(1, summary.regime.start)]
@@ -135,7 +135,7 @@ def _phases(runs: Runs) -> Finding:
         f"half (R² {fit.exponential_r2:.4f}), at most {last:.2g} in the last twentieth"
     )
     phases = min(first, last) >= END_FACTOR * fit.rate > 0
-    return found(bool(phases and fit.exponential_r2 >= STRAIGHT), words, float(first), fit.rate, float(last))
+    return found(phases and fit.exponential_r2 >= STRAIGHT, words, float(first), fit.rate, float(last))
 
 
 def _one(id_: str, sentence: str, rule: str, judge: object) -> Statement:

@@ -101,7 +101,7 @@ class Statement:
             return Finding("cannot be decided", str(error.args[0]).partition(";")[0])
 
 
-def found(holds: bool, numbers: str, *values: float) -> Finding:
+def found(holds: bool | np.bool_, numbers: str, *values: float) -> Finding:
     """Return a finding; it cannot be decided where one of the values that the rule looked at is not finite."""
     if not all(map(math.isfinite, values)):
         return Finding("cannot be decided", f"{numbers}: not all of it is known")
