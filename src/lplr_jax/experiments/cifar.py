@@ -267,6 +267,9 @@ def run(
     )
     probe, samples = kernel_probe(whole, measured, steps=probes_at, save_to=probe_dir)
 
+    whole_batch = config.batch_size >= dataset.n
+    drawn = {} if whole_batch else {"batch_size": config.batch_size, "batches_independent": 0}
+
     def provenance() -> Mapping[str, Any]:
         passes = trainer.passes()._asdict().items()
         spent = {f"{kind}_pass": None if math.isnan(value) else value for kind, value in passes}
@@ -279,7 +282,7 @@ def run(
         probes_at=probes_at,
         advance=advance or trainer.advance,
         evaluate=trainer.evaluate,
-        numbers={**samples, **whole.numbers(config.learning_rate)},
+        numbers={**samples, **whole.numbers(config.learning_rate), **drawn},
         config=identity_of_seed(config, seed, dataset),
         provenance=provenance,
         search_steps=config.search_steps,

@@ -82,7 +82,7 @@ class MnistConfig(FolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedP
         """Return the number of images of the random subset."""
         return max(1, self.n_train // 5) if self.subset_size is None else self.subset_size
 
-    def initialisation(self) -> dict[str, str]:
+    def initialisation(self) -> dict[str, Any]:
         """Return the settings of the network's initialisation."""
         return {"initialisation": self.init, "output_init": self.output_init, "bias_init": self.bias_init}
 
@@ -151,7 +151,7 @@ def load_data(config: MnistConfig) -> data.Dataset:
     """
     place, classes = config.data, config.each_class()
     here = Path.cwd() if isinstance(place, str | Path) and not Path(place).is_absolute() else None
-    coding = {"pixels": config.pixels, "labels": config.labels}
+    coding: dict[str, Any] = {"pixels": config.pixels, "labels": config.labels}
     asked = (
         config.source,
         str(place),

@@ -103,6 +103,7 @@ def _run_missing(runs: Path, suffix: str, preset: str, data: Path | None, follow
             config = replace(config, ablation=runs / f"ablation{suffix}")
             there = all((folder / init / "record.npz").exists() for init in config.each_init())
         else:
+            assert experiment.arms is not None
             there = all((folder / arm / "record.npz").exists() for arm in experiment.arms(config))
         if there:
             continue

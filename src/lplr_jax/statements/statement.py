@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -122,6 +122,6 @@ def measured(record: Record, name: str) -> tuple[Float[np.ndarray, " k"], Float[
     return steps[known] / max(1, record["epoch"][-1]), values[known].astype(float)
 
 
-def listed(values: Mapping[object, float]) -> str:
+def listed(values: Mapping[Any, float]) -> str:
     """Return numbers by their names, in one line."""
     return ", ".join(f"{name}: {value:.3g}" for name, value in values.items())
