@@ -31,6 +31,8 @@ SEEDS = "0,1,2,3,4"
 """Seeds of the law of λ_0. Calibrated."""
 WIDTHS = (128, 256, 512, 1024)
 """Its widths (paper, Table 1)."""
+SMOKE_WIDTHS = (16, 32, 64)
+"""Those of the preset "smoke"."""
 SEARCHED = "searched.csv"
 """Table of the search: in the package that of ours, in the folder of the command one's own."""
 
@@ -156,7 +158,7 @@ def initial_eigenvalues(
     known: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     values: dict[int, dict[int, float]] = {}
     for seed in seeds:
-        for width in (16, 32, 64) if smoke else WIDTHS:
+        for width in SMOKE_WIDTHS if smoke else WIDTHS:
             config = mnist.MnistConfig(width=width, seed=seed, pixels=pixels, n_train=100 if smoke else 1000)
             setting = {"width": width, "seed": seed, "pixels": pixels, "checksum": mnist.load_data(config).checksum}
             value = next((entry["value"] for entry in known if entry["setting"] == setting), None)

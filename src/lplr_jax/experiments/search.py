@@ -128,7 +128,7 @@ def one_at_a_time(factors: Mapping[str, Sequence[Any]] = FACTORS) -> list[SetUp]
     """Return the default, and every level of every factor alone, the short runs first."""
     alone = [SetUp(((factor, level),)) for factor, levels in factors.items() for level in levels]
 
-    def cost(set_up: SetUp) -> float:
+    def cost(set_up: SetUp) -> int:
         config = set_up.config(SHORT)
         return config.epochs * config.n_train
 
