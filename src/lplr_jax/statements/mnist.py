@@ -85,6 +85,8 @@ def _pl_bounded(runs: Runs) -> Finding:
     if ratio.size < 2:
         return Finding("not reproduced", "no stable middle regime by the rule of stable_regime")
     width = min(max(1, record["epoch"].size // 100), ratio.size - 1)
+    if not ratio.min() > 0:
+        return Finding("not reproduced", "the ratio reaches 0 on the middle regime")
     moved = float(np.exp(np.abs(np.log(ratio[width:] / ratio[:-width])).max()))
     words = f"least {ratio.min():.3g} on the regime to step {summary.steps(summary.regime)[1]}; "
     return found(
