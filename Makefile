@@ -18,6 +18,10 @@ WORKERS ?= 2
 # Rooms to test, such as ROOM="theory records"; all where it is empty.
 ROOM ?=
 PYTEST = OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(addprefix tests/,$(ROOM))
+# The quick suite leaves out the passes of LLVM that cost most and gain nothing on small arrays; test-all compiles as a run
+# does, and checks types and shapes at every call as well.
+QUICK = XLA_FLAGS="--xla_llvm_disable_expensive_passes=true $$XLA_FLAGS"
+WHOLE = --jaxtyping-packages=lplr_jax,beartype.beartype -m ''
 OPTIONS = --preset $(PRESET) $(if $(OUT),--out "$(OUT)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 # A newer Python than that of .venv, for test-latest; the newest that runs.
@@ -82,10 +86,10 @@ bench: $(DEV)  ## time the kernel engine against its peers; tables to benchmarks
 	@$(BIN)/python benchmarks/ntk.py $(ARGS)
 
 test: $(DEV)  ## the quick test suite, or that of some rooms: make test ROOM=theory
-	@$(PYTEST)
+	@$(QUICK) $(PYTEST)
 
-test-all: $(DEV)  ## the whole test suite, slow tests included, and test-worlds
-	@$(PYTEST) -m ''
+test-all: $(DEV)  ## the whole test suite, slow tests and checks of types included, and test-worlds
+	@$(PYTEST) $(WHOLE)
 	@$(MAKE) --no-print-directory test-worlds
 
 # A run of seconds, written to a folder that goes with it.
@@ -93,9 +97,9 @@ SMOKE = mnist --preset smoke --out "$$folder" > "$$folder.log" || { cat "$$folde
 
 test-worlds: $(DEV)  ## the quick suite in float64 and on 8 simulated devices; runs under python -O and JAX_DEBUG_NANS
 	@echo 'JAX_ENABLE_X64=1'
-	@JAX_ENABLE_X64=1 $(PYTEST)
+	@JAX_ENABLE_X64=1 $(QUICK) $(PYTEST)
 	@echo '8 devices'
-	@XLA_FLAGS='--xla_force_host_platform_device_count=8' $(PYTEST)
+	@XLA_FLAGS='--xla_force_host_platform_device_count=8'; export XLA_FLAGS; $(QUICK) $(PYTEST)
 	@set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
 	echo 'python -O'; folder="$$work/O"; $(BIN)/python -O -m lplr_jax $(SMOKE); \
 	echo 'JAX_DEBUG_NANS=1'; folder="$$work/nans"; JAX_DEBUG_NANS=1 $(BIN)/python -m lplr_jax $(SMOKE)
@@ -108,7 +112,7 @@ test-latest:  ## the quick suite on a newer Python with the newest JAX it gets
 	$(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade jax jaxlib flax optax; \
 	$(VENV_LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .; \
 	$(VENV_LATEST)/bin/python -m pip list 2>/dev/null | grep -E '^(jax|jaxlib|flax|optax) '; \
-	$(subst $(BIN),$(VENV_LATEST)/bin,$(PYTEST))
+	$(QUICK) $(subst $(BIN),$(VENV_LATEST)/bin,$(PYTEST))
 
 check: $(DEV)  ## lint, format and types
 	@$(BIN)/ruff check .

@@ -209,6 +209,19 @@ def test_a_program_narrower_than_its_parameters_is_no_contradiction(inner):
         assert theory.verify(wide)["consistency"].inconsistent, "rounding inside is what makes the gap"
 
 
+def test_the_last_step_of_a_loop_on_python_numbers_computes_as_the_others_do():
+    """Step 7 is handed over between two points of the record, so only the end of the watch looks at it."""
+    x, y = data()
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        problem = Problem(lambda w, x: x @ w, jnp.full((D, 1), 0.1), x, y, loss=Squared("sum"))
+        with watch(problem, probes=Probes(at=[0], search=0, hessian=0), every=5) as look:
+            for t in (0, 1, 5, 6, 7):
+                look(t, jnp.full((D, 1), 0.1 + t / 70))
+    expected = float(np.sum((x.astype(np.float64) @ np.full((D, 1), 0.1 + 7 / 70) - y) ** 2)) / 2
+    # In float32 the sum is off by 1e-8 at the least: 0.2 alone has no float32.
+    assert float(look.record["loss"][-1]) == pytest.approx(expected, rel=1e-12)
+
+
 def test_every_kth_step_sees_the_one_after_it():
     x, y = data()
     problem = Problem(lambda w, x: x @ w, jnp.zeros((D, 1)), x, y)

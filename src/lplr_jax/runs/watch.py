@@ -16,6 +16,7 @@ import numpy as np
 
 from lplr_jax import checks
 from lplr_jax.measurement.gradients import loss_and_gradient
+from lplr_jax.parameters import strong
 from lplr_jax.records import Record
 from lplr_jax.runs import entries, handed_over, interrupt
 from lplr_jax.runs import folder as run_folder
@@ -364,8 +365,9 @@ class Watch:
         if self._diverged is None and self._latest is not None and self._latest[0] not in self._taken:
             step, params = self._latest
             alive = not any(isinstance(a, jax.Array) and a.is_deleted() for a in jax.tree.leaves(params))
-            if alive and jax.tree.structure(params) != jax.tree.structure(self._initial):
-                params = self._whole.theta(params)
+            if alive:  # what was handed over between two points of the record was not looked at
+                same = jax.tree.structure(params) == jax.tree.structure(self._initial)
+                params = strong(params) if same else self._whole.theta(params)
             if not alive and self._kept is not None:
                 step, params, _ = self._kept
                 self._tell(f"the last parameters were deleted by the step that took them; the run ends at step {step}")
