@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lplr_jax.experiments import mnist
-from lplr_jax.experiments.ablation import run_arm
+from lplr_jax.experiments.experiment import record_of
 from lplr_jax.experiments.step_size import Arm, sharpness_of_all, three_digits, write_predictions
 from lplr_jax.records import Record
 from lplr_jax.runs.session import Say, unfollowed
@@ -122,16 +122,23 @@ def study(
         name = f"{factor}={level}"
         here, config = folder / name, replace(base, **{factor: level})
         (beta,) = sharpness_of_all([config], here, say=lambda line: None)
-        arms = {
-            eta_beta: Arm(f"{eta_beta:g}", "common", replace(config, learning_rate=three_digits(eta_beta / beta)))
-            for eta_beta in (*COMMON, SMALLER)
-        }
-        write_predictions("η β is named", [(arm, beta) for arm in arms.values()], here)
-        settings = {"checksum": mnist.load_data(config).checksum, "save_probes": False, "say": lambda line: None}
-        done = {
-            eta_beta: run_arm(arm, here, beta, follow=unfollowed, check=check, **settings)
-            for eta_beta, arm in arms.items()
-        }
+        checksum = mnist.load_data(config).checksum
+        check()
+        write_predictions("η β is named", [(Arm("start", "common", config), beta)], here)
+        done = {}
+        for eta_beta in (*COMMON, SMALLER):
+            arm = replace(config, learning_rate=three_digits(eta_beta / beta))
+            done[eta_beta] = record_of(
+                here / f"{eta_beta:g}",
+                "mnist",
+                {**mnist.decisive(arm), "data_checksum": checksum},
+                lambda observer, checkpoints, arm=arm: mnist.run(arm, observer=observer, checkpoints=checkpoints),
+                run=f"{name}-{eta_beta:g}",
+                epochs=arm.epochs,
+                say=lambda line: None,
+                follow=unfollowed,
+                check=check,
+            )
         met = nearest(name, {eta_beta: done[eta_beta] for eta_beta in COMMON}, done[SMALLER])
         say(f"{name}: drifts {met.common:.3g} and {met.smaller:.3g} at epoch {met.epoch}, off by {met.off:.3g}")
         found.append(met)

@@ -30,7 +30,7 @@ FACTORS: Mapping[str, tuple[Any, ...]] = {
     "bias_init": ("uniform",),
     "place": (0.2, 0.8),
     "restore": (0.2, 0.1),
-    "epochs": (1200, 250),
+    "epochs": (60, 1200),
     "n_train": (100, 400),
     "subset_size": (10,),
     "seeds": ("1",),

@@ -47,7 +47,10 @@ def to_markdown(findings: Mapping[str, Finding], shares: Shares) -> str:
         f"- **{safe_markdown(one.sentence)}** {safe_markdown(one.rule[0].upper() + one.rule[1:])}."
         for one in STATEMENTS
     ]
-    words = "Rules and thresholds are ours. The last column says in how many set-ups of the search a statement holds."
+    words = (
+        "Rules and thresholds are ours. The middle regime is that of `stable_regime`, or the middle half of a run without "
+        "one. The last column says in how many set-ups of the search a statement holds, of those that decide it."
+    )
     return "\n".join([counts(findings), words, "", *lines, "", "The rules:", "", *rules]) + "\n"
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from lplr_jax.curves.summary import Summary
 from lplr_jax.records import Record
 
 Outcome = Literal["reproduced", "not reproduced", "cannot be decided"]
@@ -120,6 +121,16 @@ def measured(record: Record, name: str) -> tuple[Float[np.ndarray, " k"], Float[
     if known.sum() < 2:
         raise KeyError(f"{name} was measured at fewer than two steps")
     return steps[known] / max(1, record["epoch"][-1]), values[known].astype(float)
+
+
+def middle_regime(summary: Summary) -> slice:
+    """Return the positions of the stable regime, or of the middle half of a run that has none.
+
+    The rule of the stable regime starts within the transient of some runs, so the first twentieth is left out.
+    """
+    regime = summary.regime if summary.regime.stop else summary.middle
+    start = int(np.searchsorted(summary.step_numbers, summary.step_numbers[-1] / 20))
+    return slice(max(regime.start, start), regime.stop)
 
 
 def listed(values: Mapping[Any, float]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from lplr_jax.curves.summary import summarise
 from lplr_jax.records import Record
-from lplr_jax.statements.statement import Finding, Runs, Statement, found, listed, measured
+from lplr_jax.statements.statement import Finding, Runs, Statement, found, listed, measured, middle_regime
 
 PAPER_DRIFTS = (1.870, 0.158)
 """Final drift of the paper's two runs of width 1024 (Table 1), at the common and at the smaller η."""
@@ -43,7 +43,9 @@ def _change(record: Record) -> float:
 
 
 def _least_pl(record: Record) -> float:
-    return summarise(record).envelope[1]
+    summary = summarise(record)
+    ratio = summary.bracket[1][middle_regime(summary)]
+    return float(ratio.min()) if ratio.size else math.nan
 
 
 def mean_ratios(starts: dict[int, dict[int, float]]) -> dict[int, tuple[float, float]]:
