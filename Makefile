@@ -19,9 +19,9 @@ WORKERS ?= 2
 ROOM ?=
 PYTEST = OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(addprefix tests/,$(ROOM))
 # The quick suite leaves out the passes of LLVM that cost most and gain nothing on small arrays; test-all compiles as a run
-# does, and checks types and shapes at every call as well.
+# does, checks types and shapes at every call, and tries more examples of every property.
 QUICK = XLA_FLAGS="--xla_llvm_disable_expensive_passes=true $$XLA_FLAGS"
-WHOLE = --jaxtyping-packages=lplr_jax,beartype.beartype -m ''
+WHOLE = --jaxtyping-packages=lplr_jax,beartype.beartype --hypothesis-profile=thorough -m ''
 OPTIONS = --preset $(PRESET) $(if $(OUT),--out "$(OUT)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 # A newer Python than that of .venv, for test-latest; the newest that runs.

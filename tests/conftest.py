@@ -25,11 +25,11 @@ if not jax.config.jax_enable_x64:
     jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The first example of a property compiles, so no deadline; derandomised, so that a red run can be repeated.
-settings.register_profile(
-    "lplr", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("lplr")
+# An example compiles, so no deadline; derandomised, so that a red run can be repeated; `make test-all` is "thorough".
+SETTINGS = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("quick", max_examples=8, **SETTINGS)
+settings.register_profile("thorough", max_examples=60, **SETTINGS)
+settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lplr_jax import diagnostics
@@ -24,7 +24,6 @@ from lplr_jax.ntk import empirical_ntk
     scale=st.sampled_from(["sum", "mean"]),
     activation=st.sampled_from(["softplus", "tanh", "relu"]),
 )
-@settings(max_examples=8)
 def test_pl_identity(seed, n, d, width, depth, c, scale, activation):
     """½‖∇L‖²/L = rᵀΘr/(s‖r‖²): gradient, residual and kernel tied together, in float64 and in float32."""
     rng = np.random.default_rng(seed)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lplr_jax import cli, diagnostics, plotting
@@ -45,7 +45,6 @@ def test_boundary_of_a_linear_model_is_two_over_beta():
             assert found.descends < found.fails <= found.descends * (1 + 1e-4)
 
 
-@settings(max_examples=8)
 @given(
     values=st.lists(st.floats(0.3, 5.0), min_size=1, max_size=5),
     start=st.floats(0.01, 10.0),

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
+import optax
 import pytest
 
 from lplr_jax import losses
-from lplr_jax.losses import Huber, Logistic, Objective, SoftmaxCrossEntropy, Squared
+from lplr_jax.losses import Exponential, Huber, Logistic, Objective, SoftmaxCrossEntropy, Squared, SquaredHinge
 
 LABELS = np.array([2, 0, 1, 1, 0])
 CASES = {
@@ -21,6 +22,10 @@ CASES = {
     "logistic": (Logistic("mean"), 1, "signs"),
     "softmax": (SoftmaxCrossEntropy("sum"), 3, "classes"),
     "huber": (Huber(0.75, 2.5), 2, "numbers"),
+    "squared hinge": (SquaredHinge(), 1, "signs"),
+    "exponential": (Exponential("sum"), 1, "signs"),
+    "smoothed": (SoftmaxCrossEntropy(smoothing=0.1), 3, "classes"),
+    "soft": (SoftmaxCrossEntropy(2.0, soft=True), 4, "distributions"),
 }
 ALL = pytest.mark.parametrize(("loss", "c", "kind"), CASES.values(), ids=CASES.keys())
 
@@ -28,6 +33,8 @@ ALL = pytest.mark.parametrize(("loss", "c", "kind"), CASES.values(), ids=CASES.k
 def targets(kind, n, c, rng):
     if kind == "signs":
         return np.where(rng.random((n, 1)) < 0.5, -1.0, 1.0)
+    if kind == "distributions":
+        return rng.dirichlet(np.ones(c) / 2, n)
     return np.eye(c)[rng.integers(0, c, n)] if kind == "classes" else rng.standard_normal((n, c))
 
 
@@ -42,12 +49,20 @@ def exact(loss, f, y):
             with mpmath.workdps(500):  # 1 + e^-1000 is not 1
                 e = mpmath.exp(-y[0] * f[0])
                 return mpmath.log(1 + e), [-y[0] * e / (1 + e)]
+        if isinstance(loss, SquaredHinge):
+            short = max(1 - y[0] * f[0], mpmath.mpf(0))
+            return short * short / 2, [-y[0] * short]
+        if isinstance(loss, Exponential):
+            e = mpmath.exp(-y[0] * f[0])
+            return e, [-y[0] * e]
         if isinstance(loss, SoftmaxCrossEntropy):
             with mpmath.workdps(1000):
                 total = sum(mpmath.exp(v) for v in f)
                 p = [mpmath.exp(v) / total for v in f]
-                own = y.index(1)
-                return mpmath.log(total) - f[own], [a - b for a, b in zip(p, y, strict=True)]
+                alpha = mpmath.mpf(loss.smoothing)
+                tau = [(1 - alpha) * v + alpha / len(y) for v in y]
+                value = sum(t * (mpmath.log(total) - v) for t, v in zip(tau, f, strict=True))
+                return value, [a - b for a, b in zip(p, tau, strict=True)]
         value, gradient = mpmath.mpf(0), []
         for a, b in zip(f, y, strict=True):
             r, d = a - b, mpmath.mpf(loss.delta)
@@ -66,7 +81,18 @@ EXTREMES = [0.0, 1e-30, 1e-8, 0.5, -0.5, 0.75, 1.0, 20.0, -20.0, 50.0, 86.0, -86
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
-    "loss", [Squared(), Logistic(), SoftmaxCrossEntropy(), Huber(0.75)], ids=["squared", "logistic", "softmax", "huber"]
+    "loss",
+    [
+        Squared(),
+        Logistic(),
+        SoftmaxCrossEntropy(),
+        SoftmaxCrossEntropy(smoothing=0.125),
+        SoftmaxCrossEntropy(soft=True),
+        Huber(0.75),
+        SquaredHinge(),
+        Exponential(),
+    ],
+    ids=lambda loss: loss.name,
 )
 def test_values_and_gradients_at_extreme_outputs(loss, dtype):
     rng = np.random.default_rng(0)
@@ -74,6 +100,12 @@ def test_values_and_gradients_at_extreme_outputs(loss, dtype):
         f = [[a, b, 1.0] for a in EXTREMES for b in EXTREMES[::3]]
         f += [[1e4 + a, 1e4, 1e4 - 1] for a in EXTREMES[3:9]]
         y = np.eye(3)[rng.integers(0, 3, len(f))]
+        if loss.soft:
+            y[::2] = [0.5, 0.25, 0.25]
+            y[1::4] = [0.0, 0.75, 0.25]
+    elif isinstance(loss, Exponential):  # e^-m overflows beyond; its own rounding of m moves it by |m| eps
+        f = [[a] for a in EXTREMES if abs(a) <= 86 for _ in (0, 1)]
+        y = np.array([[1.0], [-1.0]] * (len(f) // 2))
     else:
         f = [[a] for a in EXTREMES for _ in (0, 1)]
         y = np.array([[1.0], [-1.0]] * len(EXTREMES))
@@ -90,21 +122,31 @@ def test_values_and_gradients_at_extreme_outputs(loss, dtype):
         # A rounding of a difference of outputs moves its exponential by as much relatively; 16 for the functions.
         moved = 2 * float(np.ptp(np.asarray(f[i], np.float64))) if isinstance(loss, SoftmaxCrossEntropy) else 0.0
         relative = (16 + moved) * eps
+        # Where τ is not one-hot p - τ is a difference, which the rounding of p <= 1 and of τ moves.
+        absolute = (16 + moved) * eps if isinstance(loss, SoftmaxCrossEntropy) and not loss.hard else 0.0
         assert close(value[i], truth, relative, tiny), (f[i], y[i], value[i], truth)
         for found in (gradient, traced):
             for a, b in zip(np.asarray(found[i]), slope, strict=True):
-                assert close(a, b, relative, tiny), (f[i], y[i], a, b)
+                assert close(a, b, relative, tiny + absolute / 2), (f[i], y[i], a, b)
     assert all(np.isfinite(part).all() for part in product), "Hessian-vector products too"
 
 
 @pytest.mark.parametrize(
     ("loss", "c"),
-    [(Squared(), 2), (Logistic(), 1), (SoftmaxCrossEntropy(), 4), (Huber(0.75), 2)],
-    ids=["squared", "logistic", "softmax", "huber"],
+    [
+        (Squared(), 2),
+        (Logistic(), 1),
+        (SoftmaxCrossEntropy(), 4),
+        (SoftmaxCrossEntropy(smoothing=0.3), 4),
+        (SoftmaxCrossEntropy(soft=True), 4),
+        (Huber(0.75), 2),
+        (SquaredHinge(), 1),
+    ],
+    ids=lambda value: getattr(value, "name", None),
 )
 def test_curvature_bounds_the_second_derivative_and_is_attained(loss, c):
     rng = np.random.default_rng(1)
-    kind = {"logistic": "signs", "softmax_cross_entropy": "classes"}.get(loss.name, "numbers")
+    kind = "classes" if c == 4 else "signs" if c == 1 else "numbers"
     with jax.enable_x64(True):
         largest = []
         y = targets(kind, 1, c, rng)
@@ -135,6 +177,10 @@ def test_gradient_norms_lie_in_the_range_that_goes_with_the_value(loss, c, kind)
     low, high = loss.gradient_sq_range(values, c)
     assert np.all(low <= squares * (1 + 1e-12))
     assert np.all(squares <= high * (1 + 1e-12))
+    if isinstance(loss, SoftmaxCrossEntropy) and not loss.hard:  # the value alone tells no more
+        assert np.all(low == 0)
+        return
+    squares, low, high = (array[values > 0] for array in (squares, low, high))  # a hinge may be met
     assert np.min(squares / low) == pytest.approx(1, rel=1e-12)
     assert np.max(squares / high) == pytest.approx(1, rel=1e-12)
 
@@ -213,7 +259,7 @@ def test_batches_make_the_loss_of_all(loss, c, kind):
 def test_one_output_may_come_without_its_axis(make):
     x, w = np.float32([[1, 2], [3, 4], [5, 7]]), np.float32([0.5, -1])
     y = np.float32([1, -1, 1])
-    for loss in (Squared("sum"), Logistic(), Huber(1.0)):
+    for loss in (Squared("sum"), Logistic(), Huber(1.0), SquaredHinge(), Exponential()):
         flat, column = Objective(lambda w, x: x @ w, loss), Objective(lambda w, x: x @ w[:, None], loss)
         expected = float(column.value(w, x, make(y[:, None])))
         for objective in (flat, column):
@@ -247,7 +293,13 @@ def test_labels_are_classes():
         (SoftmaxCrossEntropy(), (2, 3), [0, 3], r"integer labels 0 to 2; that of sample 1 becomes the row \[0.0, 0.0"),
         (SoftmaxCrossEntropy(), (2, 3), [-1, 0], r"integer labels 0 to 2; that of sample 0"),
         (SoftmaxCrossEntropy(), (1, 2), [[0.9, 0.1]], r"one-hot rows, .*of sample 0 becomes the row \[0.9, 0.1\]"),
-        (SoftmaxCrossEntropy(), (1, 2), [[1, 1]], r"one-hot rows"),
+        (SoftmaxCrossEntropy(), (1, 2), [[0.9, 0.1]], r"soft=True takes distributions"),
+        (SoftmaxCrossEntropy(), (1, 2), [[1, 1]], r"one-hot rows, or integer labels 0 to 1; that"),
+        (SoftmaxCrossEntropy(smoothing=0.1), (1, 2), [[0.9, 0.1]], r"one-hot rows, or integer labels 0 to 1 \(soft"),
+        (SoftmaxCrossEntropy(soft=True), (2, 2), [[1.0, 0.0], [0.9, 0.2]], r"distributions over 2 .*of sample 1"),
+        (SoftmaxCrossEntropy(soft=True), (1, 2), [[1.5, -0.5]], r"distributions over 2 classes, >= 0 and of sum 1"),
+        (SquaredHinge(), (2, 1), [[0], [1]], r"squared hinge loss must be -1 or 1, got 0 for sample 0"),
+        (Exponential(), (2, 2), [[1, 1], [1, 1]], r"exponential loss is of one output a sample"),
         (SoftmaxCrossEntropy(), (2, 3), [0.0, 1.0], r"shape \(2, 3\) but y has shape \(2,\)"),
         (Squared(), (3, 2), [1, 2, 3], r"shape \(3, 2\) but y has shape \(3,\)"),
         (Squared(), (3,), [[1, 2, 3]], r"shape \(3,\) but y has shape \(1, 3\)"),
@@ -269,9 +321,48 @@ def test_targets_that_are_traced_give_no_number():
         loss = SoftmaxCrossEntropy()
         assert np.isnan(jax.jit(loss.per_sample)(f, y)).tolist() == [False, True]
         assert np.isnan(jax.jit(loss.gradient)(f, y)).all(axis=1).tolist() == [False, True]
+    soft, bad = SoftmaxCrossEntropy(soft=True), np.float32([[0.5, 0.25, 0.25], [0.5, 0.25, 0.5]])
+    assert np.isnan(jax.jit(soft.per_sample)(f, bad)).tolist() == [False, True]
+    assert np.isnan(jax.jit(soft.gradient)(f, bad)).all(axis=1).tolist() == [False, True]
     y = np.float32([1, 0])
-    assert np.isnan(jax.jit(Logistic().per_sample)(f[:, 0], y)).tolist() == [False, True]
-    assert np.isnan(jax.jit(Logistic().gradient)(f[:, 0], y)).tolist() == [False, True]
+    for loss in (Logistic(), SquaredHinge(), Exponential()):
+        assert np.isnan(jax.jit(loss.per_sample)(f[:, 0], y)).tolist() == [False, True]
+        assert np.isnan(jax.jit(loss.gradient)(f[:, 0], y)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("c", [2, 5])
+def test_the_least_loss_is_the_entropy_of_the_targets(c):
+    """Attained at f = log τ; optax has the same values, and what smoothing means."""
+    rng = np.random.default_rng(4)
+    f, labels = rng.standard_normal((6, c)), rng.integers(0, c, 6)
+    smooth, soft = SoftmaxCrossEntropy(smoothing=0.2), SoftmaxCrossEntropy(soft=True)
+    tau = np.asarray(optax.smooth_labels(np.eye(c)[labels], 0.2), np.float64)
+    with jax.enable_x64(True):
+        for loss, y in ((smooth, labels), (soft, tau)):
+            expected = optax.softmax_cross_entropy(jnp.asarray(f), jnp.asarray(tau))
+            # optax smooths in float32.
+            np.testing.assert_allclose(loss.per_sample(f, y), expected, rtol=2e-7)
+            rows = np.asarray(loss.targets(y, f.shape, f.dtype))
+            least = loss.least(rows)
+            np.testing.assert_allclose(loss.per_sample(np.log(tau), y), least, rtol=1e-6)
+            assert np.all(loss.per_sample(f, y) > least)
+            with mpmath.workdps(50):
+                for found, row in zip(least, tau, strict=True):
+                    truth = -sum(mpmath.mpf(v) * mpmath.log(mpmath.mpf(v)) for v in row)
+                    assert found == pytest.approx(float(truth), rel=1e-6)
+        margins = optax.losses.hinge_loss(jnp.asarray(f[:, 0]), jnp.asarray(np.sign(f[:, 1])))
+        found = SquaredHinge().per_sample(f[:, 0], np.sign(f[:, 1]))
+        np.testing.assert_allclose(found, np.square(margins) / 2, rtol=1e-14)
+    assert Squared().least(f).tolist() == [0.0] * 6
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_smoothing_is_a_share():
+    for bad in (-0.1, 1, 1.5, np.nan, "0.1"):
+        with pytest.raises(ValueError, match="smoothing must be"):
+            SoftmaxCrossEntropy(smoothing=bad)
+    with pytest.raises(ValueError, match=r"soft targets are distributions already; got smoothing = 0.1"):
+        SoftmaxCrossEntropy(smoothing=0.1, soft=True)
 
 
 @pytest.mark.usefixtures("without_type_checks")
@@ -338,30 +429,46 @@ def test_equal_losses_share_compiled_code():
 
 @pytest.mark.usefixtures("without_type_checks")
 def test_a_record_names_its_loss():
-    for loss in (Squared(2.0), Logistic(2.0), SoftmaxCrossEntropy(2.0), Huber(0.1, 2.0), Huber(1e-30, 2.0)):
+    smooth, soft = SoftmaxCrossEntropy(2.0, smoothing=0.1), SoftmaxCrossEntropy(2.0, soft=True)
+    known = (Squared(2.0), Logistic(2.0), SoftmaxCrossEntropy(2.0), Huber(0.1, 2.0), Huber(1e-30, 2.0))
+    for loss in (*known, SquaredHinge(2.0), Exponential(2.0), smooth, soft):
         assert losses.by_name(loss.name, 2.0) == loss
         assert loss.floor == 0.0
         assert loss.name.partition("(")[0] in losses.LOSSES
-    for name in ("", "hinge", "huber", "huber()", "huber(0.10)", "huber(-1.0)", "huber(1.0", "squared()", None, 3):
+    for name in (
+        "",
+        "hinge",
+        "huber",
+        "huber()",
+        "huber(0.10)",
+        "huber(-1.0)",
+        "huber(1.0",
+        "squared()",
+        None,
+        3,
+        "softmax_cross_entropy(0.0)",
+        "softmax_cross_entropy(2.0)",
+        "exponential(1.0)",
+    ):
         with pytest.raises(ValueError, match=r"the name of a loss must be one of squared, logistic.*got"):
             losses.by_name(name)
 
 
 def test_an_own_loss_is_one_method():
-    """Hinge squared, with its gradient from the default."""
+    """Log-cosh, with its gradient from the default."""
 
     @dataclasses.dataclass(frozen=True)
-    class SquaredHinge(losses.Loss):
+    class LogCosh(losses.Loss):
         scale: losses.Scale = "mean"
-        name = "squared_hinge"
+        name = "log_cosh"
 
         def _per_sample(self, f, y):
-            return 0.5 * jnp.square(jnp.maximum(1 - y * f, 0))[:, 0]
+            return jnp.sum(jnp.logaddexp(f - y, y - f) - jnp.log(2.0), axis=1)
 
     f, y = np.float32([2.0, 0.5, -1.0]), np.float32([1, 1, 1])
-    loss = SquaredHinge()
-    np.testing.assert_array_equal(loss.per_sample(f, y), [0, 0.125, 2])
-    np.testing.assert_array_equal(loss.gradient(f, y), [0, -0.5, -2])
+    loss = LogCosh()
+    np.testing.assert_allclose(loss.per_sample(f, y), np.log(np.cosh(f - y)), rtol=1e-5)
+    np.testing.assert_allclose(loss.gradient(f, y), np.tanh(f - y), rtol=1e-5)
     low, high = loss.gradient_sq_range(np.ones(2), 1)
     assert (low.tolist(), high.tolist()) == ([0, 0], [np.inf, np.inf])
     assert loss.curvature == np.inf

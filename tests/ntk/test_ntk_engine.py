@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lplr_jax.models import MLP
@@ -119,7 +119,6 @@ def test_more_samples_than_a_tile():
     close(got[200:260, 200:260], engine.kernel(model, parameters(), x[100:130]))
 
 
-@settings(max_examples=10)
 @given(st.permutations(range(N)))
 def test_permuted_samples_permute_the_kernel(order):
     order = np.asarray(order)
@@ -127,7 +126,6 @@ def test_permuted_samples_permute_the_kernel(order):
     close(got, whole("trace")[np.ix_(order, order)])
 
 
-@settings(max_examples=10)
 @given(st.floats(min_value=-100, max_value=100).filter(lambda a: abs(a) > 1e-3))
 def test_scaled_outputs_scale_the_kernel_by_the_square(factor):
     got = engine.kernel(scaled_model, (parameters(), jnp.asarray(factor)), samples())

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lplr_jax import parameters
@@ -196,7 +196,6 @@ def test_convolutions_in_several_combinations(implementation, outputs, same, dty
     assert_matches(actual, expected("cnn", outputs, same), "cnn", dtype)
 
 
-@settings(max_examples=6)
 @given(n1=st.integers(1, 4), n2=st.integers(1, 4), c=st.integers(1, 3), d=st.integers(1, 3), seed=st.integers(0, 99))
 @pytest.mark.parametrize("implementation", ["jacobian", "structured"])
 def test_a_linear_model_has_the_kronecker_kernel(implementation, n1, n2, c, d, seed):

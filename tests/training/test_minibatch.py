@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lplr_jax import diagnostics
@@ -79,7 +79,6 @@ def test_batches_estimate_the_loss_without_bias():
         assert float(filled) == pytest.approx(float(short), rel=1e-6)
 
 
-@settings(max_examples=12)  # each compiles anew
 @given(n=st.integers(2, 12), micro=st.integers(1, 12), c=st.integers(1, 3), scale=st.sampled_from(["mean", "sum"]))
 def test_exact_sums_are_those_of_one_shot_whatever_the_micro_batch(n, micro, c, scale):
     x, y, w = linear_problem(n, n, c=c)
@@ -124,7 +123,7 @@ def test_exact_gradient_of_a_network_does_not_depend_on_the_micro_batch(network)
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (params, x, y))
         loss, gradient = objective.value_and_gradient(*wide)
         square = float(optax.tree.norm(gradient, squared=True))
-    for micro in (4, 5, 14):
+    for micro in (4, 14):
         got = evaluate_exactly(params, (x, y), params, objective=objective, micro_batch=micro)
         # √(sum of fan-ins, both ways, and pixels) roundings of float32.
         gamma = np.sqrt(2 * (27 + 36 + 36 + 72 + 64)) * 2.0**-24

@@ -5,15 +5,18 @@ A new loss is one file with its class, and its line in `LOSSES`.
 """
 
 from lplr_jax.losses.base import Loss, LossScale, Scale
+from lplr_jax.losses.exponential import Exponential
 from lplr_jax.losses.huber import Huber
 from lplr_jax.losses.logistic import Logistic
 from lplr_jax.losses.objective import Objective
 from lplr_jax.losses.registry import LOSSES, as_loss, by_name
 from lplr_jax.losses.softmax_cross_entropy import SoftmaxCrossEntropy
 from lplr_jax.losses.squared import Squared
+from lplr_jax.losses.squared_hinge import SquaredHinge
 
 __all__ = [
     "LOSSES",
+    "Exponential",
     "Huber",
     "Logistic",
     "Loss",
@@ -22,6 +25,7 @@ __all__ = [
     "Scale",
     "SoftmaxCrossEntropy",
     "Squared",
+    "SquaredHinge",
     "as_loss",
     "by_name",
 ]

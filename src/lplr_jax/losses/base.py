@@ -68,6 +68,14 @@ class Loss(ABC):
         del c
         return np.zeros_like(values), np.full_like(values, np.inf)
 
+    def least(self, y: np.ndarray) -> Float[np.ndarray, " n"]:
+        """Return the infimum of each ℓ_i over its outputs, where it is known: 0, unless a loss says otherwise.
+
+        Args:
+            y: targets (n, c) as `targets` returns them.
+        """
+        return np.zeros(len(y))
+
     def per_sample(self, outputs: Rows, y: Rows) -> Float[Any, " n"]:
         """Return ℓ_i, shape (n,).
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from lplr_jax.losses.base import Loss, Scale, Values
+from lplr_jax.losses.base import Scale, Values
+from lplr_jax.losses.margins import MarginLoss
 
 
 def logistic_of(margin: Any) -> tuple[Any, Any]:
@@ -19,7 +20,7 @@ def logistic_of(margin: Any) -> tuple[Any, Any]:
 
 
 @dataclass(frozen=True)
-class Logistic(Loss):
+class Logistic(MarginLoss):
     """Logistic loss ℓ_i = log(1 + exp(-y_i f_i)) of one output, labels y_i = ±1.
 
     Example:
@@ -30,34 +31,13 @@ class Logistic(Loss):
     scale: Scale = "mean"
     name = "logistic"
     curvature = 0.25
+    TITLE = "logistic"
 
-    def _encode(self, y: Any, shape: tuple[int, ...]) -> Any:
-        if shape[1:] != (1,):
-            raise ValueError(
-                f"the logistic loss is of one output a sample, got outputs of shape {shape}; "
-                "SoftmaxCrossEntropy is for several"
-            )
-        return super()._encode(y, shape)
+    def _value(self, margin: Any) -> Any:
+        return logistic_of(margin)[0]
 
-    def _check(self, y: np.ndarray) -> None:
-        wrong = np.flatnonzero(np.abs(y.astype(np.float64)) != 1)
-        if wrong.size:
-            raise ValueError(
-                f"labels of the logistic loss must be -1 or 1, got {float(y.reshape(-1)[wrong[0]]):g} for sample "
-                f"{wrong[0]}; labels 0 and 1 become 2 * y - 1"
-            )
-
-    def _per_sample(self, f: Any, y: Any) -> Any:
-        import jax.numpy as jnp
-
-        value, _ = logistic_of((y * f)[:, 0])
-        return jnp.where(jnp.abs(y[:, 0]) == 1, value, jnp.full_like(value, jnp.nan))
-
-    def _gradient(self, f: Any, y: Any) -> Any:
-        import jax.numpy as jnp
-
-        _, share = logistic_of(y * f)
-        return jnp.where(jnp.abs(y) == 1, -y * share, jnp.full_like(share, jnp.nan))
+    def _slope(self, margin: Any) -> Any:
+        return logistic_of(margin)[1]
 
     def gradient_sq_range(self, values: Values, c: int) -> tuple[Values, Values]:
         """Return (1 - exp(-ℓ_i))² twice."""

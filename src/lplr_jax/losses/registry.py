@@ -4,18 +4,23 @@ from collections.abc import Callable, Mapping
 
 from lplr_jax import checks
 from lplr_jax.losses.base import SCALES, Loss, Scale
+from lplr_jax.losses.exponential import Exponential
 from lplr_jax.losses.huber import Huber
 from lplr_jax.losses.logistic import Logistic
-from lplr_jax.losses.softmax_cross_entropy import SoftmaxCrossEntropy
+from lplr_jax.losses.softmax_cross_entropy import of_distributions, smoothed
 from lplr_jax.losses.squared import Squared
+from lplr_jax.losses.squared_hinge import SquaredHinge
 
 LOSSES: Mapping[str, Callable[..., Loss]] = {
     "squared": Squared,
     "logistic": Logistic,
-    "softmax_cross_entropy": SoftmaxCrossEntropy,
+    "softmax_cross_entropy": smoothed,
+    "soft_cross_entropy": of_distributions,
     "huber": Huber,
+    "squared_hinge": SquaredHinge,
+    "exponential": Exponential,
 }
-"""Losses by the name of their class in a record; what stands in parentheses behind it are the class's arguments."""
+"""Losses by what a record calls them; what stands in parentheses behind it are the numbers that they take."""
 
 
 def by_name(name: str, scale: Scale = "mean") -> Loss:
