@@ -150,7 +150,7 @@ EDGES = [
      {"mnist": scaled(mnist(), ntk_min_eig_subset=1e4)}),
     ("gap_phases", {}, {"mnist": mnist(loss=0.3 + 0.5 * np.exp(-EPOCHS / 100))}),
     ("pl_bounded", {}, {"mnist": scaled(mnist(), grad_sq_norm=np.where(EPOCHS > 30, 1.15, 1.0))}),
-    ("pl_ends", {}, {"mnist": mnist(loss=2.0 - EPOCHS / 1000, grad_sq_norm=np.ones(T + 1))}),
+    ("pl_ends", {}, {"mnist": mnist(loss=2.0 - EPOCHS / 1000, grad_sq_norm=0.4 - EPOCHS / 1000 + 1e-9)}),
     ("lambda_0_rises", {"starts": starts(1.05)}, {"starts": starts(0.95)}),
     ("lambda_0_doubles", {"starts": starts(1.65)}, {"starts": starts(1.55)}),
     ("lambda_0_doubles", {"starts": starts(2.45)}, {"starts": starts(2.55)}),

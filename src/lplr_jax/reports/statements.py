@@ -48,8 +48,8 @@ def to_markdown(findings: Mapping[str, Finding], shares: Shares) -> str:
         for one in STATEMENTS
     ]
     words = (
-        "Rules and thresholds are ours. The middle regime is that of `stable_regime`, or the middle half of a run "
-        "without one. The last column says in how many set-ups of the search one holds, of those that decide it."
+        "Rules and thresholds are ours. The middle regime is the stable one past the first twentieth, else the middle "
+        "half. The last column says in how many set-ups of the search one holds, of those that decide it."
     )
     return "\n".join([counts(findings), words, "", *lines, "", "The rules:", "", *rules]) + "\n"
 

@@ -73,7 +73,8 @@ def _drift(runs: Runs) -> Finding:
 
 
 def _middle(summary: Summary) -> np.ndarray:
-    return summary.bracket[1][middle_regime(summary)]
+    ratio = summary.bracket[1][middle_regime(summary)]
+    return ratio[np.isfinite(ratio)]  # where the proxy itself is attained the ratio is infinite
 
 
 def _pl_bounded(runs: Runs) -> Finding:
@@ -87,7 +88,7 @@ def _pl_bounded(runs: Runs) -> Finding:
         return Finding("not reproduced", "the ratio reaches 0 on the middle regime")
     moved = float(np.exp(np.abs(np.log(ratio[width:] / ratio[:-width])).max()))
     start, stop = summary.steps(middle_regime(summary))
-    kind = "stable regime" if summary.regime.stop else "middle half, as there is no stable regime"
+    kind = "middle half" if middle_regime(summary) == summary.middle else "stable regime"
     words = f"least {ratio.min():.3g} in steps {start} to {stop} ({kind}); "
     return found(
         ratio.min() > 0 and moved <= SLOW, words + f"moves by at most {moved:.3f} within 1 % of the run", moved

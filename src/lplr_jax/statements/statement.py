@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from lplr_jax.curves.rate import MIN_ENTRIES
 from lplr_jax.curves.summary import Summary
 from lplr_jax.records import Record
 
@@ -124,13 +125,13 @@ def measured(record: Record, name: str) -> tuple[Float[np.ndarray, " k"], Float[
 
 
 def middle_regime(summary: Summary) -> slice:
-    """Return the positions of the stable regime, or of the middle half of a run that has none.
+    """Return the positions of the stable regime past the first twentieth of the run, else of its middle half.
 
-    The rule of the stable regime starts within the transient of some runs, so the first twentieth is left out.
+    The rule of the stable regime starts within the transient of some runs, and ends there on others.
     """
-    regime = summary.regime if summary.regime.stop else summary.middle
     start = int(np.searchsorted(summary.step_numbers, summary.step_numbers[-1] / 20))
-    return slice(max(regime.start, start), regime.stop)
+    regime = slice(max(summary.regime.start, start), summary.regime.stop)
+    return regime if regime.stop - regime.start >= MIN_ENTRIES else summary.middle
 
 
 def listed(values: Mapping[Any, float]) -> str:
