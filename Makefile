@@ -35,7 +35,7 @@ VENV_LATEST ?= .venv-latest
 help:  ## show this list
 	@echo 'lplr-jax: which hypotheses of local Polyak-Lojasiewicz theory hold on a training run'
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
-	@echo '  variables: PRESET=smoke|default|paper  OUT=folder  DATA=file-or-folder  ARGS="--width 256 ..."'
+	@echo '  variables: PRESET=smoke|default|paper|paper-like  OUT=folder  DATA=file-or-folder  ARGS="--width 256 ..."'
 	@echo '  of tests:  ROOM="theory records" (folders under tests/)  WORKERS=2'
 
 setup: $(DEV)  ## make .venv from locks/: what running and testing need
