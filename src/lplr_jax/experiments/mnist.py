@@ -116,8 +116,8 @@ PRESETS: dict[str, MnistConfig] = {
     "paper": MnistConfig(epochs=10_000),
     "paper-like": MnistConfig(n_train=500, epochs=260, probe_every=26, learning_rate=8.58e-4),
 }
-"""Named sets of defaults: a run of seconds, the standard one, and a longer one, all calibrated; and the nearest one found
-to what the paper says of its runs, calibrated on the paper's sentences (docs/reproduction.md)."""
+"""Named sets of defaults: a run of seconds, the standard one, and a longer one, all calibrated; and the nearest one
+found to what the paper says of its runs, calibrated on the paper's sentences (docs/reproduction.md)."""
 
 
 def resolve(config: MnistConfig) -> tuple[MnistConfig, int, int]:
