@@ -29,6 +29,7 @@ ROOMS = (
     Room("arms", "right", "the records of a folder of arms"),
     Room("curves", "right", "what series say: rate, stability, PL bracket, pairs, summary"),
     Room("theory", "right", "claims, evidence, verdicts"),
+    Room("statements", "right", "the paper's empirical statements, judged from records"),
     Room("plotting", "right", "a record to a figure"),
     Room("types", "left", "what is called a parameter tree and a network"),
     Room("parameters", "left", "which leaves of a parameter tree are θ"),

@@ -354,7 +354,7 @@ def test_version(tmp_path):
 def test_general_commands_stand_behind_the_experiments(capsys):
     assert cli.main(["--help"]) == 0
     order = re.findall(r"• ([a-z]+)", capsys.readouterr().out)
-    assert order == [*NAMES, *cli.OWN, *cli.GENERAL]
+    assert order == [*NAMES, *cli.ABOVE, *cli.OWN, *cli.GENERAL]
     for name, listed in experiments.REGISTRY.items():
         assert listed.help.endswith(".")
         assert importlib.import_module(listed.module).EXPERIMENT.name == name

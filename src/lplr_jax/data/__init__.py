@@ -17,8 +17,9 @@ and against its content before memory is spent, and nothing is unpickled.
 `load_text` gives a `Text`: sequences of bytes, each with the byte that follows it.
 """
 
+from lplr_jax.data.coding import Labels, Pixels, recode
 from lplr_jax.data.problem import DataError, Dataset, labels_of
 from lplr_jax.data.selection import load
 from lplr_jax.data.text import Text, load_text
 
-__all__ = ["DataError", "Dataset", "Text", "labels_of", "load", "load_text"]
+__all__ = ["DataError", "Dataset", "Labels", "Pixels", "Text", "labels_of", "load", "load_text", "recode"]

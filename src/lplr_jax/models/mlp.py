@@ -3,19 +3,28 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from lplr_jax import checks
-from lplr_jax.models.parts import ACTIVATIONS, check_floating, he_normal
+from lplr_jax.models.parts import ACTIVATIONS, OUTPUT_INITS, check_floating, he_normal, output_initialiser
 
 INITS = ("he", "scaled-output", "antisymmetric")
-"""Initialisations of `MLP` by name; biases are zero in all."""
+"""Initialisations of `MLP` by name."""
+
+BIAS_INITS = ("zero", "uniform")
+"""Initial biases of `MLP`: zero, or uniform within 1/√fan_in, PyTorch's default."""
 
 PARAMETRISATIONS = ("standard", "ntk")
 """Parametrisations of `MLP` by name."""
+
+
+def _uniform_bias(fan_in: int) -> Callable[..., Array]:
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _scaled_output(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -43,8 +52,10 @@ def _divided(init: Callable[..., Array], scale: float) -> Callable[..., Array]:
     return lambda key, shape, dtype: init(key, shape, dtype) / np.asarray(scale, dtype)
 
 
-def _kernel_init(initialisation: str, *, first: bool, last: bool) -> Callable[..., Array]:
+def _kernel_init(initialisation: str, output_init: str, *, first: bool, last: bool) -> Callable[..., Array]:
     """Return the initialiser of one layer's kernel (inputs, outputs)."""
+    if initialisation == "he" and last:
+        return output_initialiser(output_init)
     if initialisation == "scaled-output" and last:
         return _scaled_output
     if initialisation == "antisymmetric":
@@ -53,7 +64,7 @@ def _kernel_init(initialisation: str, *, first: bool, last: bool) -> Callable[..
 
 
 class MLP(nn.Module):
-    """Fully connected network with zero biases, He-normal weights unless another initialisation is named.
+    """Fully connected network: zero biases and He-normal weights unless another initialisation is named.
 
     Initialisations. "he": normal of variance 2/fan_in. "scaled-output": the output layer is divided by sqrt(m),
     variance 2/m², as in the maximal update parametrisation (Yang and Hu 2021): outputs and hidden gradients start
@@ -79,6 +90,9 @@ class MLP(nn.Module):
         param_dtype: type in which the parameters are initialised.
         initialisation: "he", "scaled-output" or "antisymmetric"; the number of parameters is the same.
         parametrisation: "standard" or "ntk".
+        output_init: "he", "lecun", "small" or "zero", the variance of the output layer's weights (`OUTPUT_INITS`);
+            other than "he" with the initialisation "he" alone.
+        bias_init: "zero" or "uniform", the initial biases (`BIAS_INITS`); the latter with "he" alone.
     """
 
     width: int = 128
@@ -89,6 +103,8 @@ class MLP(nn.Module):
     param_dtype: Any = jnp.float32
     initialisation: str = "he"
     parametrisation: str = "standard"
+    output_init: str = "he"
+    bias_init: str = "zero"
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "outputs"):
@@ -96,6 +112,13 @@ class MLP(nn.Module):
         checks.one_of("activation", self.activation, sorted(ACTIVATIONS))
         checks.one_of("initialisation", self.initialisation, INITS)
         checks.one_of("parametrisation", self.parametrisation, PARAMETRISATIONS)
+        checks.one_of("output_init", self.output_init, OUTPUT_INITS)
+        checks.one_of("bias_init", self.bias_init, BIAS_INITS)
+        if self.initialisation != "he" and (self.output_init, self.bias_init) != ("he", "zero"):
+            raise ValueError(
+                f"output_init {self.output_init!r} and bias_init {self.bias_init!r} go with the initialisation 'he'; "
+                f"{self.initialisation!r} sets output layer and biases itself"
+            )
         if self.dtype is not None:
             check_floating("dtype", self.dtype)
         check_floating("param_dtype", self.param_dtype)
@@ -120,16 +143,17 @@ class MLP(nn.Module):
             )
         for layer in range(self.depth):
             last = layer == self.depth - 1
-            init = _kernel_init(self.initialisation, first=layer == 0, last=last)
+            init = _kernel_init(self.initialisation, self.output_init, first=layer == 0, last=last)
+            fan_in = h.shape[1]
             if self.parametrisation == "ntk":
-                scale = (2 / h.shape[1]) ** 0.5
+                scale = (2 / fan_in) ** 0.5
                 h, init = h * scale, _divided(init, scale)
             h = nn.Dense(
                 self.outputs if last else self.width,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 kernel_init=init,
-                bias_init=nn.initializers.zeros_init(),
+                bias_init=_uniform_bias(fan_in) if self.bias_init == "uniform" else nn.initializers.zeros_init(),
                 name=f"dense_{layer}",
             )(h)
             if not last:

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from lplr_jax import checks
-from lplr_jax.models.parts import ACTIVATIONS, check_floating, he_normal
+from lplr_jax.models.parts import ACTIVATIONS, OUTPUT_INITS, check_floating, he_normal, output_initialiser
 
 
 class ResNet(nn.Module):
@@ -31,6 +31,7 @@ class ResNet(nn.Module):
         activation: "relu", "softplus" or "tanh".
         dtype: type of the computation; None takes that of parameters and inputs.
         param_dtype: type in which the parameters are initialised.
+        output_init: "he", "lecun", "small" or "zero", the variance of the output layer's weights (`OUTPUT_INITS`).
     """
 
     width: int = 64
@@ -41,11 +42,13 @@ class ResNet(nn.Module):
     activation: str = "relu"
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    output_init: str = "he"
 
     def __post_init__(self) -> None:
         for name in ("width", "stages", "blocks", "groups", "outputs"):
             checks.whole(name, getattr(self, name), least=1)
         checks.one_of("activation", self.activation, sorted(ACTIVATIONS))
+        checks.one_of("output_init", self.output_init, OUTPUT_INITS)
         if self.dtype is not None:
             check_floating("dtype", self.dtype)
         check_floating("param_dtype", self.param_dtype)
@@ -85,4 +88,5 @@ class ResNet(nn.Module):
                 if h.shape != branch.shape:
                     h = conv(h, channels, size=1, stride=stride, name=f"{name}_skip")
                 h = activation(h + branch)
-        return nn.Dense(self.outputs, kernel_init=he_normal, name="dense", **shared)(jnp.mean(h, axis=(1, 2)))
+        last = nn.Dense(self.outputs, kernel_init=output_initialiser(self.output_init), name="dense", **shared)
+        return last(jnp.mean(h, axis=(1, 2)))
