@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+import networks
 import sequences
 from lplr_jax.ntk import engine, neural_tangents
 
@@ -109,7 +110,7 @@ def cases() -> dict[str, dict[str, Any]]:
         for m in (16, 64):
             for n in (8, 32):
                 found[f"resnet{m}-{n}-f{bits}"] = {"model": "resnet", "n": n, "m": m, "c": 5, "dtype": dtype}
-    return {**found, **sequences.cases()}
+    return {**found, **sequences.cases(), **networks.cases()}
 
 
 def problem(
@@ -120,6 +121,8 @@ def problem(
     if model == "mlp":
         hidden = [m] * (settings.get("depth", 5) - 1)
         return mlp, mlp_params([784, *hidden, c], dtype), images(n, (784,), dtype)
+    if f"{model}-{m}-f64" in networks.cases():
+        return networks.problem(model, n=n, m=m, c=c, dtype=dtype)
     if model not in ("cnn", "resnet"):
         return sequences.problem(model, n=n, m=m, c=c, dtype=dtype, **settings)
     net = {"cnn": CNN, "resnet": ResNet}[model](width=m, outputs=c)

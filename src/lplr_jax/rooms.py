@@ -44,7 +44,7 @@ ROOMS = (
     Room("packed", "left", "λ_min of a matrix in half the memory"),
     Room("linalg", "left", "eigenvalues with their quality"),
     Room("losses", "left", "Loss, and an objective made of one"),
-    Room("data", "left", "images"),
+    Room("data", "left", "images and text"),
     Room("models", "left", "built-in networks; only experiments import them"),
     Room("training", "left", "pure steps, and scans over steps, batches and epochs"),
     Room("ntk", "left", "the kernel engine and its peer"),

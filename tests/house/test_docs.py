@@ -117,6 +117,7 @@ def test_every_notebook_has_a_script():
 SHOWN = {
     "checkpoints": "undecided",
     "quickstart": "Hypotheses of the paper",
+    "transformer": "PL with a floor",
     "what_the_theorem_says": "silent",
     "your_own_run": "not seen",
 }

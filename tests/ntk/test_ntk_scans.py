@@ -10,7 +10,7 @@ from dense_kernel import ALL, TOLERANCE, check, head, normal
 from flax import linen as nn
 from jax import lax
 
-from lplr_jax.ntk import engine
+from lplr_jax.ntk import engine, unroll
 
 SLICED, WHOLE = "matrix product in 3 steps of its own slices: pairs", "matrix product in 3 steps: pairs"
 
@@ -326,3 +326,59 @@ def test_result_does_not_depend_on_the_memory_budget(memory_budget):
     want = engine.kernel(recurrent, CELL, x)
     got = engine.kernel(recurrent, CELL, x, memory_budget=memory_budget)
     assert np.max(np.abs(got - want)) <= TOLERANCE * np.max(np.abs(want))
+
+
+COUNTERS = {
+    "by its counter": lambda p, x: lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p[i]), x),
+    "from the second on": lambda p, x: lax.fori_loop(1, 3, lambda i, h: jnp.tanh(h @ p[i]), x),
+    "backwards": lambda p, x: lax.scan(lambda h, i: (jnp.tanh(h @ p[2 - i]), None), x, jnp.arange(3))[0],
+    "every other": lambda p, x: lax.fori_loop(0, 2, lambda i, h: jnp.tanh(h @ jnp.take(p, 2 * i, axis=0)), x),
+    "handed on": lambda p, x: lax.fori_loop(0, 3, lambda i, s: (jnp.tanh(s[0] @ s[1][i]), s[1]), (x, p))[0],
+    "reversed scan": lambda p, x: lax.scan(
+        lambda s, _: ((jnp.tanh(s[0] @ p[s[1]]), s[1] + 1), None), (x, 0), jnp.zeros(3), reverse=True
+    )[0][0],
+    "in two loops": lambda p, x: lax.fori_loop(
+        0, 3, lambda i, h: (lambda w: lax.fori_loop(0, 2, lambda j, h: jnp.tanh(h @ w + j), h))(p[i]), x
+    ),
+    "and whole": lambda p, x: lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p[i] + h @ p[0]), x),
+    "not evenly": lambda p, x: lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p[i * i % 3]), x),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ("backwards", "in two loops") else pytest.mark.slow) for name in COUNTERS],
+)
+def test_slices_by_the_counter_of_a_loop(name):
+    rules = {"and whole": "matrix product", "not evenly": "Jacobian", "in two loops": "pairs of positions"}
+    rule = rules.get(name, "steps of its own slices: pairs of positions")
+    check(lambda p, x: head(COUNTERS[name](p, x)), normal(1, 3, 8, 8) / 3, normal(2, 4, 8), {"": rule})
+
+
+UNROLLED = {
+    "stacked": stacked,
+    "backwards": functools.partial(stacked, reverse=True),
+    "keeping": lambda p, x: head(
+        jnp.swapaxes(lax.scan(lambda h, a: (layer(h, a), layer(h, a)), x, p, reverse=True)[1], 0, 1)
+    ),
+    "by its counter": lambda p, x: head(
+        lax.fori_loop(0, 3, lambda i, h: layer(h, {"w": p["w"][i], "b": p["b"][2 - i]}) + i, x)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "by its counter" else pytest.mark.slow) for n in UNROLLED]
+)
+def test_short_scans_of_much_work_are_written_out(name, monkeypatch):
+    monkeypatch.setattr(unroll, "WORK", 1)
+    check(UNROLLED[name], LAYERS, normal(3, 4, 8), {"['w']": "dense: (h hᵀ) ∘ (δ δᵀ)"}, ("full",))
+
+
+def test_work_of_a_step_decides_whether_a_scan_is_written_out():
+    (scan,) = [op for op in engine.trace(stacked, LAYERS, normal(3, 4, 8)).program.ops if op.name == "scan"]
+    assert unroll.multiply_adds(scan.params["jaxpr"]) == 8 * 8
+    rules = [engine.explain(stacked, LAYERS, normal(3, n, 8)).leaves[1].rule for n in (15624, 15625)]
+    assert ["steps" in rule for rule in rules] == [True, False]
+    deep = {"w": np.zeros((9, 8, 8)), "b": np.zeros((9, 8))}
+    assert "steps" in engine.explain(stacked, deep, normal(3, 20000, 8)).leaves[1].rule

@@ -41,7 +41,7 @@ seen = {}
 with jax.enable_x64(True):
     want = naive(samples(40), samples(40))
     one = Mesh(np.asarray(jax.devices()[:1]), ("rows",))
-    for n in (40, 35):
+    for n in (40, 36, 35):
         theta = engine.kernel(model, params, samples(n))
         got = np.asarray(theta)
         seen[f"error {n}"] = float(np.abs(got - want[: 2 * n, : 2 * n]).max() / np.abs(want).max())
@@ -120,7 +120,7 @@ def eight():
 
 def test_eight_devices_agree_with_the_jacobian(eight):
     errors = {name: value for name, value in eight.items() if name.startswith("error")}
-    assert len(errors) == 8
+    assert len(errors) == 9
     assert max(errors.values()) <= 1e-12, errors
 
 
@@ -131,7 +131,9 @@ def test_result_is_exactly_symmetric_on_any_number_of_devices(eight):
 def test_each_device_holds_its_rows(eight):
     assert eight["devices 40"] == 8
     assert eight["shards 40"] == [[10, 80]]
-    assert eight["shards 35"] == [[70, 70]]  # eight does not divide 35: whole on each device
+    assert eight["shards 36"] == [[9, 72]]  # of two outputs each
+    assert eight["shards 35"] == [[35, 35]]  # eight does not divide 70: a quarter, on two devices each
+    assert eight["devices 35"] == 8
 
 
 def test_each_device_does_its_share_of_the_work(eight):

@@ -307,7 +307,8 @@ BEFORE = (
 
 BEHIND = (
     *("pl_zero", "pl_proxy", "pl_excess", "factor_zero", "factor_proxy", "law_zero", "law_proxy"),
-    *("boundary", "eta_beta", "eta_beta_t", "predicted", "observed", "diverged", "verdict"),
+    *("boundary", "critical_step", "eta_beta", "eta_beta_t", "eta_critical_t"),
+    *("predicted", "observed", "diverged", "verdict"),
 )
 """Those that stand below it."""
 

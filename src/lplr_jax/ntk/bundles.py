@@ -19,8 +19,8 @@ from lplr_jax.ntk.geometry import IN_PLACE, Geometry, geometry, moved
 from lplr_jax.ntk.jaxpr import Program
 from lplr_jax.ntk.walk import Apply, Enter, Use
 
-PLAIN, LOOKUP, SWAPPED = "plain", "lookup", "swapped"
-KINDS = (PLAIN, LOOKUP, SWAPPED)
+PLAIN, LOOKUP, SWAPPED, ROUTED = "plain", "lookup", "swapped", "routed"
+KINDS = (PLAIN, LOOKUP, SWAPPED, ROUTED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,8 @@ class Placed:
         program: Program that it is a use in.
         use: The use.
         form: Its form in one step of its loops.
-        kind: "plain", "lookup" for rows of a table, or "swapped" where its k and m are m and k of the others.
+        kind: "plain", "lookup" for rows of a table, "swapped" where its k and m are m and k of the others, or "routed"
+            where every position takes a matrix of its own choice.
     """
 
     program: Program
@@ -58,6 +59,12 @@ class Placed:
     def operand(self, env: Mapping[int, Any]) -> jax.Array:
         """Operand h (b, s, k), or row numbers (b, s)."""
         return self._joined(self.use.operand(self.program, env, self.form.operand), 0)
+
+    def row(self, env: Mapping[int, Any]) -> jax.Array:
+        """Number (b, s) of the matrix that each position takes."""
+        if self.form.row is None:
+            raise ValueError("only a routed use has matrices to choose from")
+        return self._joined(self.use.operand(self.program, env, self.form.row), 0)
 
     def cotangent(self, env: Mapping[int, Any], deltas: Mapping[int, Any]) -> jax.Array:
         """Cotangent δ (c, b, s, m)."""
@@ -102,32 +109,38 @@ class Bundle:
     @property
     def size(self) -> int:
         """Entries of the leaf that are reached."""
-        return self.b * self.k * self.m
+        return self.b * self.k * self.m * self.uses[0].form.rows
 
     def once(self, c: int) -> int:
         """Multiply-adds of the gradients of one sample."""
-        dense = self.positions(PLAIN) + self.positions(SWAPPED)
-        return c * (dense * self.size + self.positions(LOOKUP) * self.b * self.m)
+        dense = self.positions(PLAIN) + self.positions(SWAPPED) + self.positions(ROUTED)
+        return c * self.b * (dense * self.k * self.m + self.positions(LOOKUP) * self.m)
 
     def kept(self, c: int) -> int:
         """Entries of the operands and cotangents of one sample."""
-        plain, lookup, swapped = (self.positions(kind) for kind in KINDS)
+        plain, lookup, swapped, routed = (self.positions(kind) for kind in KINDS)
         k, m = self.k, self.m
-        return self.b * (plain * (k + c * m) + lookup * (1 + c * m) + swapped * (m + c * k))
+        return self.b * (plain * (k + c * m) + lookup * (1 + c * m) + swapped * (m + c * k) + routed * (k + 1 + c * m))
 
     def pair(self, outputs: str, c: int) -> int:
         """Multiply-adds of pairs of positions, for one pair of samples."""
         o, blocks = (c * c, c * c) if outputs == "full" else (c, 1)
-        plain, lookup, swapped = (self.positions(kind) for kind in KINDS)
+        plain, lookup, swapped, routed = (self.positions(kind) for kind in KINDS)
         k, m = self.k, self.m
         alike = plain**2 * (k + o * m + blocks) + lookup**2 * (o * m + blocks) + swapped**2 * (m + o * k + blocks)
+        alike += routed**2 * (k + 1 + o * m + blocks)
         mixed = 2 * plain * lookup * (1 + o * m + blocks)
         crossed = 2 * swapped * (plain * (c * k + c * m + o) + lookup * (c + c * m + o))
         return self.b * (alike + mixed + crossed)
 
 
-def bundles(program: Program, uses: Sequence[Use]) -> tuple[Bundle, ...] | None:
+def bundles(program: Program, uses: Sequence[Use], *, by_input: bool = False) -> tuple[Bundle, ...] | None:
     """Put uses together that reach the same entries of their leaf.
+
+    Args:
+        program: The program.
+        uses: Uses of one leaf.
+        by_input: As for `geometry`.
 
     Returns:
         Bundles that have no entry in common; None if a use has no form, or uses reach some common entries in no common
@@ -135,10 +148,11 @@ def bundles(program: Program, uses: Sequence[Use]) -> tuple[Bundle, ...] | None:
     """
     placed = []
     for use in uses:
-        form = geometry(program, use)
-        if form is None:
+        form = geometry(program, use, by_input=by_input)
+        if form is None or (form.row is not None and len(uses) > 1):
             return None
-        placed.append(Placed(program, use, form, LOOKUP if form.lookup else PLAIN))
+        kind = LOOKUP if form.lookup else PLAIN if form.row is None else ROUTED
+        placed.append(Placed(program, use, form, kind))
     if len(placed) == 1:
         return (_bundle(placed, placed[0]),)
     same: dict[Hashable, list[Placed]] = {}

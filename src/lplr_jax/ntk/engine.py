@@ -55,7 +55,7 @@ def kernel(
             (n1, c), the diagonal of the full kernel.
         memory_budget: Bytes to use beside the result; a quarter of the device's or machine's memory if None.
         mesh: Devices that share the work; all devices if None and there are several. Then the budget is that of each
-            device, and the result is left sharded by rows where the devices divide n1 (`sharded`).
+            device, and the result is left sharded by rows where the devices divide them (`sharded`).
 
     Returns:
         The kernel.

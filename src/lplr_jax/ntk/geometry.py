@@ -1,11 +1,12 @@
 """Matrix products, convolutions, row lookups and biases brought to one form: operand h[b, s, k], cotangent δ[b, s, m].
 
-b counts batch entries or feature groups, s positions, k contracted and m free entries of the leaf.
+b counts batch entries or feature groups, s positions, k contracted and m free entries of the leaf. The gradient of a
+real leaf in a complex product is Re Σ_s h δ = Σ_s Re h Re δ - Im h Im δ: twice as many real positions.
 """
 
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from lplr_jax.ntk.jaxpr import Op, Program
-from lplr_jax.ntk.walk import AFFINE, Enter, Use
+from lplr_jax.ntk.walk import AFFINE, Apply, Enter, Use
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,8 @@ class Geometry:
         entries: From an array of the leaf's shape at the operation to (b, k, m).
         layout: What the cotangent's layout depends on beside the sizes.
         lookup: Whether rows are looked up.
+        rows: Matrices (k, m) of the leaf, of which every position takes one.
+        row: From the other operand and the lookup's indices to the number of that matrix (b, s).
     """
 
     b: int
@@ -42,16 +45,101 @@ class Geometry:
     entries: Callable[[np.ndarray], np.ndarray]
     layout: Hashable
     lookup: bool = False
+    rows: int = 1
+    row: Callable[..., jax.Array] | None = None
 
 
-def geometry(program: Program, use: Use) -> Geometry | None:
-    """Form of the use; None where its way is no isometry, or for another operation than those named above."""
+def geometry(program: Program, use: Use, *, by_input: bool = False) -> Geometry | None:
+    """Form of the use; None where its way is no isometry, or for another operation than those named above.
+
+    Args:
+        program: The program.
+        use: The use.
+        by_input: Whether the positions of a convolution are the entries of its operand, and δ is cut into patches.
+    """
     if not use.isometric:
         return None
-    rules = {"dot_general": _matrix_product, "conv_general_dilated": _convolution, "gather": _row_lookup}
+    convolution = _transposed if by_input and dilated(use) else _convolution
+    rules = {"dot_general": _matrix_product, "conv_general_dilated": convolution, "gather": _row_lookup}
     rule = rules.get(use.op.name, _bias if use.op.name in AFFINE else None)
     form = None if rule is None else rule(program, use)
-    return form if form is None or use.merge is None else _merged(program, use, form)
+    if form is not None and use.merge is not None:
+        form = _merged(program, use, form) if use.route is None else None
+    elif form is not None and use.route is not None:
+        form = _routed(program, use, form)
+    if form is None or not jnp.issubdtype(program.avals[use.op.outs[0]].dtype, jnp.complexfloating):
+        return form
+    return _real(form)
+
+
+def dilated(use: Use) -> bool:
+    """Whether the operation is a transposed convolution: its operand is spread out, and the window moves by one."""
+    params = use.op.params
+    if use.op.name != "conv_general_dilated" or any(stride != 1 for stride in params["window_strides"]):
+        return False
+    return any(dilation > 1 for dilation in params["lhs_dilation"])
+
+
+def _real(form: Geometry) -> Geometry:
+    """Form of a real leaf in a complex operation, in real numbers."""
+    if form.lookup:
+        return replace(form, cotangent=lambda delta: form.cotangent(delta).real, layout=("complex", form.layout))
+
+    def operand(*given: Any) -> jax.Array:
+        h = form.operand(*given)
+        return jnp.concatenate([h.real, -h.imag], axis=1)
+
+    def cotangent(*given: Any) -> jax.Array:
+        delta = form.cotangent(*given)
+        return jnp.concatenate([delta.real, delta.imag], axis=1)
+
+    row = None if form.row is None else lambda *given: jnp.tile(form.row(*given), (1, 2))  # pyright: ignore[reportOptionalCall]
+    layout = ("complex", form.layout)
+    return replace(form, s=2 * form.s, operand=operand, cotangent=cotangent, row=row, layout=layout)
+
+
+def _routed(program: Program, use: Use, form: Geometry) -> Geometry | None:
+    """Form of a leaf of matrices, of which every batch entry of a product takes one by its number.
+
+    None where a batch entry takes entries of several, or in an order of its own.
+    """
+    step = use.route
+    if step is None or form.lookup or use.op.name != "dot_general":
+        return None
+    before = use.chain[: use.chain.index(step)]
+    rest = use.chain[use.chain.index(step) + 1 :]
+    lookup = _row_lookup(program, replace(use, op=step.op, position=0, factors=()))
+    if lookup is None or any(isinstance(later, Enter) for later in rest):
+        return None
+    if any(isinstance(earlier, Enter) and not earlier.sliced for earlier in before):
+        return None
+    array = np.arange(lookup.s * lookup.m).reshape(program.avals[step.op.outs[0]].shape)
+    for later in rest:
+        if isinstance(later, Apply):
+            array = moved(program, later.op, array)
+    array = form.entries(array)
+    taken, place = np.divmod(array, lookup.m)
+    which = taken[:, :1, :1]
+    if array.size != lookup.s * lookup.m or np.any(taken != which) or np.any(place != place[:1]):
+        return None
+    which = which.reshape(-1)
+
+    def row(_: Any, index: Any) -> jax.Array:
+        return jnp.repeat(lookup.operand(index)[0][which], form.s).reshape(1, -1)
+
+    s = form.b * form.s
+    return Geometry(
+        1,
+        s,
+        form.k,
+        form.m,
+        lambda h, _: form.operand(h).reshape(1, s, form.k),
+        lambda delta, _: form.cotangent(delta).reshape(1, s, form.m),
+        lambda leaf: leaf,
+        (form.layout, "routed"),
+        rows=lookup.k,
+        row=row,
+    )
 
 
 def _merged(program: Program, use: Use, form: Geometry) -> Geometry | None:
@@ -128,7 +216,7 @@ def moved(program: Program, op: Op, array: np.ndarray) -> np.ndarray:
 
 
 # Operations of an isometric way that leave every entry where it is.
-IN_PLACE = frozenset({"copy", "copy_p", "convert_element_type", "neg", "mul", "div"}) | AFFINE
+IN_PLACE = frozenset({"copy", "copy_p", "convert_element_type", "neg", "mul", "div", "complex"}) | AFFINE
 
 
 def _shape(program: Program, atom: Any) -> tuple[int, ...]:
@@ -138,7 +226,8 @@ def _shape(program: Program, atom: Any) -> tuple[int, ...]:
 def _bias(program: Program, use: Use) -> Geometry | None:
     """Form of a leaf every entry of which is added to one entry of the result, None for any other."""
     m, shape = math.prod(program.avals[use.op.outs[0]].shape), _shape(program, use.op.ins[use.position])
-    if math.prod(shape) != m or use.factors:
+    complex_ = jnp.issubdtype(program.avals[use.op.outs[0]].dtype, jnp.complexfloating)
+    if math.prod(shape) != m or use.factors or complex_:
         return None
     sign = -1 if use.op.name == "sub" and use.position == 1 else 1
     one = np.full((1, 1, 1), sign, program.avals[use.source].dtype)
@@ -219,6 +308,44 @@ def _convolution(program: Program, use: Use) -> Geometry:
         return np.moveaxis(leaf, 1, 0)
 
     return Geometry(groups, s, k, features, operand, cotangent, entries, ("conv", out_spec))
+
+
+def _transposed(program: Program, use: Use) -> Geometry:
+    """Form of a transposed convolution whose positions are the entries of its operand, before they are spread out."""
+    params = use.op.params
+    numbers = params["dimension_numbers"]
+    lhs, rhs, out_spec = numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec
+    groups = params["feature_group_count"]
+    kernel, image = (_shape(program, use.op.ins[at]) for at in (1, 0))
+    result = program.avals[use.op.outs[0]].shape
+    window = tuple(kernel[d] for d in rhs[2:])
+    depth, features = kernel[rhs[1]], kernel[rhs[0]] // groups
+    taps, axes = math.prod(window), len(window)
+    s = image[lhs[0]] * math.prod(image[d] for d in lhs[2:])
+
+    rows = []
+    for axis in range(axes):  # pixels of the result that an entry reaches, and one behind the last where there is none
+        dilation, last = params["rhs_dilation"][axis], result[out_spec[2 + axis]]
+        entries_at = np.arange(image[lhs[2 + axis]])[:, None] * params["lhs_dilation"][axis]
+        pixels = params["padding"][axis][0] + entries_at - np.arange(window[axis]) * dilation
+        pixels = np.where((pixels >= 0) & (pixels < last), pixels, last)
+        rows.append(np.expand_dims(pixels, [d for d in range(2 * axes) if d % axes != axis]))
+
+    def operand(h: Any) -> jax.Array:
+        h = jnp.transpose(h, (lhs[0], *lhs[2:], lhs[1])).reshape(s, groups, depth)
+        return jnp.moveaxis(h, 1, 0)
+
+    def cotangent(delta: Any) -> jax.Array:
+        delta = jnp.transpose(delta, (out_spec[0], *out_spec[2:], out_spec[1]))
+        patches = delta.at[(slice(None), *rows)].get(mode="fill", fill_value=0)
+        patches = jnp.moveaxis(patches.reshape(s, taps, groups, features), 2, 0)
+        return patches.reshape(groups, s, taps * features)
+
+    def entries(leaf: np.ndarray) -> np.ndarray:
+        leaf = leaf.transpose((*rhs[2:], rhs[1], rhs[0])).reshape(taps, depth, groups, features)
+        return leaf.transpose((2, 1, 0, 3)).reshape(groups, depth, taps * features)
+
+    return Geometry(groups, s, depth, taps * features, operand, cotangent, entries, ("transposed", out_spec))
 
 
 def _row_lookup(program: Program, use: Use) -> Geometry | None:

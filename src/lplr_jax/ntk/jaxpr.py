@@ -227,6 +227,31 @@ def flatten(closed: Any, num_params: int) -> Program:
     arguments = [new(var.aval) for var in closed.jaxpr.invars]
     (output,) = inline(closed, arguments, new, hold, ops)
 
+    arguments, inputs = tuple(arguments[:num_params]), tuple(arguments[num_params:])
+    return assemble(ops, avals, output, params=arguments, inputs=inputs, consts=consts)
+
+
+def assemble(
+    ops: Sequence[Op],
+    avals: Sequence[jax.ShapeDtypeStruct],
+    output: Any,
+    *,
+    params: tuple[int, ...],
+    inputs: tuple[int, ...],
+    consts: Sequence[tuple[int, Any]],
+    keep: bool = False,
+) -> Program:
+    """The program of some operations, none of them inside a loop, without those that the output does not depend on.
+
+    Args:
+        ops: Operations in order.
+        avals: As for `Program`.
+        output: As for `Program`.
+        params: As for `Program`.
+        inputs: As for `Program`.
+        consts: As for `Program`.
+        keep: Whether to keep captured arrays that nothing reads.
+    """
     live = {output} if isinstance(output, int) else set()
     kept: list[Op] = []
     for op in reversed(ops):
@@ -236,7 +261,7 @@ def flatten(closed: Any, num_params: int) -> Program:
     kept.reverse()
 
     uses: dict[int, list[tuple[Op, int]]] = {}
-    on_x = set(arguments[num_params:])
+    on_x = set(inputs)
     for op in kept:
         slots = [(atom, position) for position, atom in enumerate(op.ins) if isinstance(atom, int)]
         for slot, position in slots:
@@ -245,9 +270,9 @@ def flatten(closed: Any, num_params: int) -> Program:
             on_x.update(op.outs)
     return Program(
         ops=tuple(kept),
-        params=tuple(arguments[:num_params]),
-        inputs=tuple(arguments[num_params:]),
-        consts=tuple((slot, value) for slot, value in consts if slot in live),
+        params=params,
+        inputs=inputs,
+        consts=tuple((slot, value) for slot, value in consts if keep or slot in live),
         output=output,
         avals=tuple(avals),
         uses={slot: tuple(readers) for slot, readers in uses.items()},

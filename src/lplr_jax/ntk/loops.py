@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lplr_jax.ntk import counters
 from lplr_jax.ntk.jaxpr import Held, Op, Program, contains, evaluate, inline, read
 
 
@@ -106,7 +107,14 @@ def enter(program: Program) -> Program:
     )
 
 
-def _counts(params: Mapping[str, Any]) -> tuple[int, int]:
+def enterable(op: Op) -> bool:
+    """Whether it is a scan whose body says all that it does."""
+    if op.name != "scan" or op.eqn.effects:
+        return False
+    return not any(contains(op.eqn, name) for name in ("while", "callback"))
+
+
+def operand_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     """Return how many operands of a scan are constants, and how many are carried; newer JAX tells by their trees."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
@@ -120,26 +128,27 @@ class _Entering:
         self.levels: dict[int, tuple[int, ...]] = {}
         self.lengths: list[int] = []
         self.same: dict[int, Any] = {}
+        self.made_by: dict[int, Op] = {}
 
     def named(self, atom: Any) -> Any:
         return self.same.get(atom, atom) if isinstance(atom, int) else atom
 
     def ops(self, ops: Sequence[Op], level: tuple[int, ...], needed: Set[Any]) -> tuple[Op, ...]:
-        return tuple(self._op(op, level, needed) for op in ops)
+        return tuple(one for op in ops for one in self._op(op, level, needed))
 
-    def _op(self, op: Op, level: tuple[int, ...], needed: Set[Any]) -> Op:
+    def _op(self, op: Op, level: tuple[int, ...], needed: Set[Any]) -> list[Op]:
         op = replace(op, ins=tuple(self.named(atom) for atom in op.ins), level=level)
         self.levels.update((slot, level) for slot in op.outs if level)
-        unfit = op.name != "scan" or op.eqn.effects or any(contains(op.eqn, name) for name in ("while", "callback"))
-        return op if unfit else self._scan(op, level, needed)
+        self.made_by.update((slot, op) for slot in op.outs)
+        return self._scan(op, level, needed) if enterable(op) else [op]
 
     def _new(self, aval: Any) -> int:
         self.avals.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
         return len(self.avals) - 1
 
-    def _scan(self, op: Op, level: tuple[int, ...], needed: Set[Any]) -> Op:
+    def _scan(self, op: Op, level: tuple[int, ...], needed: Set[Any]) -> list[Op]:
         params = op.params
-        body, (whole, handed) = params["jaxpr"], _counts(params)
+        body, (whole, handed) = params["jaxpr"], operand_counts(params)
         begin, avals = len(self.avals), [var.aval for var in body.jaxpr.invars]
         slots = [self._new(aval) for aval in avals[whole:]]
         ops: list[Op] = []
@@ -155,6 +164,7 @@ class _Entering:
                 slots[i] = op.ins[whole + i]
                 self.same[op.outs[i]] = slots[i]
             outs = unfold()
+        ops, before, counted = self._by_counter(op, level, ops, slots, outs)
         alive = {i for i, slot in enumerate(op.outs) if slot in needed}
         while True:  # a carry is read where a step reads it, until nothing is added
             reading = {outs[i] for i in alive if isinstance(outs[i], int)}
@@ -170,8 +180,10 @@ class _Entering:
         number, within = len(self.lengths), (*level, len(self.lengths))
         self.lengths.append(params["length"])
         self.levels.update((slot, within) for i, slot in enumerate(slots) if i not in unchanged)
+        self.levels.update((slot, within) for slot, _, _ in counted)
         loop_ops = self.ops(kept[::-1], within, reading)
         arrays = zip(slots[handed:], op.ins[whole + handed :], range(whole + handed, len(op.ins)), strict=True)
+        arrays = [*arrays, *counted]
         loop = Loop(
             number=number,
             length=params["length"],
@@ -185,9 +197,47 @@ class _Entering:
             sliced=tuple(item for item in arrays if item[0] in reading),
             stacked=tuple((self.named(outs[i]), i) for i in sorted(alive) if i >= handed),
             constant=tuple((slots[i], i) for i in unchanged),
-            inside=frozenset(range(begin, len(self.avals))),
+            inside=frozenset(range(begin, len(self.avals))) - {slot for one in before for slot in one.outs},
         )
-        return replace(op, loop=loop)
+        return [*before, replace(op, loop=loop)]
+
+    def _by_counter(
+        self, op: Op, level: tuple[int, ...], ops: Sequence[Op], slots: Sequence[Any], outs: Sequence[Any]
+    ) -> tuple[list[Op], list[Op], list[tuple[int, Any, int]]]:
+        """The body with its slices by a counter as scanned arrays: operations, those before the loop, and arrays."""
+        if not any(inner.name in ("dynamic_slice", "gather") for inner in ops):
+            return list(ops), [], []
+        length, (whole, handed) = op.params["length"], operand_counts(op.params)
+        carried = zip(slots[:handed], op.ins[whole : whole + handed], outs[:handed], strict=True)
+        numbers = [
+            (slot, counters.iota(self.made_by.get(atom)))
+            for slot, atom in zip(slots[handed:], op.ins[whole + handed :], strict=True)
+            if isinstance(atom, int)
+        ]
+        numbers = [(slot, found) for slot, found in numbers if found is not None]
+        known = counters.counters(length, op.params["reverse"], list(carried), numbers, ops)
+        inside = {slot for inner in ops for slot in inner.outs}.union(slots[handed:], known)
+        inside.update(slot for i, slot in enumerate(slots[:handed]) if outs[i] is not slot)
+        body, before, arrays = [], [], []
+        for inner in ops:
+            array: Any = inner.ins[0] if inner.ins else None
+            fit = isinstance(array, int) and array not in inside
+            rows = counters.taken(inner, self.avals[array].shape, known) if fit else None
+            if rows is None:
+                body.append(inner)
+                continue
+            start, stride = rows
+            if (start, stride, length) != (0, 1, self.avals[array].shape[0]):
+                for step in counters.rows_of(start, stride, length):
+                    before.append(counters.operation(step, self.avals[array], array, self._new, level=level))
+                    (array,) = before[-1].outs
+            slot = self._new(jax.ShapeDtypeStruct(self.avals[array].shape[1:], self.avals[array].dtype))
+            arrays.append((slot, array, len(op.ins) + len(arrays)))
+            shape = self.avals[inner.outs[0]].shape
+            made = counters.operation(lambda a, to=shape: lax.reshape(a, to), self.avals[slot], slot, self._new)
+            body.append(replace(made, outs=inner.outs))
+        self.levels.update((slot, level) for one in before for slot in one.outs if level)
+        return body, before, arrays
 
     @staticmethod
     def _spec(aval: Any) -> jax.ShapeDtypeStruct:
@@ -232,7 +282,7 @@ def _collect(ops: Sequence[Op], uses: dict[int, list[tuple[Op, int]]]) -> None:
             for at, atom in enumerate(op.ins):
                 add(atom, op, at)
             continue
-        whole, _ = _counts(op.params)
+        whole, _ = operand_counts(op.params)
         for carry in op.loop.carries:
             add(carry.start, op, whole + carry.result)
         for _, array, at in op.loop.sliced:

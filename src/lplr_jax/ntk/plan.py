@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lplr_jax.ntk.bundles import LOOKUP, PLAIN, Bundle, Placed, bundles, joined
-from lplr_jax.ntk.geometry import geometry
+from lplr_jax.ntk.bundles import LOOKUP, PLAIN, ROUTED, Bundle, Placed, bundles, joined
+from lplr_jax.ntk.demand import narrow
+from lplr_jax.ntk.geometry import dilated, geometry
 from lplr_jax.ntk.jaxpr import Program
 from lplr_jax.ntk.loops import enter
 from lplr_jax.ntk.rules import Outer, Positions, Rows, Side, Term
+from lplr_jax.ntk.unroll import unroll
 from lplr_jax.ntk.walk import AFFINE, Enter, Use, before_while, follow
 from lplr_jax.programs import widest
 
@@ -103,7 +105,7 @@ def make_plan(program: Program, leaves: tuple[int, ...], work: Workload) -> Plan
     Returns:
         The plan.
     """
-    program = enter(program)
+    program = enter(narrow(unroll(program, work.samples)))
     blocked = before_while(program)
     builder, assignments = _Builder(program), []
     for leaf in leaves:
@@ -140,22 +142,28 @@ def _choose(program: Program, leaf: int, work: Workload, blocked: frozenset[int]
         why = "its cotangent would pass a while loop"
         return [_Choice(_Part(leaf, "forward"), "Jacobian (forward mode)", jacobian, c * size)], why
     found = bundles(program, uses)
-    further = follow(program, slot, merging=True)
-    if not isinstance(further, str) and not any(use.cut in blocked for use in further):
-        beyond = bundles(program, further)
-        if beyond is not None:
-            found = beyond
+    for routing in (False, True):  # further on, a cotangent is smaller
+        further = follow(program, slot, merging=True, routing=routing)
+        if isinstance(further, str) or {use.op for use in further} == {use.op for use in uses}:
+            continue
+        if not any(use.cut in blocked for use in further):
+            beyond = bundles(program, further)
+            if beyond is not None:
+                found, uses = beyond, further
     if found is not None:
-        return [_of_bundle(program, leaf, bundle, work) for bundle in found], ""
+        choices = [_of_bundle(program, leaf, bundle, work) for bundle in found]
+        patches = bundles(program, uses, by_input=True) if any(map(dilated, uses)) else None
+        others = [_of_bundle(program, leaf, bundle, work, " of patches of δ") for bundle in patches or ()]
+        return min((choices, others or choices), key=lambda ways: sum(way.multiply_adds for way in ways)), ""
     once = c * sum(_steps(program, use) * _size(program, use.op.outs[0]) for use in uses)
     rule = f"{_name(program, uses)}: per-example gradients"
     return [_Choice(_Part(leaf, "rows", uses), rule, work.cost(once, work.rows(size)), c * size)], ""
 
 
-def _of_bundle(program: Program, leaf: int, bundle: Bundle, work: Workload) -> _Choice:
+def _of_bundle(program: Program, leaf: int, bundle: Bundle, work: Workload, how: str = "") -> _Choice:
     c, size = work.c, bundle.size
     uses = tuple(placed.use for placed in bundle.uses)
-    name, part = _name(program, uses), lambda kind: _Part(leaf, kind, uses, bundle)
+    name, part = _name(program, uses) + how, lambda kind: _Part(leaf, kind, uses, bundle)
     kept = bundle.kept(c)
     if _is_bias(bundle):
         return _Choice(part("bias"), "bias: δ δᵀ", work.cost(0, work.rows(size)), c * size)
@@ -193,7 +201,9 @@ def _name(program: Program, uses: tuple[Use, ...]) -> str:
     """What a leaf does: the operations that it enters, how often, and in which loops."""
     names = []
     for use in uses:
-        name = ("merged " if use.merge else "") + _NAMES.get(use.op.name, "linear")
+        kind = "merged " if use.merge else "routed " if use.route else "transposed " if dilated(use) else ""
+        kind += "complex " if jnp.issubdtype(program.avals[use.op.outs[0]].dtype, jnp.complexfloating) else ""
+        name = kind + _NAMES.get(use.op.name, "linear")
         if name == "matrix product" and len(uses) == 1 and not use.loops:
             form = geometry(program, use)
             name = "dense" if form is not None and form.b * form.s == 1 else name
@@ -274,7 +284,7 @@ class _Builder:
             Side(
                 kind,
                 first.positions(kind),
-                tuple(_operand(bundle, kind) for bundle in bundles),
+                (_operand(first, kind), _row(first)) if kind == ROUTED else tuple(_operand(b, kind) for b in bundles),
                 _cotangent(first, kind),
             )
             for kind in first.kinds
@@ -307,6 +317,11 @@ def _in_order(bundle: Bundle, kind: str = PLAIN) -> list[Placed]:
 def _operand(bundle: Bundle, kind: str) -> Callable[[Any], jax.Array]:
     uses = _in_order(bundle, kind)
     return lambda env: joined([placed.operand(env) for placed in uses], 1)
+
+
+def _row(bundle: Bundle) -> Callable[[Any], jax.Array]:
+    (use,) = bundle.uses
+    return use.row
 
 
 def _cotangent(bundle: Bundle, kind: str) -> Callable[[Any, Any], jax.Array]:

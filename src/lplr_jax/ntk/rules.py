@@ -154,7 +154,8 @@ class Side:
     """Uses of one kind (`bundles`): their operands, each of another leaf, and the cotangent that these share.
 
     `operands` give h (b, s, k), or row numbers (b, s) to be compared for lookups (−1 matches nothing); `cotangent`
-    gives δ (c, b, s, m). Swapped uses have k and m exchanged: h (b, s, m) and δ (c, b, s, k).
+    gives δ (c, b, s, m). Swapped uses have k and m exchanged: h (b, s, m) and δ (c, b, s, k). A routed use has two
+    operands, h (b, s, k) and the number (b, s) of the matrix that each position takes: only equal ones meet.
     """
 
     kind: str
@@ -268,7 +269,10 @@ class Positions:
         """Products h · h' of all positions, (n1 s1, n2 s2)."""
         if kinds == ("lookup", "lookup"):
             one, two = first[0].reshape(-1), second[0].reshape(-1)
-            return ((one[:, None] == two[None, :]) & (one >= 0)[:, None]).astype(dtype)
+            return _equal(one, two).astype(dtype)
+        if kinds == ("routed", "routed"):
+            products = gram(_rows(first[0], 2), _rows(second[0], 2))
+            return products * _equal(first[1].reshape(-1), second[1].reshape(-1)).astype(products.dtype)
         if kinds == ("lookup", "plain"):
             return _looked_up(second[0], first[0])
         if kinds == ("plain", "lookup"):
@@ -279,6 +283,11 @@ class Positions:
             weight = part if weight is None else weight + part
         weight = jnp.asarray(weight)
         return weight + jnp.asarray(self.ones, weight.dtype) if self.ones else weight
+
+
+def _equal(one: jax.Array, two: jax.Array) -> jax.Array:
+    """Whether numbers are the same, and none is -1."""
+    return (one[:, None] == two[None, :]) & (one >= 0)[:, None]
 
 
 def _looked_up(array: jax.Array, rows: jax.Array) -> jax.Array:

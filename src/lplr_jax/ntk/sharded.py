@@ -6,7 +6,7 @@ Samples are padded to a multiple of the devices by repeating the last one.
 """
 
 from collections.abc import Callable
-from math import ceil
+from math import ceil, gcd
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ def kernel(run: Any, arrays: list[jax.Array], first: list[jax.Array], second: li
         second: Leaves of x2 or None.
 
     Returns:
-        The kernel, its rows sharded over the mesh where the devices divide the samples, whole on each device otherwise.
+        The kernel, its rows sharded over the mesh where the devices divide them, or else in blocks (`placement`).
     """
     mesh: Mesh = run.call.mesh
     rows = [_place(mesh, _pad(a, mesh.size), P(mesh.axis_names)) for a in first]
@@ -99,18 +99,27 @@ def compile_kernel(run: Any) -> Callable[..., jax.Array]:
                 result = put(put(result, value, me + shift), mirror, me - shift + size)
         return result
 
-    spec = P(axes)
+    spec, shape = P(axes), (n1 * run.rows, run.traced.c if run.call.outputs == "diagonal" else n2 * run.rows)
     inner = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), spec, spec), out_specs=spec, check_vma=False)
-    even = n1 % size == 0
 
     def padded(arrays: Any, consts: Any, first: Any, second: Any) -> jax.Array:
         theta = inner(arrays, consts, first, second)
-        if run.call.outputs == "diagonal":
-            return theta if even else theta[:n1]
-        cols = theta if n2 % size == 0 else theta[:, : n2 * run.rows]
-        return cols if even else cols[: n1 * run.rows]
+        return theta[: shape[0], : shape[1]]
 
-    return jax.jit(padded, out_shardings=NamedSharding(mesh, spec if even else P()))
+    return jax.jit(padded, out_shardings=placement(mesh, shape))
+
+
+def placement(mesh: Mesh, shape: tuple[int, int]) -> NamedSharding:
+    """Rows of a matrix on the devices of a mesh, or blocks of it where the devices do not divide its rows.
+
+    JAX shards in equal parts. Parts of which there are fewer than devices are held several times.
+    """
+    down = gcd(shape[0], mesh.size)
+    if down == mesh.size:
+        return NamedSharding(mesh, P(mesh.axis_names))
+    across = gcd(shape[1], mesh.size // down)
+    devices = mesh.devices.reshape(down, across, mesh.size // (down * across))
+    return NamedSharding(Mesh(devices, ("down", "across", "same")), P("down", "across"))
 
 
 def _block(run: Any, group: Any, same: bool, empty: jax.Array, one: Any, two: Any) -> jax.Array:

@@ -1,9 +1,10 @@
 """Where a parameter leaf enters a program: the operations that consume it, and where their cotangents are read off.
 
 A leaf may first pass through operations that are linear in it and do not depend on x (reshape, transpose, broadcast,
-scaling by a constant), and into loops. The operation behind them is linear in the leaf too when its primitive is one of
-`LINEAR`; then the gradient of an output with respect to the leaf is a function of that operation's other operand and of
-the cotangent at its result. A leaf that is used k times has the sum of the k gradients.
+scaling by a constant, the step from real to complex), and into loops. The operation behind them is linear in the leaf
+too when its primitive is one of `LINEAR`; then the gradient of an output with respect to the leaf is a function of that
+operation's other operand and of the cotangent at its result. A leaf that is used k times has the sum of the k
+gradients.
 """
 
 import math
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lplr_jax.ntk.jaxpr import Held, Op, Program, contains, read
 from lplr_jax.programs import vjp_of_equation
@@ -32,6 +34,8 @@ LINEAR: Mapping[str, tuple[int, ...]] = {
 AFFINE = frozenset({"add", "add_any", "sub"})
 _RESHAPES = frozenset({"reshape", "transpose", "squeeze", "expand_dims", "copy", "copy_p", "rev"})
 _UNARY = _RESHAPES | {"broadcast_in_dim", "convert_element_type", "slice", "neg"}
+# Those whose other operands are of no account for the derivative.
+_SUMS = AFFINE | {"complex"}
 
 
 # Ways in which a leaf is followed before it falls back: they double with every product of a leaf with itself.
@@ -69,6 +73,7 @@ class Use:
         isometric: Whether but for `merge` `chain` moves entries and scales all by the product of `factors`.
         factors: Slots (or literals) of scalars, and whether to divide by them.
         merge: The one matrix product with something else in `chain`, as that of a merged low-rank update, or None.
+        route: The one lookup of rows in `chain`, as that of each position's expert, or None.
     """
 
     source: int
@@ -80,6 +85,7 @@ class Use:
     isometric: bool
     factors: tuple[tuple[Any, bool], ...]
     merge: Apply | None
+    route: Apply | None = None
 
     @property
     def loops(self) -> tuple[Enter, ...]:
@@ -90,11 +96,7 @@ class Use:
         """Slots whose values are needed: by `operand` alone where a form is known, or by `gradient`."""
         passed = [step for step in (*self.chain, Apply(self.op, self.position)) if isinstance(step, Apply)]
         others = [
-            atom
-            for step in passed
-            if step.op.name not in AFFINE
-            for at, atom in enumerate(step.op.ins)
-            if at != step.at
+            atom for step in passed if step.op.name not in _SUMS for at, atom in enumerate(step.op.ins) if at != step.at
         ]
         atoms = self._operands if in_form else others
         return {atom for atom in atoms if isinstance(atom, int)}
@@ -102,28 +104,28 @@ class Use:
     @property
     def _operands(self) -> tuple[Any, ...]:
         other = () if self.op.name in AFFINE else (self.op.ins[1 - self.position],)
-        return (*other, *(atom for atom, _ in self.factors), *self._merged)
+        return (*other, *(atom for atom, _ in self.factors), *self._met)
 
     @property
-    def _merged(self) -> tuple[Any, ...]:
-        return () if self.merge is None else (self.merge.op.ins[1 - self.merge.at],)
+    def _met(self) -> tuple[Any, ...]:
+        return tuple(step.op.ins[1 - step.at] for step in (self.merge, self.route) if step is not None)
 
     def operand(self, program: Program, env: Mapping[int, Any], form: Callable[..., jax.Array]) -> jax.Array:
         """The other operand of `op` in some form, scaled as the leaf is, with the steps of the loops in front.
 
-        `form` takes that operand, and what the leaf is merged with if it is.
+        `form` takes that operand, and what the leaf is merged with or looked up by if it is.
         """
         other = self.op.ins[1 - self.position]
 
         def scaled(values: Mapping[int, Any]) -> jax.Array:
-            merged = [read(values, atom) for atom in self._merged]
-            h = form(None if self.op.name in AFFINE else read(values, other), *merged)
-            scale = None
+            met = [read(values, atom) for atom in self._met]
+            if self.op.name in AFFINE:
+                return form(None, *met)
+            h = jnp.asarray(read(values, other))
             for atom, inverted in self.factors:
-                value = jnp.asarray(read(values, atom)).reshape(())
-                value = 1 / value if inverted else value
-                scale = value if scale is None else scale * value.astype(scale.dtype)
-            return h if scale is None else h * jnp.broadcast_to(scale.astype(h.dtype), h.shape)
+                value = jnp.asarray(read(values, atom)).reshape(()).astype(h.dtype)
+                h = h * jnp.broadcast_to(1 / value if inverted else value, h.shape)
+            return form(h, *met)
 
         values = {slot: env[slot] for slot in self.needs(in_form=True)}
         return _in_loops(program, self.op.level, scaled, values)
@@ -134,11 +136,11 @@ class Use:
         """A cotangent at `cut` in some form, as `operand` gives its own."""
 
         def formed(values: Mapping[int, Any]) -> jax.Array:
-            merged = [read(values, atom) for atom in self._merged]
-            return form(self.cotangent(program, values[self.cut]), *merged)
+            met = [read(values, atom) for atom in self._met]
+            return form(self.cotangent(program, values[self.cut]), *met)
 
-        merged = {atom: env[atom] for atom in self._merged if isinstance(atom, int)}
-        return _in_loops(program, self.op.level, formed, {**merged, self.cut: delta})
+        met = {atom: env[atom] for atom in self._met if isinstance(atom, int)}
+        return _in_loops(program, self.op.level, formed, {**met, self.cut: delta})
 
     def cotangent(self, program: Program, delta: Any) -> Any:
         """Take the cotangent at `cut` back to the result of `op`, in one step of its loops."""
@@ -174,6 +176,9 @@ class Use:
                     leaf = -leaf if step.op.name == "sub" and step.at == 1 else leaf
                     leaf = jnp.broadcast_to(leaf, program.avals[step.op.outs[0]].shape)
                     continue
+                if step.op.name == "complex":
+                    leaf = lax.complex(*((jnp.zeros_like(leaf), leaf) if step.at else (leaf, jnp.zeros_like(leaf))))
+                    continue
                 operands = [leaf if at == step.at else read(values, atom) for at, atom in enumerate(step.op.ins)]
                 (leaf,) = step.op.evaluate(operands)
             return leaf
@@ -205,13 +210,14 @@ def _in_loops(
     return nest(0, values)
 
 
-def follow(program: Program, source: int, *, merging: bool = False) -> tuple[Use, ...] | str:
+def follow(program: Program, source: int, *, merging: bool = False, routing: bool = False) -> tuple[Use, ...] | str:
     """Follow a leaf to the operations that consume it.
 
     Args:
         program: The flat program.
         source: Slot of the leaf.
         merging: Whether to go on through sums and matrix products with what does not depend on x, as in W + A B.
+        routing: Whether to go on through lookups of rows, each of which is a matrix.
 
     Returns:
         The uses, none if the output does not depend on the leaf; or, in words, why there is no rule for it.
@@ -233,7 +239,11 @@ def follow(program: Program, source: int, *, merging: bool = False) -> tuple[Use
                 ways += [(inner, (*way, Enter(op.loop.number, True))) for inner in slices]
             elif _is_constant(program, op):
                 continue
-            elif _is_chain_step(program, op, at) or (merging and _is_merge(program, op, at)):
+            elif (
+                _is_chain_step(program, op, at)
+                or (merging and _is_merge(program, op, at))
+                or (routing and at == 0 and op.name == "gather" and len(program.avals[slot].shape) > 2)
+            ):
                 ways.append((op.outs[0], (*way, Apply(op, at))))
             else:
                 reason = _has_no_rule(program, op, at)
@@ -247,8 +257,8 @@ def follow(program: Program, source: int, *, merging: bool = False) -> tuple[Use
 
 def _use(program: Program, source: int, chain: tuple[Apply | Enter, ...], op: Op, at: int) -> Use:
     cut, back = _settle(program, op.outs[0])
-    isometric, factors, merge = _isometry(program, [step for step in chain if isinstance(step, Apply)])
-    return Use(source, chain, op, at, cut, back, isometric, factors, merge)
+    isometric, factors, merge, route = _isometry(program, [step for step in chain if isinstance(step, Apply)])
+    return Use(source, chain, op, at, cut, back, isometric, factors, merge, route)
 
 
 def _has_no_rule(program: Program, op: Op, at: int) -> str:
@@ -271,8 +281,8 @@ def _is_constant(program: Program, op: Op) -> bool:
 def _is_chain_step(program: Program, op: Op, at: int) -> bool:
     """Whether the operation is linear in operand `at`, maps the leaf alone and does not depend on x."""
     if op.name in _UNARY:
-        return len(op.ins) == 1 and jnp.issubdtype(program.avals[op.outs[0]].dtype, jnp.floating)
-    if op.name == "mul" or (op.name == "div" and at == 0):
+        return len(op.ins) == 1 and jnp.issubdtype(program.avals[op.outs[0]].dtype, jnp.inexact)
+    if op.name in ("mul", "complex") or (op.name == "div" and at == 0):
         other = op.ins[1 - at]
         return not isinstance(other, int) or other not in program.on_x
     return False
@@ -289,15 +299,21 @@ def _size(program: Program, atom: Any) -> int:
     return math.prod(program.avals[atom].shape if isinstance(atom, int) else jnp.shape(atom.val))
 
 
-def _isometry(program: Program, chain: Iterable[Apply]) -> tuple[bool, tuple[tuple[Any, bool], ...], Apply | None]:
-    """Whether the chain keeps inner products of gradients up to one factor, the scalars that make it up, the merge."""
+def _isometry(
+    program: Program, chain: Iterable[Apply]
+) -> tuple[bool, tuple[tuple[Any, bool], ...], Apply | None, Apply | None]:
+    """Whether the chain keeps inner products of gradients up to one factor; that factor's scalars, merge and route."""
     factors: list[tuple[Any, bool]] = []
-    merge = None
+    merge = route = None
     for step in chain:
         op, at = step.op, step.at
         before, after = _size(program, op.ins[at]), _size(program, op.outs[0])
         if op.name == "dot_general" and merge is None:
             merge = step
+        elif op.name == "gather" and route is None:
+            route = step
+        elif op.name == "complex":
+            factors += [(Held(1j), False)] if at == 1 else []
         elif op.name in ("mul", "div"):
             other = op.ins[1 - at]
             while isinstance(other, int) and _size(program, other) != 1 and other in program.made_by:
@@ -306,13 +322,13 @@ def _isometry(program: Program, chain: Iterable[Apply]) -> tuple[bool, tuple[tup
                     break
                 other = maker.ins[0]
             if _size(program, other) != 1 or before != after:
-                return False, (), None
+                return False, (), None, None
             factors.append((other, op.name == "div"))
         elif op.name == "neg" or (op.name == "sub" and at == 1 and before == after):
             factors.append((Held(-1.0), False))
-        elif op.name == "dot_general" or (op.name in ("broadcast_in_dim", *AFFINE) and before != after):
-            return False, (), None
-    return True, tuple(factors), merge
+        elif op.name in ("dot_general", "gather") or (op.name in ("broadcast_in_dim", *AFFINE) and before != after):
+            return False, (), None, None
+    return True, tuple(factors), merge, route
 
 
 def _settle(program: Program, slot: int) -> tuple[int, tuple[Op, ...]]:
