@@ -85,11 +85,11 @@ noise: $(RUN)  ## mini-batches of 10 to 1000, five seeds: a noise ball, or none 
 cifar: $(RUN)  ## CIFAR-10, five classes: residual network, SGD, three seeds, and a subset's kernel (needs DATA=)
 	@$(BIN)/lplr cifar $(OPTIONS)
 
-reproduction: $(RUN)  ## the paper's statements one by one: reproduced or not, and in which set-ups (hours; needs DATA=)
-	@$(BIN)/lplr reproduce $(if $(filter smoke,$(PRESET)),--preset smoke) $(if $(OUT),--out "$(OUT)") $(if $(DATA),--data "$(DATA)") $(ARGS)
-
 transformer: $(RUN)  ## a causal transformer on text, by SGD and Adam: its kernel, and where the gradient lies in it
 	@$(BIN)/lplr transformer $(OPTIONS)
+
+reproduction: $(RUN)  ## the paper's statements one by one: reproduced or not, and in which set-ups (hours; needs DATA=)
+	@$(BIN)/lplr reproduce $(if $(filter smoke,$(PRESET)),--preset smoke) $(if $(OUT),--out "$(OUT)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 bench: $(DEV)  ## time the kernel engine against its peers; tables to benchmarks/results/ (minutes to hours)
 	@$(BIN)/python benchmarks/ntk.py $(ARGS)

@@ -9,6 +9,7 @@ from lplr_jax import rooms
 from lplr_jax.models.mlp import BIAS_INITS as BIAS_INITS
 from lplr_jax.models.mlp import INITS as INITS
 from lplr_jax.models.mlp import MLP
+from lplr_jax.models.mlp import PARAMETRISATIONS as PARAMETRISATIONS
 from lplr_jax.models.parts import ACTIVATIONS as ACTIVATIONS
 from lplr_jax.models.parts import OUTPUT_INITS as OUTPUT_INITS
 from lplr_jax.models.parts import he_normal as he_normal

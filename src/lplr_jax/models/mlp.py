@@ -22,6 +22,11 @@ PARAMETRISATIONS = ("standard", "ntk")
 """Parametrisations of `MLP` by name."""
 
 
+def _uniform_bias(fan_in: int) -> Callable[..., Array]:
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def _scaled_output(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return he_normal(key, shape, dtype) / np.asarray(shape[0], dtype) ** 0.5
 
@@ -40,11 +45,6 @@ def _paired_blocks(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 def _opposed_rows(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     half, _ = jnp.split(he_normal(key, shape, dtype), 2)
     return jnp.concatenate([half, -half])
-
-
-def _uniform_bias(fan_in: int) -> Callable[..., Array]:
-    bound = fan_in**-0.5
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def _divided(init: Callable[..., Array], scale: float) -> Callable[..., Array]:
@@ -144,15 +144,16 @@ class MLP(nn.Module):
         for layer in range(self.depth):
             last = layer == self.depth - 1
             init = _kernel_init(self.initialisation, self.output_init, first=layer == 0, last=last)
+            fan_in = h.shape[1]
             if self.parametrisation == "ntk":
-                scale = (2 / h.shape[1]) ** 0.5
+                scale = (2 / fan_in) ** 0.5
                 h, init = h * scale, _divided(init, scale)
             h = nn.Dense(
                 self.outputs if last else self.width,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 kernel_init=init,
-                bias_init=_uniform_bias(h.shape[1]) if self.bias_init == "uniform" else nn.initializers.zeros_init(),
+                bias_init=_uniform_bias(fan_in) if self.bias_init == "uniform" else nn.initializers.zeros_init(),
                 name=f"dense_{layer}",
             )(h)
             if not last:

@@ -15,6 +15,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"softplus": nn.softplus, "ta
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 """He initialisation: normal of variance 2 / fan_in, not truncated (He et al. 2015, eq. 10)."""
 
+
 OUTPUT_INITS = {"he": 2.0, "lecun": 1.0, "small": 1 / 3, "zero": 0.0}
 """Variance of the output layer's weights times fan_in, by name; "small" is that of PyTorch's uniform default."""
 
