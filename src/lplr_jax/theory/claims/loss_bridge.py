@@ -23,7 +23,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from lplr_jax.curves.summary import gradient_law
 from lplr_jax.theory.claims.claim import Claim, Rests
@@ -182,59 +182,83 @@ def _eigenvalue(evidence: Evidence, chain: Chain) -> Verdict:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Window:
+    """The steps from the first probe on from which no sample is beyond ln 2 at any.
+
+    Attributes:
+        start: position of that probe.
+        stop: position of the last one.
+        probes: how many there are.
+        at: positions of the steps.
+        a: a_t of them.
+        size: η_t.
+        rate: γ λ_t/n, of the two probes around a step the lesser.
+    """
+
+    start: int
+    stop: int
+    probes: int
+    at: Int[np.ndarray, " k"]
+    a: Float[np.ndarray, " k"]
+    size: Float[np.ndarray, " k"]
+    rate: Float[np.ndarray, " k"]
+
+
+def _window(evidence: Evidence, chain: Chain) -> _Window | str:
+    """Return the window, or why there is none."""
+    n = evidence.number("n")
+    if evidence.partial:
+        return f"{evidence.partial}: k and λ are not those of all data"
+    if evidence.s != n:
+        return f"stated for the mean, s = n = {n:.0f}; s is {evidence.s:g}"
+    clear = np.flatnonzero(chain.beyond != 0)
+    first = int(clear[-1]) + 1 if clear.size else 0
+    if first + 1 >= evidence.epochs.size:
+        return f"k = {chain.beyond[-1]:.0f} samples lie beyond ln 2 at the last probe: no 1/t bound holds yet"
+    start, stop, found = int(evidence.at[first]), int(evidence.at[-1]), decrease_of(evidence)
+    if not found.covers(start, stop):
+        return "not every step of the window was seen"
+    inside = (found.at >= start) & (found.at < stop)
+    if not (found.value[inside] > 0).all():
+        return "the loss rises within the window, or does not move"
+    least = chain.eigenvalue[first:] - np.nan_to_num(evidence.kernel_error[first:], nan=math.inf)
+    if not (least > 0).all():
+        return "λ is not above its error at every probe of the window"
+    at = found.at[inside]
+    place = np.searchsorted(evidence.at[first:], at, side="right") - 1
+    rate = np.minimum(least[place], least[np.minimum(place + 1, least.size - 1)]) * chain.gamma / n
+    return _Window(start, stop, least.size, at, found.value[inside], found.size[inside], rate)
+
+
 def _along(evidence: Evidence, chain: Chain) -> tuple[Verdict, ...]:
-    """Return the 1/t envelope and the bound of the path, from the first probe on from which k = 0 at every one."""
+    """Return the 1/t envelope and the bound of the path."""
     if evidence.loss not in MARGINS:
         return ()
     names = ("envelope", "length")
     stopped = not_descending(evidence)
     if stopped:
         return tuple(Verdict(name, REFERENCE, stopped[0], note=stopped[1]) for name in names)
-    reason = ""
-    if evidence.partial:
-        reason = f"{evidence.partial}: k and λ are not those of all data"
-    elif evidence.s != evidence.number("n"):
-        reason = f"stated for the mean, s = n = {evidence.number('n'):.0f}; s is {evidence.s:g}"
-    clear = np.flatnonzero(chain.beyond != 0)
-    first = int(clear[-1]) + 1 if clear.size else 0
-    if not reason and first + 1 >= evidence.epochs.size:
-        reason = (
-            f"k = {chain.beyond[-1]:.0f} samples lie beyond ln 2 at the last probe: no linear or 1/t bound holds yet"
-        )
-    found = decrease_of(evidence)
-    if not reason:
-        start, stop = int(evidence.at[first]), int(evidence.at[-1])
-        inside = (found.at >= start) & (found.at < stop)
-        least = chain.eigenvalue[first:] - np.nan_to_num(evidence.kernel_error[first:], nan=math.inf)
-        if not found.covers(start, stop):
-            reason = "not every step of the window was seen"
-        elif (found.value[inside] <= 0).any() or not np.isfinite(found.value[inside]).all():
-            reason = "the loss rises within the window, or does not move"
-        elif not (least > 0).all():
-            reason = "λ is not above its error at every probe of the window"
-    if reason:
-        return tuple(Verdict(name, REFERENCE, "undecided", note=reason) for name in names)
-    n, at = evidence.number("n"), found.at[inside]
-    # Between two probes the lesser of their eigenvalues, not checked there.
-    place = np.searchsorted(evidence.at[first:], at, side="right") - 1
-    rate = np.minimum(least[place], least[np.minimum(place + 1, least.size - 1)]) * chain.gamma / n
-    tau = float(np.sum(found.value[inside] * found.size[inside] * rate))
+    window = _window(evidence, chain)
+    if isinstance(window, str):
+        return tuple(Verdict(name, REFERENCE, "undecided", note=window) for name in names)
     loss, gradient = evidence.series("loss"), evidence.series("grad_sq_norm")
-    begin, end = float(loss[start]), float(loss[stop])
+    begin, end = float(loss[window.start]), float(loss[window.stop])
+    tau = float(np.sum(window.a * window.size * window.rate))
     bound = math.log1p(math.expm1(begin) / (1 - math.expm1(-begin) * tau))
-    slack = 2 * float(np.nan_to_num(evidence.loss_noise[[start, stop]], nan=math.inf).sum())
-    window = f"epoch {evidence.steps[start]} to {evidence.steps[stop]}"
+    slack = 2 * float(np.nan_to_num(evidence.loss_noise[[window.start, window.stop]], nan=math.inf).sum())
+    words = f"epoch {evidence.steps[window.start]} to {evidence.steps[window.stop]}"
     outcome: Outcome = "refuted" if end > bound + slack else "undecided" if not math.isfinite(slack) else "not refuted"
-    note = f"{window}, k = 0 at its {least.size} probes: L from {begin:.4g} to {end:.4g} <= {at_most(bound, 4)} (1/t)"
+    note = f"{words}, k = 0 at its {window.probes} probes: L from {begin:.4g} to {end:.4g} <= {at_most(bound, 4)} (1/t)"
     envelope = Verdict(
         "envelope", REFERENCE, outcome, measured=end, bound=bound, margin=factor(end, bound),
-        step=int(evidence.steps[stop]), units=LOSS_UNITS, note=note,
+        step=int(evidence.steps[window.stop]), units=LOSS_UNITS, note=note,
     )  # fmt: skip
-    a, mu = float(found.value[inside].min()), float(rate.min())
-    length = float(np.sum(found.size[inside] * np.sqrt(gradient[at])))
+    a, mu = float(window.a.min()), float(window.rate.min())
+    length = float(np.sum(window.size * np.sqrt(gradient[window.at])))
     limit = math.log(math.expm1(begin) / math.expm1(end)) / (a * math.sqrt(mu)) if end > 0 else math.inf
     outcome = "refuted" if length > limit * (1 + SUMS) + math.sqrt(slack) else "not refuted"
-    note = f"{window}: Σ η_t ‖∇L_t‖ = {length:.4g} <= {at_most(limit, 4)}, a = {a:.3g}"
+    note = f"{words}: Σ η_t ‖∇L_t‖ = {length:.4g} <= {at_most(limit, 4)}, a = {a:.3g}"
     path = Verdict(
         "length", REFERENCE, outcome, measured=length, bound=limit, margin=factor(length, limit), units="parameter",
         note=note,
