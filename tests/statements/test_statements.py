@@ -177,8 +177,8 @@ EDGES = [
     ("seeds_gap", {}, {"seeds": {"seed0": cifar(0), "seed1": cifar(0, loss=1 / (1 + EPOCHS / 10.0))}}),
     ("seeds_gap", {"seeds": {k: scaled(cifar(0), loss=f) for k, f in (("a", 1.0), ("b", 2.6))}},
      {"seeds": {k: scaled(cifar(0), loss=f) for k, f in (("a", 1.0), ("b", 2.7))}}),
-    ("seeds_end", {}, {"seeds": {"seed0": cifar(0, loss=np.exp(-EPOCHS / 5.0))}}),
-    ("seeds_pl", {}, {"seeds": {"seed0": cifar(0, loss=np.ones(T + 1))}}),
+    ("seeds_end", {}, {"seeds": {k: cifar(0, loss=np.exp(-EPOCHS / 5.0)) for k in "ab"}}),
+    ("seeds_pl", {}, {"seeds": {"a": cifar(0), "b": cifar(0, loss=np.ones(T + 1))}}),
     ("seeds_drift", {"seeds": {k: scaled(cifar(0), drift=f) for k, f in (("a", 1.0), ("b", 1.14))}},
      {"seeds": {k: scaled(cifar(0), drift=f) for k, f in (("a", 1.0), ("b", 1.17))}}),
     ("seeds_drift", {}, {"seeds": {k: cifar(0, drift=1.0 * EPOCHS) for k in "ab"}}),
@@ -209,6 +209,11 @@ def test_four_seeds_cannot_show_doubling():
     for id_ in ("lambda_0_rises", "lambda_0_doubles"):
         finding = judge(runs(starts=starts(2.0, seeds=4)))[id_]
         assert (finding.outcome, finding.numbers) == ("cannot be decided", "4 seeds, where 5 are needed")
+
+
+def test_one_seed_shows_nothing_of_every_seed():
+    found = outcomes(runs(seeds={"seed0": cifar(0)}))
+    assert {found[id_] for id_ in ("seeds_gap", "seeds_end", "seeds_pl", "seeds_drift")} == {"cannot be decided"}
 
 
 def test_what_was_not_measured_is_named():

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array
 
@@ -268,7 +269,7 @@ def run(
     probe, samples = kernel_probe(whole, measured, steps=probes_at, save_to=probe_dir)
 
     whole_batch = config.batch_size >= dataset.n
-    drawn = {} if whole_batch else {"batch_size": config.batch_size, "batches_independent": 0}
+    drawn = {} if whole_batch else {"batch_size": np.asarray(config.batch_size), "batches_independent": np.asarray(0)}
 
     def provenance() -> Mapping[str, Any]:
         passes = trainer.passes()._asdict().items()
