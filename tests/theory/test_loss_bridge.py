@@ -274,6 +274,15 @@ def test_a_run_above_its_envelope_is_refuted():
     assert "stated for the mean" in short.part("envelope").note
 
 
+def test_a_floor_from_some_of_the_samples_counts_the_others_as_nothing():
+    record = logistic_regression()
+    whole = bridge(record).part("floor")
+    part = bridge(tampered(record, n=replaced(30), loss_scale=replaced(30.0))).part("floor")
+    assert part.bound == pytest.approx(whole.bound, rel=1e-12), "n samples over s = n"
+    few = Record("few", {**record.arrays, "kernel_samples": np.asarray(1)}, {}, loss="logistic")
+    assert bridge(few).part("floor").bound == pytest.approx(whole.bound / 3, rel=1e-12)
+
+
 def test_below_a_known_infimum_nothing_can_be():
     record = softmax([0.5, 0.2, 0.1], smoothing=0.3)
     assert bridge(record).part("infimum").outcome == "not refuted"

@@ -377,13 +377,12 @@ class Evidence:
     def output_size(self) -> Float[np.ndarray, " t"]:
         """Size of the outputs: that of g, at the start or where it stands, or of the targets if they are larger.
 
-        Of another loss than the squared one the largest that a probe of all data found; NaN where none did.
+        Of another loss than the squared one the largest of the probes, as if those left out of a subset were like it.
         """
         size = self.output_gradient
         if self.loss != "squared":
             largest = float(np.nanmax(self.probe("output_norm"), initial=-math.inf))
-            unknown = self.partial or largest < 0
-            return np.full(self.end, np.nan) if unknown else np.fmax(size, largest)
+            return np.fmax(size, largest * self._left_out) if largest >= 0 else np.full(self.end, np.nan)
         return np.fmax(np.fmax(size[:1], size), np.nan_to_num(self.number("target_norm"), nan=0.0))
 
     @cached_property
@@ -396,14 +395,22 @@ class Evidence:
         noise = (2 * size + bend * gamma * largest) * (gamma / (2 * self.s)) * largest
         return noise if self.loss == "squared" else noise + gamma * np.abs(self.series("loss"))
 
+    @property
+    def _left_out(self) -> float:
+        """√(n/m) of a kernel of m samples: λ_max of n/m blocks like it is at most n/m times its own."""
+        return math.sqrt(self.number("n") / self.kernel_samples)
+
     @cached_property
     def steepest(self) -> float:
-        """√λ_max, by which the Jacobian lengthens a vector at most; where no full kernel was measured, ‖Jᵀg‖ / ‖g‖."""
+        """√λ_max, by which the Jacobian lengthens a vector at most; where no full kernel was measured, ‖Jᵀg‖ / ‖g‖.
+
+        Of another loss than the squared one that of the subset, as if those left out were like it.
+        """
         root = math.sqrt(max(float(np.nanmax(self.probe("ntk_max_eig"), initial=0.0)), 0.0))
         if root > 0 and not self.partial:
             return root
         if self.loss != "squared":  # of ‖g‖ an upper bound alone is known
-            return root if root > 0 else math.nan
+            return root * self._left_out if root > 0 else math.nan
         size = self.output_gradient
         clear = self.seen & (size > 0) & (self.series("loss") > self.loss_noise)
         seen = self.s * np.sqrt(self.series("grad_sq_norm")[clear]) / size[clear]

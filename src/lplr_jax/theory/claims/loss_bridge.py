@@ -272,11 +272,11 @@ def _floor(evidence: Evidence) -> tuple[Verdict, ...]:
     if evidence.loss not in (*MARGINS, "exponential") or not math.isfinite(margin + slope):
         return ()
     reach = margin + slope * evidence.proof_radius
-    # log(1 + e^-m) >= e^-m - e^-2m/2; every one of n samples has at least that, and s divides their sum.
-    share = math.log(evidence.number("n") / evidence.s)
+    # Every sample whose margin was looked at has at least that loss, the others 0; s divides their sum.
+    share = math.log(evidence.kernel_samples / evidence.s)
     small = math.exp(-min(reach, 700.0))
     value = small if evidence.loss == "exponential" else math.log1p(small)
-    floor = value * evidence.number("n") / evidence.s if reach < 700 else 0.0
+    floor = value * evidence.kernel_samples / evidence.s if reach < 700 else 0.0
     least = float(evidence.series("loss")[evidence.seen].min(initial=math.inf))
     broken = floor * (1 - SUMS) > least + _largest_noise(evidence)
     note = f"every margin is at most {at_most(reach, 4)} on the ball of radius {evidence.proof_radius:.4g}: L* >= "
@@ -296,8 +296,9 @@ def _infimum(evidence: Evidence) -> tuple[Verdict, ...]:
     infimum = evidence.number("loss_infimum")
     if not infimum > 0:
         return ()
-    loss = evidence.series("loss")
-    left = loss[evidence.seen] - infimum
+    # Of a subset's kernel the infimum is that of the subset's own loss.
+    loss = evidence.probe("probe_loss") if evidence.partial else evidence.series("loss")[evidence.seen]
+    left = loss - infimum
     broken = bool(left.min(initial=math.inf) < -4 * _largest_noise(evidence))
     outcome: Outcome = "refuted" if broken else "not refuted"
     note = f"L >= {at_least(infimum, 6)}, the mean entropy of the targets: no proxy; {left[-1]:.4g} is left above it"
