@@ -275,12 +275,12 @@ def test_a_run_above_its_envelope_is_refuted():
 
 
 def test_a_floor_from_some_of_the_samples_counts_the_others_as_nothing():
-    record = logistic_regression()
-    whole = bridge(record).part("floor")
-    part = bridge(tampered(record, n=replaced(30), loss_scale=replaced(30.0))).part("floor")
-    assert part.bound == pytest.approx(whole.bound, rel=1e-12), "n samples over s = n"
-    few = Record("few", {**record.arrays, "kernel_samples": np.asarray(1)}, {}, loss="logistic")
-    assert bridge(few).part("floor").bound == pytest.approx(whole.bound / 3, rel=1e-12)
+    record = logistic([1.0] * 3)
+    arrays = {**record.arrays, "margin_max": np.asarray(1.0), "margin_slope_upper": np.asarray(2.0)}
+    whole = bridge(Record("all", arrays, {}, loss="logistic")).part("floor")
+    assert whole.bound == pytest.approx(math.log1p(math.exp(-1 - 2 * float(record["drift"].max()))), rel=1e-4)
+    few = bridge(Record("few", {**arrays, "kernel_samples": np.asarray(1)}, {}, loss="logistic")).part("floor")
+    assert few.bound == pytest.approx(whole.bound / 3, rel=1e-12)
 
 
 def test_below_a_known_infimum_nothing_can_be():
