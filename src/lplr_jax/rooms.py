@@ -40,6 +40,7 @@ ROOMS = (
     Room("certificates", "left", "bounds on rounding in linear algebra"),
     Room("lanczos", "left", "extreme Ritz values of an operator"),
     Room("shifts", "left", "what searches for an interval of λ_min share"),
+    Room("factors", "left", "λ_min proved from a Cholesky factor that came from elsewhere"),
     Room("unpacked", "left", "λ_min of a matrix that is kept whole"),
     Room("packed", "left", "λ_min of a matrix in half the memory"),
     Room("linalg", "left", "eigenvalues with their quality"),
