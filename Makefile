@@ -30,12 +30,12 @@ PYTHON_LATEST ?= $(shell for v in 3.14 3.13 3.12; do for p in python$$v "$$HOME"
 VENV_LATEST ?= .venv-latest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mnist ablation boundary initialisation steps noise cifar bench test test-all test-worlds test-latest check docs lock clean
+.PHONY: help setup mnist ablation boundary width initialisation edge steps noise cifar transformer reproduction bench test test-all test-worlds test-latest check docs lock clean
 
 help:  ## show this list
 	@echo 'lplr-jax: which hypotheses of local Polyak-Lojasiewicz theory hold on a training run'
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
-	@echo '  variables: PRESET=smoke|default|paper  OUT=folder  DATA=file-or-folder  ARGS="--width 256 ..."'
+	@echo '  variables: PRESET=smoke|default|paper|paper-like  OUT=folder  DATA=file-or-folder  ARGS="--width 256 ..."'
 	@echo '  of tests:  ROOM="theory records" (folders under tests/)  WORKERS=2'
 
 setup: $(DEV)  ## make .venv from locks/: what running and testing need
@@ -67,8 +67,14 @@ ablation: $(RUN)  ## widths 128 to 1024 at one step size: predicted from 2/β, t
 boundary: $(RUN)  ## the largest step size that descends, for every width, against 2/β
 	@$(BIN)/lplr boundary $(OPTIONS)
 
+width: $(RUN)  ## λ_min of the kernel at initialisation against width, proved, and where it stops growing
+	@$(BIN)/lplr width $(OPTIONS)
+
 initialisation: $(RUN)  ## three initialisations side by side, and the figures of the paper's earlier version
 	@$(BIN)/lplr initialisation $(OPTIONS)
+
+edge: $(RUN)  ## edge of stability as published: sharpness rises to 2/η on CIFAR-10, and hovers (needs DATA=)
+	@$(BIN)/lplr edge $(OPTIONS)
 
 steps: $(RUN)  ## step rules against width: which keep drift, kernel and PL ratio stable without a tuned η
 	@$(BIN)/lplr steps $(OPTIONS)
@@ -78,6 +84,12 @@ noise: $(RUN)  ## mini-batches of 10 to 1000, five seeds: a noise ball, or none 
 
 cifar: $(RUN)  ## CIFAR-10, five classes: residual network, SGD, three seeds, and a subset's kernel (needs DATA=)
 	@$(BIN)/lplr cifar $(OPTIONS)
+
+transformer: $(RUN)  ## a causal transformer on text, by SGD and Adam: its kernel, and where the gradient lies in it
+	@$(BIN)/lplr transformer $(OPTIONS)
+
+reproduction: $(RUN)  ## the paper's statements one by one: reproduced or not, and in which set-ups (hours; needs DATA=)
+	@$(BIN)/lplr reproduce $(if $(filter smoke,$(PRESET)),--preset smoke) $(if $(OUT),--out "$(OUT)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 bench: $(DEV)  ## time the kernel engine against its peers; tables to benchmarks/results/ (minutes to hours)
 	@$(BIN)/python benchmarks/ntk.py $(ARGS)

@@ -20,7 +20,7 @@ README_NAME = re.compile(
 )
 WHAT = {
     "lplr_jax": "The face: what `import lplr_jax as lp` gives, lazily and without loading JAX.",
-    "data": "Images, and data of your own.",
+    "data": "Images, text, and data of your own.",
     "diagnostics": "One point or one series: λ_min, the Hessian's extremes, the PL bracket, rates.",
     "experiments": "The built-in experiments.",
     "linalg": "Eigenvalues with their quality.",

@@ -19,10 +19,13 @@ SLACK = 1.0 + 2.0**-40
 # Entries within this range of one, so that squares and factors neither overflow nor lose to η.
 MAX_EXPONENT = 400
 
-ASSUMPTIONS = (
+ARITHMETIC = (
     "IEEE 754 double precision with rounding to nearest",
     "underflow loses at most 2^-1022 per operation (gradual or flushed to zero)",
     "matrix products of BLAS are conventional inner products in any order, with or without FMA: |error| <= γ_n |A||B|",
+)
+ASSUMPTIONS = (
+    *ARITHMETIC,
     "LAPACK dpotrf is substitution in any order or blocking; a pivot may be inverted first, a block may not",
 )
 

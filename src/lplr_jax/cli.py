@@ -3,6 +3,7 @@
 Only what the chosen command needs is imported: help, `verify` and `plot` come without JAX.
 """
 
+import importlib
 import io
 import logging
 import os
@@ -174,6 +175,11 @@ OWN = {
 }
 """Commands of `lplr_jax.experiments.own`, and what they are for."""
 
+ABOVE = {
+    "reproduce": "Judge the paper's empirical statements, one by one, from the records of its experiments.",
+}
+"""Commands that stand on several experiments, each a function in the module of its name, and what they are for."""
+
 
 def _named(help_: str) -> Callable[..., int]:
     """Return a command that is only named in the overview; the one that is chosen is never such."""
@@ -198,6 +204,13 @@ def _own(name: str) -> Callable[..., int]:
     return getattr(own, name)
 
 
+def _above(name: str) -> Callable[..., int]:
+    _prepare()
+    module = importlib.import_module(f"lplr_jax.experiments.{name}")
+    interrupt.check()
+    return getattr(module, name)
+
+
 def _experiment(name: str, argv: Sequence[str]) -> Callable[..., int]:
     _prepare()
     found = experiments.find(name).command(argv, experiments.REGISTRY[name].help)
@@ -211,6 +224,7 @@ def _parse_and_run(argv: Sequence[str]) -> int:
         name: _experiment(name, argv) if name == chosen else _named(listed.help)
         for name, listed in experiments.REGISTRY.items()
     }
+    commands |= {name: _above(name) if name == chosen else _named(help_) for name, help_ in ABOVE.items()}
     commands |= {name: _own(name) if name == chosen else _named(help_) for name, help_ in OWN.items()}
     commands |= {
         name: command if name == chosen else _named(command.__doc__ or "") for name, command in GENERAL.items()

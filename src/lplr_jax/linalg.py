@@ -1,6 +1,7 @@
 """Spectra of symmetric matrices on the host, in float64, with their quality. Knows no networks.
 
-The proofs behind `min_eig` are in `certificates`, the searches that feed them in `unpacked` and `packed`.
+The proofs behind `min_eig` are in `certificates`, the searches that feed them in `unpacked`, `packed` and
+`factors`.
 """
 
 import math
@@ -12,7 +13,8 @@ import scipy.linalg
 import scipy.sparse.linalg
 from jaxtyping import Float
 
-from lplr_jax import certificates, checks, packed, rooms, unpacked
+from lplr_jax import certificates, checks, factors, packed, rooms, unpacked
+from lplr_jax.factors import Cholesky
 from lplr_jax.packed import Blocks
 from lplr_jax.shifts import DENSE_MAX, arpack
 
@@ -111,7 +113,12 @@ def as_symmetric(matrix: Any) -> Float[np.ndarray, "n n"]:
 
 
 def min_eig(
-    matrix: Any, *, assembly_error: float = 0.0, factor_error: float = 0.0, assumptions: tuple[str, ...] = ()
+    matrix: Any,
+    *,
+    assembly_error: float = 0.0,
+    factor_error: float = 0.0,
+    assumptions: tuple[str, ...] = (),
+    cholesky: Cholesky | None = None,
 ) -> MinEig:
     """Compute the smallest eigenvalue of a symmetric matrix in float64, and prove an interval for it.
 
@@ -129,6 +136,8 @@ def min_eig(
             on ‖K̂ - K‖₂, in the square root of its units. Singular values move by no more, so λ_min moves by about
             2 √λ_min times this error (Weyl).
         assumptions: what these bounds take for granted; listed with the proof.
+        cholesky: what factorises A - s I instead of LAPACK, such as several GPUs: `factors.Cholesky`. It is not
+            trusted: the host bounds ‖A - s I - L Lᵀ‖₂ from its factor, so a sloppy one costs width alone.
 
     Returns:
         The value, and bounds for every symmetric matrix within `assembly_error` of the given one, or for K Kᵀ.
@@ -146,6 +155,10 @@ def min_eig(
         checks.number(name, error, least=0, finite=False)
     if not (isinstance(assumptions, tuple) and all(isinstance(text, str) for text in assumptions)):
         raise TypeError(f"assumptions must be a tuple of texts, got {checks.shown(assumptions)}")
+    if cholesky is not None:
+        checks.function("cholesky", cholesky, "(matrix, shift) -> lower factor")
+        if isinstance(matrix, Blocks):
+            raise ValueError("cholesky is for a full matrix and Blocks are factorised in place; leave one of them out")
     if isinstance(matrix, Blocks):
         try:
             entries, n, asymmetry = matrix.matrix().flat, matrix.n, 0.0
@@ -171,7 +184,9 @@ def min_eig(
         # In two steps, as 2**-exponent itself may overflow.
         half = exponent // 2
         a = (entries * 2.0**-half) * 2.0 ** (half - exponent) if exponent else entries
-        value, lower, upper, reason = unpacked.interval(a, n * asymmetry * certificates.SLACK)
+        slack = n * asymmetry * certificates.SLACK
+        found = unpacked.interval(a, slack) if cholesky is None else factors.interval(a, slack, cholesky)
+        value, lower, upper, reason = found
     if scaled_error:
         lower, upper = certificates.down(lower - scaled_error), certificates.up(upper + scaled_error)
     if exponent:
@@ -185,6 +200,7 @@ def min_eig(
     if factor_error:
         lower, upper = _with_factor_error(lower, upper, factor_error)
     proved = certificates.arithmetic_holds()
+    granted = certificates.ASSUMPTIONS if cholesky is None else certificates.ARITHMETIC
     return MinEig(
         value=value,
         lower=lower,
@@ -193,7 +209,7 @@ def min_eig(
         converged=not reason,
         assembly_error=float(assembly_error),
         factor_error=float(factor_error),
-        assumptions=(*certificates.ASSUMPTIONS, *assumptions) if proved else (),
+        assumptions=(*granted, *assumptions) if proved else (),
         reason=reason
         if proved
         else "; ".join(filter(None, ["the processor does not round doubles to nearest", reason])),

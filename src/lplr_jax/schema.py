@@ -234,7 +234,8 @@ SCHEMA: dict[str, Entry] = {
     "critical_step": Entry(
         ("probe",),
         "parameter² / L",
-        "η_c, the step along -∇L beyond which the loss rises, within 4 %",
+        "η_c, the step along -∇L beyond which the loss of the probe's samples rises, within 4 %, by forward passes; "
+        "2/η_c is the critical sharpness, at most that of the Hessian where L is quadratic",
         NON_NEGATIVE,
     ),
     "aiming_inner": Entry(("probe",), LOSS, "⟨∇L(θ_t), θ_t - θ̃⟩, θ̃ the point beside which zero loss is certified"),
@@ -269,6 +270,12 @@ SCHEMA: dict[str, Entry] = {
         Values(least=0.0, above=True, most=1.0, nan=False),
     ),
     "affine_in_parameters": Entry((), "1", "1 where the program is affine in its parameters, read off its jaxpr", FLAG),
+    "held_out_loss": Entry(
+        (),
+        "output²",
+        "‖f - y‖²/(2n) on held-out samples, of the network linearised at θ_0 and trained to zero loss",
+        NON_NEGATIVE,
+    ),
     "kernel_samples": Entry((), "samples", "samples of every probe's kernel, loss and gradient; absent: all n", COUNT),
     "kernel_trace": Entry((), "1", "1 where the probes hold the output-averaged kernel, (1/c) Σ_o Θ_oo", FLAG),
     "subset_ids": Entry(("subset",), "sample numbers", "training samples of the subset, distinct", PLACE),
@@ -297,6 +304,35 @@ SCHEMA: dict[str, Entry] = {
         NON_NEGATIVE,
     ),
     "sample_kernel_max": Entry(("probe",), KERNEL, "largest λ_max of the c × c blocks Θ_ii", NON_NEGATIVE),
+    "output_grad_norm": Entry(("probe",), "L s / output", "‖g‖₂ at g = ∂ℓ/∂f, in float64", NON_NEGATIVE),
+    "output_norm": Entry(("probe",), "output", "‖f(θ_t)‖₂ over all samples, in float64", NON_NEGATIVE),
+    "sample_bound_sum": Entry(
+        ("probe",),
+        "(L s / output)²",
+        "Σ ψ(ℓ_i), a lower bound of ‖g‖² by the losses of the samples alone, or by their excess over H(τ_i)",
+        NON_NEGATIVE,
+    ),
+    "samples_beyond": Entry(
+        ("probe",), "samples", "k, the samples with ℓ_i > ln 2, beyond which (1 - e^-x)² is not convex", NON_NEGATIVE
+    ),
+    "sample_least_share": Entry(
+        ("probe",), "1", "least min(p_ik, τ_ik) of all samples and classes, where targets are distributions", SHARE
+    ),
+    "ntk_class_min_eig": Entry(
+        ("probe",), KERNEL, "λ_⊥ of softmax: λ_min of Θ on the vectors whose outputs sum up to 0 in every sample"
+    ),
+    "ntk_class_min_eig_lower": Entry(("probe",), KERNEL, "proved lower bound of λ_⊥; NaN where none is known"),
+    "ntk_class_min_eig_upper": Entry(("probe",), KERNEL, "proved upper bound of λ_⊥; NaN where none is known"),
+    "loss_infimum": Entry(
+        (), LOSS, "infimum of L over all outputs, the mean entropy of the targets; absent: 0", NON_NEGATIVE
+    ),
+    "margin_max": Entry((), "output", "largest margin of a sample at θ_0: ℓ_i is a decreasing function of it"),
+    "margin_slope_upper": Entry(
+        (),
+        JACOBIAN,
+        "proved bound of the Lipschitz constant in θ of every margin on the ball of the run",
+        NON_NEGATIVE,
+    ),
     "batch_decrease": Entry(
         ("probe",), LOSS, "mean of L(θ_t - η g_B) - L(θ_t) over batches B drawn without replacement, in float64"
     ),
@@ -341,6 +377,7 @@ SINCE_2 = frozenset(
         "rsc_cosine",
         "gauss_newton_curvature",
         "critical_step",
+        "held_out_loss",
         "aiming_inner",
         "jacobian_lipschitz_upper",
         "target_norm",
@@ -360,6 +397,17 @@ SINCE_2 = frozenset(
         "path_budget",
         "sample_grad_sq_norm",
         "sample_kernel_max",
+        "output_grad_norm",
+        "output_norm",
+        "sample_bound_sum",
+        "samples_beyond",
+        "sample_least_share",
+        "ntk_class_min_eig",
+        "ntk_class_min_eig_lower",
+        "ntk_class_min_eig_upper",
+        "loss_infimum",
+        "margin_max",
+        "margin_slope_upper",
         "batch_decrease",
         "batch_decrease_error",
         "batch_size",

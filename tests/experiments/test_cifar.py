@@ -21,6 +21,7 @@ TINY = cifar.CifarConfig(
     stages=1,
     blocks=1,
     groups=2,
+    output_init="he",
     epochs=5,
     learning_rate=0.005,
     batch_size=8,

@@ -205,6 +205,9 @@ def test_fields_of_the_configs():
         "ablation": "activation depth epochs hessian_probes init kernel learning_rate loss_scale n_train place "
         "probe_every restore seeds smaller_learning_rate source subset_size widths",
         "boundary": "activation depth init loss_scale n_train seed source steps tolerance widths",
+        "width": "activation depth held_out init kernel loss_scale n_train parametrisations seeds source widths",
+        "edge": "activation depth epochs hessian_matvecs learning_rate loss_scale n_train probe_every seed source "
+        "width",
         "initialisation": "activation depth epochs inits kernel learning_rate loss_scale n_train probe_every seed "
         "share source width",
         "steps": "activation depth epochs init kernel loss_scale n_train probe_every rules seed source widths",
@@ -351,7 +354,7 @@ def test_version(tmp_path):
 def test_general_commands_stand_behind_the_experiments(capsys):
     assert cli.main(["--help"]) == 0
     order = re.findall(r"• ([a-z]+)", capsys.readouterr().out)
-    assert order == [*NAMES, *cli.OWN, *cli.GENERAL]
+    assert order == [*NAMES, *cli.ABOVE, *cli.OWN, *cli.GENERAL]
     for name, listed in experiments.REGISTRY.items():
         assert listed.help.endswith(".")
         assert importlib.import_module(listed.module).EXPERIMENT.name == name

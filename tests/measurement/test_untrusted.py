@@ -212,7 +212,7 @@ def test_a_solver_that_always_fails_ends_no_run(monkeypatch, tmp_path, capsys):
     )
     assert record.provenance["untrusted"]["12"].startswith(reason)
     verdicts = {verdict.claim: verdict for verdict in theory.verify(record)}
-    without_kernel = ("linear_rate", "descent", "path", "noise")
+    without_kernel = ("linear_rate", "descent", "path", "noise", "loss_bridge")
     assert {verdicts[claim].outcome for claim in theory.CLAIMS if claim not in without_kernel} == {"undecided"}
     assert "eigensolver failed" in " ".join(capsys.readouterr().out.split())
 

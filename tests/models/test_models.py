@@ -57,9 +57,57 @@ def test_initialisation_is_he_normal():
         assert np.abs(kernel).max() > 3.5 * kernel.std()
 
 
+@pytest.mark.parametrize("initialisation", ["he", "scaled-output", "antisymmetric"])
+def test_the_ntk_parametrisation_is_the_same_function_of_the_same_seed(initialisation):
+    """z = √(2/fan_in) W h + b with W of unit variance where "he" has 2/fan_in."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)
+    standard = MLP(64, 3, initialisation=initialisation)
+    ntk = MLP(64, 3, initialisation=initialisation, parametrisation="ntk")
+    one, two = (model.init(jax.random.key(1), x) for model in (standard, ntk))
+    # Roundings of float32, a few a layer.
+    np.testing.assert_allclose(standard.apply(one, x), ntk.apply(two, x), rtol=1e-5, atol=1e-5)
+    for layer, fan_in in (("dense_0", 5), ("dense_1", 64), ("dense_2", 64)):
+        scaled = np.asarray(two["params"][layer]["kernel"]) * np.sqrt(2 / fan_in)
+        np.testing.assert_allclose(one["params"][layer]["kernel"], scaled, rtol=1e-6)
+    if initialisation == "he":
+        kernel = np.asarray(two["params"]["dense_1"]["kernel"], np.float64)
+        assert kernel.var() == pytest.approx(1, rel=5 * np.sqrt(2 / kernel.size))
+
+
+@pytest.mark.parametrize(("name", "variance"), [("he", 2.0), ("lecun", 1.0), ("small", 1 / 3), ("zero", 0.0)])
+def test_output_layer_has_the_variance_it_says(name, variance):
+    key, x = jax.random.key(5), jnp.zeros((1, 784))
+    params = MLP(1024, 2, outputs=5, output_init=name).init(key, x)["params"]
+    kernel = np.asarray(params["dense_1"]["kernel"], np.float64)
+    # Of 5,120 normal draws; the variances that are told apart differ by a factor of 2 at least.
+    assert kernel.var() * 1024 == pytest.approx(variance, rel=5 * np.sqrt(2 / kernel.size))
+    usual = MLP(1024, 2, outputs=5).init(key, x)["params"]
+    assert np.array_equal(params["dense_0"]["kernel"], usual["dense_0"]["kernel"]), "the other layers are as they were"
+    image = jnp.zeros((1, 8, 8, 3))
+    small = {"width": 64, "stages": 1, "blocks": 1, "outputs": 40}
+    head = np.asarray(ResNet(**small, output_init=name).init(key, image)["params"]["dense"]["kernel"], np.float64)
+    assert head.var() * 64 == pytest.approx(variance, rel=5 * np.sqrt(2 / head.size))
+
+
+def test_uniform_biases_fill_their_interval():
+    params = MLP(400, 2, outputs=400, bias_init="uniform").init(jax.random.key(1), jnp.zeros((1, 100)))["params"]
+    for layer, fan_in in (("dense_0", 100), ("dense_1", 400)):
+        bias = np.abs(np.asarray(params[layer]["bias"])) * np.sqrt(fan_in)
+        # The largest of 400 uniform draws is below 0.97 with a probability of 5e-6.
+        assert 0.97 < bias.max() <= 1
+        assert bias.mean() == pytest.approx(0.5, abs=5 / np.sqrt(12 * 400))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"parametrisation": "mup"}, "parametrisation must be one of standard, ntk, got 'mup'"),
+        ({"output_init": "xavier"}, "output_init must be one of .*, got 'xavier'"),
+        ({"bias_init": "one"}, "bias_init must be one of .*, got 'one'"),
+        (
+            {"initialisation": "scaled-output", "output_init": "zero"},
+            "output_init 'zero' and bias_init 'zero' go with the initialisation 'he'; 'scaled-output' sets",
+        ),
         ({"width": 0}, "width must be >= 1, got 0"),
         ({"depth": -2}, "depth must be >= 1, got -2"),
         ({"outputs": 1.5}, "outputs must be an integer >= 1, got 1.5"),

@@ -436,7 +436,7 @@ def test_a_boundary_file_is_checked(entries, tmp_path):
 def test_a_boundary_of_another_config_is_not_shown(interrupted, tmp_path, monkeypatch):
     path = tmp_path / ("checkpoint/boundary.json" if interrupted else "boundary.json")
     path.parent.mkdir(exist_ok=True)
-    monkeypatch.setattr(boundary, "run", lambda config, *, say, done, keep: done)
+    monkeypatch.setattr(boundary, "run", lambda config, *, say, done, keep, known: done)
     own = {**boundary.identity(SMALL)}
     for change in ({"steps": 7}, {"data_checksum": "x"}, {"widths": "4,8,16"}, {"tolerance": ...}):
         config = {name: value for name, value in {**own, **change}.items() if value is not ...}

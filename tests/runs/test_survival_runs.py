@@ -12,6 +12,7 @@ import survival
 from builders import cifar_like, write_batch
 from lplr_jax import records
 from lplr_jax.experiments import ablation, boundary, initialisation, mnist, step_size
+from lplr_jax.experiments.descent_search import Bracket
 from lplr_jax.runs.checkpoint import Checkpoints
 
 
@@ -89,7 +90,7 @@ def test_a_boundary_goes_on_after_the_widths_that_are_done(tmp_path, monkeypatch
 
     def find(objective, params, batch, *, start, steps, tolerance):
         measured.append(start)
-        return boundary.Bracket(start, start * (1 + tolerance), len(measured))
+        return Bracket(start, start * (1 + tolerance), len(measured))
 
     monkeypatch.setattr(boundary, "find_boundary", find)
     monkeypatch.setattr(boundary, "initial_sharpness", lambda config: float(config.width))

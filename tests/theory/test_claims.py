@@ -92,7 +92,7 @@ def test_ids_follow_from_the_registry():
         *("consistency", "ntk_positive", "ntk_lipschitz", "compatibility", "weyl"),
         *("local_pl", "linear_rate", "lqcr", "regime"),
     )
-    assert theory.CLAIMS[9:] == ("descent", "path", "floor_pl", "containment", "interpolation", "noise")
+    assert theory.CLAIMS[9:] == ("descent", "path", "floor_pl", "containment", "interpolation", "noise", "loss_bridge")
     for name, claim in claims.REGISTRY.items():
         assert claim.reference.startswith("ours (") == (name in theory.CLAIMS[9:])
 
@@ -105,12 +105,19 @@ def test_a_claim_for_another_loss_is_not_applicable():
             assert not verdict.inconsistent
         elif name == "noise":  # stated for it, but not of full batches
             assert verdict.note == "every step uses all data, as far as is recorded"
+        elif name == "loss_bridge":  # stated for it, but nothing of it was measured
+            assert verdict.outcome == "undecided"
+        elif name == "linear_rate":
+            assert verdict.outcome == "not applicable"
+            assert "a fixed step gives 1/t and no linear rate" in verdict.note
+            # L of this record is squared, of modes between the slopes of which it lies.
+            assert "the measured slope of log ‖∇L‖² on log L is 1.15, 2 where" in verdict.note
         else:
             assert verdict.outcome == "not applicable"
             assert verdict.note == "stated for the loss squared; that of this run is logistic"
     assert found["ntk_positive"].outcome == "proved"
     assert {name for name in found if claims.REGISTRY[name].loss != "any"} == {
-        *("local_pl", "linear_rate", "floor_pl", "containment", "interpolation", "noise")
+        *("local_pl", "linear_rate", "floor_pl", "containment", "interpolation", "noise", "loss_bridge")
     }
 
 

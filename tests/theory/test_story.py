@@ -17,7 +17,7 @@ from lplr_jax.losses import Squared
 from lplr_jax.reports import ending
 from lplr_jax.runs.loop import train
 from lplr_jax.runs.problem import Probes, Problem
-from lplr_jax.theory.claims.example import linear_regression
+from lplr_jax.theory.claims.example import linear_regression, logistic_regression
 from lplr_jax.theory.evidence import Evidence
 
 
@@ -57,6 +57,17 @@ def test_a_run_that_the_paper_does_not_reach(digits):
     lines = told(digits)
     assert "L_Θ r < λ_0 is refuted by the factor" in lines[0]
     assert "The theorems are silent about this run, not false." in lines[0]
+
+
+def test_a_loss_that_is_not_squared_has_a_bridge_in_its_place():
+    lines = told(logistic_regression())
+    assert lines[2].startswith("½‖∇L‖² is 1.94 times what λ and the loss guarantee of it, or more, at every probe")
+    assert "it goes with L to the power of 1.92. So L falls as 1/t at least: epoch 0 to 20, k = 0" in lines[2]
+    assert lines[4].startswith("L* is not 0 (ours, not the paper's): every margin is at most 1.425")
+    assert lines[5] == "Unexplained: nothing of what was measured."
+    before = told(tampered(logistic_regression(), samples_beyond=replaced(1.0)))
+    assert "a bound of 1/t is open: k = 1 samples lie beyond ln 2" in before[2]
+    assert before[5] == "Unexplained: the rate of the decrease."
 
 
 def test_a_method_that_nothing_is_said_of():

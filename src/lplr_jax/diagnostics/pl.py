@@ -27,6 +27,9 @@ class PointDiagnostics:
         residual: f(θ) - y, shape (n, c).
         gradient: g = ∂ℓ/∂f, undivided by s, shape (n, c); the residual for the squared loss.
         loss_scale: the number s.
+        losses: ℓ_i, shape (n,).
+        outputs: f(θ), shape (n, c).
+        targets: y as the loss has them, shape (n, c): classes are rows.
     """
 
     loss: float
@@ -34,6 +37,9 @@ class PointDiagnostics:
     residual: Float[np.ndarray, "n c"]
     gradient: Float[np.ndarray, "n c"]
     loss_scale: float
+    losses: Float[np.ndarray, " n"]
+    outputs: Float[np.ndarray, "n c"]
+    targets: Float[np.ndarray, "n c"]
 
     @property
     def pl_ratio(self) -> float:
@@ -69,6 +75,9 @@ def _at_point(params: Params, x: Any, y: Array, *, objective: Objective) -> dict
         "grad_sq_norm": jnp.asarray(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradient))),
         "residual": outputs - y,
         "gradient": objective.loss.gradient(outputs, y),
+        "losses": objective.loss.per_sample(outputs, y),
+        "outputs": outputs,
+        "targets": y,
     }
 
 
@@ -111,4 +120,7 @@ def evaluate_point(
         residual=found["residual"],
         gradient=found["gradient"],
         loss_scale=objective.scale(*found["gradient"].shape),
+        losses=found["losses"],
+        outputs=found["outputs"],
+        targets=found["targets"],
     )

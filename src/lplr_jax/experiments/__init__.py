@@ -27,6 +27,10 @@ REGISTRY = {
         "lplr_jax.experiments.boundary",
         "Find the largest step size that descends, for every width, and hold it against 2/β.",
     ),
+    "width": Listed(
+        "lplr_jax.experiments.width",
+        "Network width from λ_min(Θ_0): λ_0 against width with its proved interval, and where it stops growing.",
+    ),
     "initialisation": Listed(
         "lplr_jax.experiments.initialisation",
         "Initialisations side by side, and the figures of the paper's earlier version.",
@@ -34,6 +38,14 @@ REGISTRY = {
     "cifar": Listed(
         "lplr_jax.experiments.cifar",
         "CIFAR-10, five classes: residual network, SGD, several seeds, and the kernel of a subset (section 6.3).",
+    ),
+    "transformer": Listed(
+        "lplr_jax.experiments.transformer",
+        "A causal transformer on text, by SGD and Adam: its kernel on fixed rows, and where the gradient lies in it.",
+    ),
+    "edge": Listed(
+        "lplr_jax.experiments.edge",
+        "Edge of stability as published: sharpness rises to 2/η on CIFAR-10 and hovers, critical sharpness beside it.",
     ),
     "steps": Listed(
         "lplr_jax.experiments.steps",

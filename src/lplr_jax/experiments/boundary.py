@@ -7,44 +7,34 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array
 from matplotlib.figure import Figure
 
 from lplr_jax import archives, checks, plotting
 from lplr_jax.checks import integers
-from lplr_jax.curves.stability import PowerLaw, power_law, rounding_allowance
+from lplr_jax.curves.stability import PowerLaw, power_law
 from lplr_jax.experiments import mnist
+from lplr_jax.experiments.descent_search import Bracket, find_boundary
 from lplr_jax.experiments.experiment import Experiment
 from lplr_jax.experiments.parts import DataPart, FolderPart, LossPart, SeedPart, WidthsPart, decisive, shared
 from lplr_jax.experiments.quantities import READINGS
 from lplr_jax.experiments.step_size import initial_sharpness
+from lplr_jax.experiments.sweep import NONE, ArmsPart
 from lplr_jax.files import atomic_write
-from lplr_jax.losses import Objective
+from lplr_jax.measurement.rivals import critical_step
 from lplr_jax.reports.tables import Measured, Quantity, Table
 from lplr_jax.runs.environment import describe_environment
-from lplr_jax.runs.folder import CHECKPOINTS, ConfigMismatchError, differences
-from lplr_jax.training import TrainState, init_state, train_step
-from lplr_jax.types import Params
-
-_GRADIENT_DESCENT = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
-"""Gradient descent whose η is part of its state, so that one compiled program serves every η."""
+from lplr_jax.runs.folder import CHECKPOINTS, ConfigMismatchError, claimed, differences
 
 _POINTS_BYTES = 2**20
 
-TOGETHER = 7
-"""Step sizes tried at once on an accelerator; a CPU tries one after the other. Calibrated."""
-
 
 @dataclass(frozen=True)
-class BoundaryConfig(FolderPart, DataPart, LossPart, SeedPart, WidthsPart):
+class BoundaryConfig(ArmsPart, FolderPart, DataPart, LossPart, SeedPart, WidthsPart):
     """Everything that decides the boundaries, and where they go."""
 
     widths: str = "64,128,256,512,1024"
@@ -72,143 +62,13 @@ PRESETS: dict[str, BoundaryConfig] = {
 
 
 @dataclass(frozen=True)
-class Bracket:
-    """Where the boundary lies.
-
-    Attributes:
-        descends: largest η that was seen to descend.
-        fails: least η that was seen not to.
-        trials: step sizes tried.
-    """
-
-    descends: float
-    fails: float
-    trials: int
-
-    @property
-    def middle(self) -> float:
-        """Their geometric mean."""
-        return math.sqrt(self.descends * self.fails)
-
-
-def descends(
-    objective: Objective, params: Params, batch: tuple[Any, Array], learning_rate: Array, *, steps: int
-) -> Array:
-    """Return whether L_{t+1} <= L_t for all t < steps, up to rounding; stops at the first rise.
-
-    Rounding is allowed for as in `diagnostics.rounding_allowance`, in the precision of the loss.
-
-    Args:
-        objective: the loss.
-        params: θ_0.
-        batch: all data.
-        learning_rate: η, a traced scalar of the precision of the parameters.
-        steps: how many steps are watched.
-    """
-    state = init_state(params, _GRADIENT_DESCENT)
-    hyperparams = {**state.opt_state.hyperparams, "learning_rate": learning_rate}  # pyright: ignore[reportAttributeAccessIssue]
-    state = state._replace(opt_state=state.opt_state._replace(hyperparams=hyperparams))  # pyright: ignore[reportAttributeAccessIssue]
-    initial = objective.value(params, *batch)
-    roundoff = float(jnp.finfo(initial.dtype).eps) / 2
-    # Beside a minimiser L_0 says nothing about the size of the outputs; the labels do.
-    size = jnp.maximum(initial, 0.5 * jnp.sum(jnp.square(batch[1])) / objective.scale(batch[1].shape[0]))
-
-    def going_on(carry: tuple[TrainState, Array, Array, Array]) -> Array:
-        _, _, step, falling = carry
-        return falling & (step <= steps)
-
-    def body(carry: tuple[TrainState, Array, Array, Array]) -> tuple[TrainState, Array, Array, Array]:
-        state, before, step, _ = carry
-        state, metrics = train_step(state, batch, params, objective=objective, optimizer=_GRADIENT_DESCENT)
-        falling = metrics.loss <= before + rounding_allowance(before, size, roundoff)
-        return state, jnp.asarray(metrics.loss), step + 1, falling
-
-    carry = (state, initial, jnp.asarray(0), jnp.isfinite(initial))
-    return jax.lax.while_loop(going_on, body, carry)[3]
-
-
-@partial(jax.jit, static_argnames=("objective", "steps"))
-def _one(objective: Objective, params: Params, batch: Any, rate: Array, *, steps: int) -> Array:
-    return descends(objective, params, batch, rate, steps=steps)
-
-
-@partial(jax.jit, static_argnames=("objective", "steps"))
-def _many(objective: Objective, params: Params, batch: Any, rates: Array, *, steps: int) -> Array:
-    return jax.vmap(lambda rate: descends(objective, params, batch, rate, steps=steps))(rates)
-
-
-def find_boundary(
-    objective: Objective,
-    params: Params,
-    batch: tuple[Any, Array],
-    *,
-    start: float,
-    steps: int = 100,
-    tolerance: float = 0.01,
-    together: bool | None = None,
-    max_rounds: int = 60,
-) -> Bracket:
-    """Find the largest η that descends from θ_0, by bisection on a log scale.
-
-    Assumes that every η below the boundary descends; where that fails, it is one boundary among several.
-
-    Args:
-        objective: the loss.
-        params: θ_0; its precision is that of the runs.
-        batch: all data.
-        start: η to begin with, such as 2/β; the bracket is doubled or halved from there.
-        steps: length of every run.
-        tolerance: relative width of the bracket at which the search stops.
-        together: try several η at once by vmap, narrowing eightfold a round; None does so on accelerators.
-        max_rounds: rounds after which the search gives up.
-
-    Returns:
-        The bracket.
-
-    Raises:
-        ValueError: for settings out of range, or if no boundary is found.
-    """
-    checks.number("start", start, above=0)
-    checks.number("tolerance", tolerance, above=0)
-    checks.whole("steps", steps, least=1)
-    dtype = jax.tree.leaves(params)[0].dtype
-    count = TOGETHER if (jax.default_backend() != "cpu" if together is None else together) else 1
-
-    def run(rates: Sequence[float]) -> list[bool]:
-        if len(rates) == 1:
-            return [bool(_one(objective, params, batch, jnp.asarray(rates[0], dtype), steps=steps))]
-        found = _many(objective, params, batch, jnp.asarray(rates, dtype), steps=steps)
-        return [bool(value) for value in jax.device_get(found)]
-
-    low, high, trials = 0.0, math.inf, 0
-    for _ in range(max_rounds):
-        if low > 0 and high <= low * (1 + tolerance):
-            return Bracket(low, high, trials)
-        if low > 0 and high < math.inf:
-            rates = [low * (high / low) ** (k / (count + 1)) for k in range(1, count + 1)]
-        elif low > 0:
-            rates = [low * 2.0**k for k in range(1, count + 1)]
-        else:
-            rates = sorted(min(start, high / 2) * 2.0**-k for k in range(count))
-        for rate, falling in zip(rates, run(rates), strict=True):
-            trials += 1
-            if not falling:
-                high = rate
-                break
-            low = rate
-    raise ValueError(
-        f"no boundary after {trials} trials: the largest η that descends is {low:g}, the least that does not {high:g}; "
-        "give a start closer to it, or a wider tolerance"
-    )
-
-
-@dataclass(frozen=True)
 class Point:
-    """One width: the measured boundary and 2/β."""
+    """One width: the measured boundary, 2/β, and η_c at θ_0, None where it was not found."""
 
     width: int
     predicted: float
     bracket: Bracket
+    critical: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -238,6 +98,7 @@ def run(
     say: Callable[[str], None] = lambda line: None,
     done: Sequence[Point] = (),
     keep: Callable[[Sequence[Point]], None] = lambda points: None,
+    known: Mapping[int, Point] = MappingProxyType({}),
 ) -> tuple[Point, ...]:
     """Measure the boundary of every width.
 
@@ -246,6 +107,7 @@ def run(
         say: told one line a width: 2/β before the search, the boundary after it.
         done: points that were measured before, of the least widths.
         keep: given all points so far after every width.
+        known: points that were measured as arms, by width.
 
     Raises:
         ValueError: for a field out of range or data that cannot be had.
@@ -253,26 +115,28 @@ def run(
     config.check()
     points = list(done)
     for width in config.each_width()[len(points) :]:
-        setting = _mnist_config(config, width)
-        predicted = 2 / initial_sharpness(setting)
-        say(f"width {width}: predicted boundary 2/β = {predicted:.4g}")
-        problem = mnist.set_up(setting)
-        bracket = find_boundary(
-            problem.objective,
-            problem.params,
-            (problem.x, problem.y),
-            start=predicted,
-            steps=config.steps,
-            tolerance=config.tolerance,
-        )
-        point = Point(width, predicted, bracket)
-        say(
-            f"width {width}: descends at {bracket.descends:.4g}, rises at {bracket.fails:.4g} "
-            f"({bracket.trials} runs): {point.ratio:.3f} of 2/β"
-        )
-        points.append(point)
+        points.append(known[width] if width in known else _measure(config, width, say))
         keep(points)
     return tuple(points)
+
+
+def _measure(config: BoundaryConfig, width: int, say: Callable[[str], None]) -> Point:
+    """Measure the boundary of one width."""
+    setting = _mnist_config(config, width)
+    predicted = 2 / initial_sharpness(setting)
+    problem = mnist.set_up(setting)
+    found = critical_step(problem.objective, problem.params, *problem.data, guess=predicted)
+    critical = None if math.isnan(found) else found
+    beside = "" if critical is None else f"; one step descends up to η_c = {critical:.4g}"
+    say(f"width {width}: predicted boundary 2/β = {predicted:.4g}{beside}")
+    settings = {"steps": config.steps, "tolerance": config.tolerance}
+    bracket = find_boundary(problem.objective, problem.params, problem.data, start=predicted, **settings)
+    point = Point(width, predicted, bracket, critical)
+    say(
+        f"width {width}: descends at {bracket.descends:.4g}, rises at {bracket.fails:.4g} "
+        f"({bracket.trials} runs): {point.ratio:.3f} of 2/β"
+    )
+    return point
 
 
 def exponents(points: Sequence[Point]) -> tuple[PowerLaw, PowerLaw]:
@@ -291,6 +155,8 @@ def run_in(
 ) -> tuple[Point, ...]:
     """Measure the boundary of every width and write FOLDER/boundary.json; widths that are done are not run again.
 
+    An arm, one width, goes to FOLDER/m64/boundary.json; the sweep as a whole reads what is there.
+
     Args:
         config: what to run.
         folder: where the points go; those of a run that was interrupted are found there.
@@ -301,6 +167,8 @@ def run_in(
         ConfigMismatchError: if the points that are there were measured with another config.
         ValueError: if they cannot be read.
     """
+    if config.arm is not None:
+        return () if config.arm == NONE else _run_arm(config, folder, say=say)
     target, partial_results = folder / "boundary.json", folder / CHECKPOINTS / "boundary.json"
     asked = identity(config)
     if os.path.lexists(target):
@@ -315,12 +183,39 @@ def run_in(
     done = load(partial_results, asked, whole=False) if os.path.lexists(partial_results) else ()
     if done:
         say(f"goes on after width {done[-1].width}")
-    points = run(config, say=say, done=done, keep=keep)
+    points = run(config, say=say, done=done, keep=keep, known=_measured_as_arms(config, folder))
     check()
     save(points, asked, target)
     say(f"points   {target}")
     shutil.rmtree(partial_results.parent, ignore_errors=True)
     return points
+
+
+def arms(config: BoundaryConfig) -> list[str]:
+    """Return the names of the arms: one a width."""
+    return [f"m{width}" for width in config.each_width()]
+
+
+def _arm(config: BoundaryConfig, width: int) -> BoundaryConfig:
+    return replace(config, widths=str(width), arm=None)
+
+
+def _run_arm(config: BoundaryConfig, folder: Path, *, say: Callable[[str], None]) -> tuple[Point, ...]:
+    """Measure one width in a folder of its own, which is locked for it."""
+    assert config.arm is not None
+    one = _arm(config, int(config.arm.removeprefix("m")))
+    with claimed(folder / config.arm, "boundary", identity(one), say=say) as lock:
+        return run_in(one, folder / config.arm, say=say, check=lock.check)
+
+
+def _measured_as_arms(config: BoundaryConfig, folder: Path) -> dict[int, Point]:
+    """Return the points of the arms that are done, by width."""
+    found = {}
+    for width, name in zip(config.each_width(), arms(config), strict=True):
+        path = folder / name / "boundary.json"
+        if os.path.lexists(path):
+            (found[width],) = load(path, identity(_arm(config, width)))
+    return found
 
 
 def load(path: Path, asked: Mapping[str, Any] | None = None, *, whole: bool = True) -> tuple[Point, ...]:
@@ -366,7 +261,10 @@ def _read_point(entry: Any) -> Point:
     predicted = checks.number("predicted", entry.get("predicted"), above=0)
     descending = checks.number("descends", bracket.get("descends"), above=0)
     fails = checks.number("fails", bracket.get("fails"), above=descending)
-    return Point(width, predicted, Bracket(descending, fails, checks.whole("trials", bracket.get("trials"), least=1)))
+    critical = entry.get("critical")  # which came later
+    critical = None if critical is None else checks.number("critical", critical, above=0)
+    trials = checks.whole("trials", bracket.get("trials"), least=1)
+    return Point(width, predicted, Bracket(descending, fails, trials), critical)
 
 
 def save(points: Sequence[Point], decisive: Mapping[str, Any], target: Path) -> Path:
@@ -383,6 +281,7 @@ def save(points: Sequence[Point], decisive: Mapping[str, Any], target: Path) -> 
 
 QUANTITIES = (
     replace(READINGS["boundary"].quantity, key="predicted"),
+    READINGS["critical_step"].quantity,
     Quantity("descends", "η that descends", r"$\eta$ that descends", "largest that was seen to"),
     Quantity("fails", "η that does not", r"$\eta$ that does not", "least that was seen to let the loss rise"),
     Quantity("ratio", "measured / predicted", "measured / predicted", "geometric mean of the two over 2/β"),
@@ -401,6 +300,7 @@ def table(points: Sequence[Point], config: BoundaryConfig) -> Table:
         QUANTITIES,
         {
             "predicted": [Measured(point.predicted) for point in points],
+            "critical_step": [None if point.critical is None else Measured(point.critical) for point in points],
             "descends": [Measured(point.bracket.descends) for point in points],
             "fails": [Measured(point.bracket.fails) for point in points],
             "ratio": [Measured(point.ratio) for point in points],
@@ -422,6 +322,7 @@ def figure(points: Sequence[Point]) -> Figure:
         [point.predicted for point in points],
         [point.bracket.descends for point in points],
         [point.bracket.fails for point in points],
+        critical=[math.nan if point.critical is None else point.critical for point in points],
     )
 
 
@@ -435,4 +336,5 @@ EXPERIMENT = Experiment(
     table=table,
     figure=lambda points, config: figure(points),
     followed=False,
+    arms=arms,
 )

@@ -148,7 +148,8 @@ class Experiment(Generic[Config, Given, Done]):
             done = self.run(config, folder, given, say=say, follow=following, check=lambda: None)
         found = self.records(done)
         verdicts = {name: theory.verify(record) for name, record in found.items()}
-        ending.show(CONSOLE, verdicts, found, verbose=following.verbose, first=False)
+        if found:
+            ending.show(CONSOLE, verdicts, found, verbose=following.verbose, first=False)
         return self._ended(found, verdicts, following)
 
     def _ended(self, found: Mapping[str, Record], verdicts: Mapping[str, theory.Verdicts], following: Following) -> int:

@@ -159,7 +159,18 @@ def widths_of(folder: Path) -> tuple[Record, ...]:
 
 
 SHOWN = (
-    *("learning_rate", "eta_beta", "p", "loss_0", "loss_t", "lambda_0", "lambda_t", "drift_t", "factor_zero"),
+    *(
+        "learning_rate",
+        "eta_beta",
+        "critical_step",
+        "p",
+        "loss_0",
+        "loss_t",
+        "lambda_0",
+        "lambda_t",
+        "drift_t",
+        "factor_zero",
+    ),
     *("factor_proxy", "slope_proxy", "slope_zero", "slope_range", "predicted", "observed", "diverged", "verdict"),
 )
 """Quantities of the table."""

@@ -4,7 +4,7 @@ An experiment's config inherits its parts, so that its fields are flat: on the c
 `dataclasses.replace`. `check` of a config checks all its parts, in order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, get_args
 from lplr_jax import checks, data
 from lplr_jax.checks import integers
 from lplr_jax.losses import LossScale
-from lplr_jax.models import ACTIVATIONS
+from lplr_jax.models import ACTIVATIONS, BIAS_INITS, OUTPUT_INITS
 from lplr_jax.ntk.empirical import check_kernel_name
 from lplr_jax.runs.problem import MOST, probe_epochs
 
@@ -82,6 +82,34 @@ class WidthsPart(LayersPart):
         """Raise ValueError for the first field whose value cannot be run."""
         super().check()
         self.each_width()
+
+
+def unless(default: str) -> Callable[[str], str | None]:
+    """Keep nothing of a default that records from before the option had."""
+    return lambda value: None if value == default else value
+
+
+@dataclass(frozen=True)
+class CodingPart(Part):
+    """What the paper leaves open about its data and its initialisation."""
+
+    pixels: Literal["unit", "standardised", "normalised"] = field(default="unit", metadata={KEPT_AS: unless("unit")})
+    """Inputs as they are (pixel / 255), of mean 0 and deviation 1 over all, or of norm 1 each. Calibrated."""
+    labels: Literal["signs", "bits"] = field(default="signs", metadata={KEPT_AS: unless("signs")})
+    """Targets of two classes: -1 and 1, or 0 and 1. Calibrated."""
+    output_init: Literal["he", "lecun", "small", "zero"] = field(default="he", metadata={KEPT_AS: unless("he")})
+    """Weights of the output layer at the start, beside init "he": zero, or normal of variance 2 (he), 1 (lecun) or 1/3
+    (small) over fan_in."""
+    bias_init: Literal["zero", "uniform"] = field(default="zero", metadata={KEPT_AS: unless("zero")})
+    """Biases at the start, beside init "he": zero, or uniform within 1/√fan_in."""
+
+    def check(self) -> None:
+        """Raise ValueError for the first field whose value cannot be run."""
+        super().check()
+        checks.one_of("pixels", self.pixels, get_args(data.Pixels))
+        checks.one_of("labels", self.labels, get_args(data.Labels))
+        checks.one_of("output_init", self.output_init, OUTPUT_INITS)
+        checks.one_of("bias_init", self.bias_init, BIAS_INITS)
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,13 @@ _READINGS = (
              lambda record, summary: gradient_law(record, summary.floor, whole=True).slope),
     _reading("boundary", "2/β at θ_0", r"$2/\beta$ at $\theta_0$", "β = λ_max(∇²L(θ_0)), float32 products",
              lambda record, summary: 2 / float(record["sharpness"][0])),
+    _reading("critical_step", "η_c at θ_0", r"$\eta_c$ at $\theta_0$",
+             "the step along -∇L beyond which L rises, by forward passes; 2/η_c is the critical sharpness",
+             lambda record, summary: float(record.arrays.get("critical_step", np.full(1, np.nan))[0])),
+    _reading("eta_critical_t", "2η/η_c at θ_T", r"$2\eta/\eta_c$ at $\theta_T$",
+             "η times the critical sharpness at the last probe, beside η β",
+             lambda record, summary: 2 * float(record["learning_rate"])
+             / last_finite(record.arrays.get("critical_step", np.full(1, np.nan)))),
     _reading("eta_beta", "η β at θ_0", r"$\eta\beta$ at $\theta_0$", "descent lemma: at most 1; boundary: 2",
              lambda record, summary: float(record["learning_rate"]) * float(record["sharpness"][0])),
     _reading("eta_beta_t", "η β at θ_T", r"$\eta\beta$ at $\theta_T$", "the same at the last probe",

@@ -111,8 +111,9 @@ def sharpness_setting(config: mnist.MnistConfig) -> dict[str, Any]:
     """Return what decides the sharpness at initialisation."""
     names = ("width", "depth", "activation", "init", "loss_scale", "n_train", "seed", "source")
     decides = mnist.decisive(config)
-    # `classes` came later: what was measured of the default ones is found again.
-    return {name: decides[name] for name in (*names, "classes") if name in decides} | {"data": str(config.data)}
+    # These came later: what was measured of the default ones is found again.
+    later = ("classes", "pixels", "labels", "output_init", "bias_init")
+    return {name: decides[name] for name in (*names, *later) if name in decides} | {"data": str(config.data)}
 
 
 def prediction(arm: Arm, beta: float) -> str:

@@ -9,7 +9,7 @@ from lplr_jax.losses.exponential import Exponential
 from lplr_jax.losses.huber import Huber
 from lplr_jax.losses.logistic import Logistic
 from lplr_jax.losses.objective import Objective
-from lplr_jax.losses.registry import LOSSES, as_loss, by_name
+from lplr_jax.losses.registry import LOSSES, as_loss, by_name, parse
 from lplr_jax.losses.softmax_cross_entropy import SoftmaxCrossEntropy
 from lplr_jax.losses.squared import Squared
 from lplr_jax.losses.squared_hinge import SquaredHinge
@@ -28,4 +28,5 @@ __all__ = [
     "SquaredHinge",
     "as_loss",
     "by_name",
+    "parse",
 ]

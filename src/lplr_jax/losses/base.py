@@ -37,12 +37,14 @@ class Loss(ABC):
         scale: "sum" for s = 1, "mean" for s = n, or the number s.
         floor: a lower bound of L over all outputs.
         curvature: upper bound of the largest eigenvalue of ∂²ℓ_i/∂f_i² over all outputs; infinite where none is known.
+        margin_slope: Lipschitz constant in f_i of what `margins` returns; 0 for a loss of no margin.
     """
 
     name: str
     scale: Scale
     floor: float = 0.0
     curvature: float = math.inf
+    margin_slope: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.scale, str):
@@ -75,6 +77,18 @@ class Loss(ABC):
             y: targets (n, c) as `targets` returns them.
         """
         return np.zeros(len(y))
+
+    def margins(self, f: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " n"]:
+        """Return m_i, of which ℓ_i is a decreasing function, where there is such a number for every sample.
+
+        Args:
+            f: outputs (n, c).
+            y: targets (n, c) as `targets` returns them.
+
+        Raises:
+            NotImplementedError: for a loss of no margin.
+        """
+        raise NotImplementedError(f"the loss {self.name} is no function of a margin")
 
     def per_sample(self, outputs: Rows, y: Rows) -> Float[Any, " n"]:
         """Return ℓ_i, shape (n,).

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Float
 
 from lplr_jax.losses.base import Loss
 
@@ -18,6 +19,7 @@ class MarginLoss(Loss):
     """
 
     TITLE: ClassVar[str]
+    margin_slope = 1.0
 
     def _encode(self, y: Any, shape: tuple[int, ...]) -> Any:
         if shape[1:] != (1,):
@@ -34,6 +36,10 @@ class MarginLoss(Loss):
                 f"labels of the {self.TITLE} loss must be -1 or 1, got {float(y.reshape(-1)[wrong[0]]):g} for sample "
                 f"{wrong[0]}; labels 0 and 1 become 2 * y - 1"
             )
+
+    def margins(self, f: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " n"]:
+        """Return y_i f_i."""
+        return (np.asarray(y) * np.asarray(f))[:, 0]
 
     @abstractmethod
     def _value(self, margin: Any) -> Any:

@@ -52,6 +52,32 @@ def by_name(name: str, scale: Scale = "mean") -> Loss:
     return found
 
 
+def parse(text: str, scale: Scale = "mean") -> Loss:
+    """Return the loss that a setting names: a record's name, its numbers after a colon, with hyphens if you like.
+
+    Args:
+        text: such as "logistic", "cross-entropy", "cross-entropy:0.1" for smoothed labels, "huber:1", "squared-hinge".
+        scale: its scale.
+
+    Raises:
+        ValueError: for any other text.
+
+    Example:
+        >>> parse("huber:1").name, parse("cross-entropy").name
+        ('huber(1.0)', 'softmax_cross_entropy')
+    """
+    kind, _, rest = text.partition(":") if isinstance(text, str) else ("", "", "")
+    kind = {"cross-entropy": "softmax_cross_entropy"}.get(kind, kind.replace("-", "_"))
+    try:
+        return by_name(f"{kind}({float(rest)!r})" if rest else kind, scale)
+    except ValueError:
+        as_loss(loss_scale=scale)
+        raise ValueError(
+            "loss must be squared, logistic, cross-entropy, cross-entropy:α with smoothed labels, huber:δ, "
+            f"squared-hinge or exponential; got {checks.shown(text)}"
+        ) from None
+
+
 def as_loss(loss: Loss | Scale | None = None, *, loss_scale: Scale | None = None) -> Loss:
     """Return the loss that one of two settings names; a scale alone is that of the squared loss.
 

@@ -1,9 +1,11 @@
 """Softmax cross-entropy of several outputs, with classes or distributions as targets."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from lplr_jax import checks
 from lplr_jax.losses.base import Loss, Scale, Values
@@ -34,6 +36,7 @@ class SoftmaxCrossEntropy(Loss):
     soft: bool = field(default=False, kw_only=True)
     name: str = field(init=False, repr=False, compare=False)
     curvature = 0.5
+    margin_slope: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +51,7 @@ class SoftmaxCrossEntropy(Loss):
         object.__setattr__(self, "smoothing", alpha)
         smooth = f"softmax_cross_entropy({alpha!r})" if alpha else "softmax_cross_entropy"
         object.__setattr__(self, "name", "soft_cross_entropy" if self.soft else smooth)
+        object.__setattr__(self, "margin_slope", math.sqrt(2) if self.hard else 0.0)
 
     @property
     def hard(self) -> bool:
@@ -106,6 +110,18 @@ class SoftmaxCrossEntropy(Loss):
         tau = np.asarray(y, np.float64)
         tau = tau if self.soft else (1 - self.smoothing) * tau + self.smoothing / tau.shape[1]
         return -np.sum(tau * np.log(np.where(tau > 0, tau, 1.0)), axis=1)
+
+    def margins(self, f: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " n"]:
+        """Return f_j - log Σ_{k≠j} exp(f_k), j the class of a sample: ℓ_i = log(1 + exp(-m_i)).
+
+        Raises:
+            NotImplementedError: where τ_i is not one-hot.
+        """
+        if not self.hard:
+            return super().margins(f, y)
+        own = np.asarray(y) > 0.5
+        apart = f - np.where(own, f, 0.0).sum(axis=1, keepdims=True)
+        return -np.logaddexp.reduce(np.where(own, -np.inf, apart), axis=1)
 
     def _parts(self, f: Any, own: Any) -> tuple[Any, Any]:
         """Return f_k - f_j (n, c) for the one j of each row, and -log Σ_{k≠j} exp(f_k - f_j) (n, 1)."""

@@ -12,7 +12,9 @@ from jaxtyping import Float
 
 from lplr_jax import certificates, linalg
 from lplr_jax.curves.pairs import kernel_error, pair_ratio, proof_radius
-from lplr_jax.losses import Objective
+from lplr_jax.diagnostics import evaluate_point
+from lplr_jax.losses import Objective, Squared
+from lplr_jax.measurement.bridge import run_values
 from lplr_jax.measurement.gradients import flat_parameters, gradient_at, output_gradient_at
 from lplr_jax.measurement.kernel import max_eig_upper
 from lplr_jax.measurement.search import pair_shifts, search_ball
@@ -154,6 +156,32 @@ def _bounds(
 ) -> dict[str, np.ndarray]:
     """Return the proved bounds on the ball of the run, and R*."""
     error = float(arrays["ntk_assembly_error"][0]) if "ntk_assembly_error" in arrays else math.nan
+    result = _ball_bounds(objective, initial, x, y, theta, arrays, drift, affine, error)
+    if not isinstance(objective.loss, Squared):
+        point = evaluate_point(objective.apply_fn, initial, x, y, loss=objective.loss)
+        n, c = point.gradient.shape
+        blocks = theta.reshape(n, c, n, c)[np.arange(n), :, np.arange(n), :]
+        result |= run_values(
+            objective.loss,
+            point,
+            sample_max_eig=float(np.abs(blocks).sum(axis=2).max()) * (1 + 1e-9) + error,
+            jacobian_lipschitz=float(result.get("jacobian_lipschitz_upper", math.nan)),
+            radius=proof_radius(drift, count_parameters(initial)),
+        )
+    return result
+
+
+def _ball_bounds(
+    objective: Objective,
+    initial: Params,
+    x: Any,
+    y: Any,
+    theta: Float[np.ndarray, "nc nc"],
+    arrays: Mapping[str, np.ndarray],
+    drift: Float[np.ndarray, " t"],
+    affine: bool,
+    error: float,
+) -> dict[str, np.ndarray]:
     largest = max_eig_upper(theta, error)
     budget = float(arrays["ntk_min_eig_lower"][0]) if math.isfinite(error) else math.nan
     gradient, curvature = output_gradient_at(objective, initial, x, y), objective.loss.curvature

@@ -18,6 +18,7 @@ from jaxtyping import Num
 from lplr_jax import diagnostics, linalg
 from lplr_jax.files import atomic_write
 from lplr_jax.losses import Objective, Squared
+from lplr_jax.measurement import bridge
 from lplr_jax.measurement.closing import closing_arrays
 from lplr_jax.measurement.enclosed import NAMES as ENCLOSED
 from lplr_jax.measurement.enclosed import enclose
@@ -29,6 +30,7 @@ from lplr_jax.measurement.peer import peer_difference, peer_samples
 from lplr_jax.measurement.rivals import critical_step, kernel_rivals
 from lplr_jax.ntk.empirical import Precision, empirical_ntk
 from lplr_jax.ntk.memory import total_memory
+from lplr_jax.parameters import count_parameters
 from lplr_jax.proofs.assembly import dense_network
 from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
 from lplr_jax.types import Params
@@ -53,6 +55,7 @@ KERNEL_VALUES = (
     "probe_grad_sq_norm",
     "rsc_cosine",
     "gauss_newton_curvature",
+    "critical_step",
 )
 """Names in the record of what is measured of the kernel, and of loss and gradient beside it."""
 
@@ -91,6 +94,8 @@ class KernelProbe:
         batches: Batches | None = None,
         certify_floor: float = 0.0,
         learning_rate: float = math.nan,
+        hessian_of: tuple[Objective, Any, Any] | None = None,
+        second_opinion: bool = True,
     ) -> None:
         """Set up.
 
@@ -108,7 +113,12 @@ class KernelProbe:
             batches: mini-batches whose noise is measured; None for none.
             certify_floor: seconds of two cores for a certificate of zero loss after the last probe; 0 for none.
             learning_rate: η of the exact step whose decrease is enclosed; NaN for none.
+            hessian_of: function of the same θ, inputs and targets whose Hessian is measured; None for that of the
+                kernel.
+            second_opinion: whether the first and the last kernel are held against those of another implementation.
         """
+        self._peer = second_opinion
+        self._curved_by = hessian_of or (objective, x, y)
         self._learning_rate, self._encloses = learning_rate, isinstance(objective.loss, Squared)
         self._certify_floor = certify_floor
         self._batches = batches
@@ -137,16 +147,16 @@ class KernelProbe:
             values |= dict.fromkeys(NOISE_VALUES, math.nan)
         if self._encloses:
             values |= dict.fromkeys(ENCLOSED, math.nan)
+        if not isinstance(self._objective.loss, Squared):
+            values |= dict.fromkeys(bridge.names(self._objective.loss), math.nan)
         with self._losing("kernel", KERNEL_LOST, epoch, values):
             values |= self._measure_kernel(params, epoch)
         if _among(epoch, self._hessian_epochs):
             self._curved = epoch
-            values |= dict.fromkeys(("sharpness", "curvature_min", "critical_step"), math.nan)
+            values |= dict.fromkeys(("sharpness", "curvature_min"), math.nan)
             with self._losing("Hessian", HESSIAN_LOST, epoch, values):
                 self._extremes = self._measure_hessian(params)
                 values |= {"sharpness": self._extremes.largest, "curvature_min": self._extremes.least}
-                guess = 2 / self._extremes.largest if self._extremes.largest > 0 else math.nan
-                values["critical_step"] = critical_step(self._objective, params, self._x, self._y, guess=guess)
         return values
 
     @contextmanager
@@ -181,6 +191,13 @@ class KernelProbe:
                 learning_rate=self._learning_rate,
             )
         values |= kernel_rivals(theta, point.gradient, point.loss_scale)
+        if not isinstance(self._objective.loss, Squared):
+            p = count_parameters(params)
+            values |= bridge.bridge_values(theta, point, self._objective.loss, p, bound=bound)
+        curvature = values["gauss_newton_curvature"]
+        guess = 2 / curvature if curvature > 0 else math.nan
+        objective, x, y = self._curved_by
+        values["critical_step"] = critical_step(objective, params, x, y, guess=guess)
         if self._batches is not None:
             values |= sample_noise(theta, point.gradient, point.loss_scale)
             if math.isfinite(self._batches.learning_rate):
@@ -221,12 +238,13 @@ class KernelProbe:
         return False
 
     def _measure_hessian(self, params: Params) -> diagnostics.Extremes:
+        objective, x, y = self._curved_by
         found = diagnostics.hessian_extremes(
-            self._objective.value,
+            objective.value,
             params,
-            self._x,
-            self._y,
-            reduction=self._objective.reduction,
+            x,
+            y,
+            reduction=objective.reduction,
             dtype=self._hessian_precision,
             tolerance=HESSIAN_TOLERANCE[self._hessian_precision],
             start=self._extremes,
@@ -312,7 +330,8 @@ class KernelProbe:
             n = len(self._y)
             rows = next(iter(self._kernels.values())).shape[0]
             closing["probe_loss_scale"] = np.asarray(self._objective.scale(n, rows // n))
-            closing |= self._second_opinion(arrays["probe_epoch"], rows // n, seed)
+            if self._peer:
+                closing |= self._second_opinion(arrays["probe_epoch"], rows // n, seed)
             if isinstance(self._objective.loss, Squared):
                 closing["loss_floor_lower"] = np.asarray(
                     duplicate_floor(self._x, np.reshape(self._y, (n, -1)), float(closing["probe_loss_scale"]))

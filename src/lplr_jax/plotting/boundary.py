@@ -17,6 +17,8 @@ def boundary(
     predicted: Sequence[float] | Float[np.ndarray, " k"],
     descends: Sequence[float] | Float[np.ndarray, " k"],
     fails: Sequence[float] | Float[np.ndarray, " k"],
+    *,
+    critical: Sequence[float] | Float[np.ndarray, " k"] | None = None,
 ) -> Figure:
     """Draw the measured boundary beside 2/β, with fitted exponents, and their ratio.
 
@@ -25,6 +27,7 @@ def boundary(
         predicted: 2/β at initialisation.
         descends: largest η seen to descend.
         fails: least η seen not to.
+        critical: η_c at initialisation, up to which one step descends; NaN where it is not known.
 
     Returns:
         The figure; `save` writes it.
@@ -40,6 +43,9 @@ def boundary(
     for name, column in columns.items():
         if not (np.isfinite(column) & (column > 0)).all():
             raise ValueError(f"{name} must hold finite numbers > 0, got {column.tolist()}")
+    once = None if critical is None else checks.real_array("critical", critical, axes="k")
+    if once is not None and once.size != lengths[0]:
+        raise ValueError(f"critical must have one entry for each of {lengths[0]} widths, got {once.size}")
     m, two_over_beta, low, high = columns.values()
     measured = np.sqrt(low * high)
     with styled():
@@ -54,6 +60,9 @@ def boundary(
             text = f"{label}:  exponent {law.slope:.2f} ± {law.stderr:.2f}"
             top.plot(m, values, **{**style, "linestyle": "none"}, label=text)
             top.plot(m, law.at(m), color=style["color"], linestyle=style["linestyle"], linewidth=1)
+        if once is not None and np.isfinite(once).any():
+            label = r"$\eta_c$ at initialisation: one step descends"
+            top.plot(m, once, color="C2", marker="^", linestyle=":", linewidth=1, label=label)
         top.errorbar(m, measured, errors, fmt="none", ecolor="C0")
         top.set_xscale("log")
         top.set_yscale("log")

@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from lplr_jax.curves.position import position_of
 from lplr_jax.curves.summary import check_records
 from lplr_jax.plotting.ablation import ablation, initialisation
 from lplr_jax.plotting.cifar import cifar
 from lplr_jax.plotting.panels import four_panel, known
+from lplr_jax.plotting.spectral import spectral
 from lplr_jax.printing import printable
 from lplr_jax.records import Record
 
@@ -18,7 +20,8 @@ def plot(records: Record | Sequence[Record] | Mapping[str, Record]) -> Figure:
 
     One record is drawn by `four_panel`, or by `cifar` where it holds accuracies and the kernel of a part of the
     samples. Of several, those that differ in the initialisation their configs name are drawn by `initialisation`,
-    those with accuracies on the same steps by `cifar`, all others by `ablation`.
+    those that differ in the optimiser they name and keep spectra by `spectral`, those with accuracies on the same steps
+    by `cifar`, all others by `ablation`.
 
     Args:
         records: a record, a sequence of them, or a mapping from names to them.
@@ -48,6 +51,11 @@ def plot(records: Record | Sequence[Record] | Mapping[str, Record]) -> Figure:
     initialisations = [printable(record.config.get("init")) for record in several]
     if len(set(initialisations)) > 1:
         return initialisation(named or _distinct(initialisations, several))
+    methods = [printable(record.config.get("optimizer")) for record in several]
+    if len(set(methods)) > 1 and all(position_of(record) is not None for record in several):
+        return spectral(
+            {name: [one for one, of in zip(several, methods, strict=True) if of == name] for name in methods}
+        )
     axes = ("epoch", "probe_epoch")
     together = all(np.array_equal(_of(record, name), _of(several[0], name)) for record in several for name in axes)
     if together and all(known(record, "accuracy") for record in several):

@@ -17,6 +17,7 @@ from lplr_jax.plotting.style import blank, numbers_of, set_title, setting, sourc
 from lplr_jax.records import Record
 from lplr_jax.theory.claims.floor_pl import curves
 from lplr_jax.theory.claims.interpolation import certificate_of
+from lplr_jax.theory.claims.loss_bridge import MARGINS, chain_of
 from lplr_jax.theory.evidence import Evidence
 from lplr_jax.theory.verdict import at_most
 
@@ -204,7 +205,7 @@ def _pl_panel(axes: Axes, record: Record, summary: Summary) -> None:
                 solid_capstyle="butt",
                 label=f"envelope, {name}: {value:.3g}",
             )
-    if known(record, "probe_epoch", "ntk_min_eig"):
+    if record.loss == "squared" and known(record, "probe_epoch", "ntk_min_eig"):
         floor = record["ntk_min_eig"] / float(record["loss_scale"])
         axes.plot(
             record["probe_epoch"],
@@ -214,10 +215,26 @@ def _pl_panel(axes: Axes, record: Record, summary: Summary) -> None:
             markersize=4,
             label=r"$\lambda_{\min}(\Theta_t)/s$, the guaranteed value",
         )
+    if record.loss in MARGINS:
+        _lojasiewicz(axes, record)
     axes.set_yscale("log")
     axes.set_ylabel("PL ratio   [units of L]")
     axes.set_title("PL ratio for every admissible L*")
     axes.legend(**BELOW)
+
+
+def _lojasiewicz(axes: Axes, record: Record) -> None:
+    """Draw ‖∇L‖²/(1 - e^-L)² and what the kernel guarantees of it: the ratio that stays where PL's goes to 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = record["grad_sq_norm"] / np.expm1(-record["loss"]) ** 2
+    label = r"$\|\nabla L\|^2/(1-e^{-L})^2$, the Łojasiewicz ratio"
+    axes.plot(record["epoch"], ratio, color=PURPLE, linewidth=1.5, label=label)
+    evidence = Evidence(record)
+    if evidence.has("output_grad_norm") and not evidence.partial and evidence.s == evidence.number("n"):
+        chain = chain_of(evidence)
+        floor = np.where((chain.beyond == 0) & (chain.eigenvalue > 0), chain.gamma * chain.eigenvalue, np.nan)
+        label = r"$\gamma\lambda/n$, guaranteed of it where no $\ell_i > \log 2$"
+        axes.plot(evidence.epochs, floor / evidence.s, color=PURPLE, marker=".", linestyle=":", label=label)
 
 
 def _where(record: Record) -> str:

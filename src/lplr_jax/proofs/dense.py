@@ -26,6 +26,7 @@ no bound.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -109,9 +110,30 @@ class DenseNetwork:
     outputs: np.ndarray
     output_error: np.ndarray
 
+    @cached_property
+    def factor_error(self) -> float:
+        """Bound on ‖K̂ - K‖_F, from the row errors."""
+        c, squared = self.outputs.shape[1], 0.0
+        for part in self.factors:
+            h, delta = np.repeat(np.square(row_norms(part.h)) + part.bias, c), row_norms(part.delta)
+            distance = np.sqrt(h) * part.delta_error + np.repeat(part.h_error, c) * (delta + part.delta_error)
+            squared += float(np.square(distance * INFLATE).sum()) * INFLATE
+        return math.sqrt(squared) * INFLATE
+
+    @cached_property
+    def trace_upper(self) -> float:
+        """Upper bound of tr Θ = ‖K‖_F², and so of λ_max(Θ), for which no kernel is formed."""
+        c, squared = self.outputs.shape[1], 0.0
+        for part in self.factors:
+            h = np.repeat(np.square(row_norms(part.h)) + part.bias, c)
+            squared += float((h * np.square(row_norms(part.delta))).sum()) * INFLATE
+        return (math.sqrt(squared) * INFLATE + self.factor_error) ** 2 * INFLATE
+
     def assembly(self, theta: Any) -> AssemblyBound:
         """Return how far a computed kernel may be from the exact one: (n c, n c) in float64, or what gives its rows."""
-        return _compare(self.factors, self.outputs.shape[1], theta)
+        return AssemblyBound(
+            assembly_error=_compare(self.factors, self.outputs.shape[1], theta), factor_error=self.factor_error
+        )
 
 
 @dataclass(frozen=True)
@@ -195,24 +217,19 @@ def _propagate(layers: Sequence[DenseLayer], values: _Values, c: int) -> tuple[F
     return tuple(reversed(rows))
 
 
-def _compare(rows: Sequence[Factor], c: int, theta: Any) -> AssemblyBound:
-    """Return both errors: of the factors, from their row errors; of the kernel, against the one formed here."""
-    squared_distance, rounding, largest = 0.0, 0.0, 1.0
+def _compare(rows: Sequence[Factor], c: int, theta: Any) -> float:
+    """Bound ‖Θ - K̂ K̂ᵀ‖₂, by comparing the kernel with the one formed here."""
+    rounding, largest = 0.0, 1.0
     for part in rows:
         h = np.repeat(np.square(row_norms(part.h)) + part.bias, c)
         delta = row_norms(part.delta)
-        distance = np.sqrt(h) * part.delta_error + np.repeat(part.h_error, c) * (delta + part.delta_error)
-        squared_distance += float(np.square(distance * INFLATE).sum()) * INFLATE
         # |Θ̂ - K̂ K̂ᵀ| <= Σ γ |K̂_l||K̂_l|ᵀ entry by entry, in spectral norm at most Σ γ ‖K̂_l‖_F²: two inner products, the 1
         # of the bias, their product, the sum over layers.
         roundings = part.h.shape[1] + part.delta.shape[1] + 2 + len(rows)
         rounding += gamma(roundings) * float((h * np.square(delta)).sum()) * INFLATE
         largest = max(largest, float(h.max()), float(np.square(delta).max()))
     rounding += theta.shape[0] * UNDERFLOW * largest * largest
-    distance = _distance(rows, c, theta) * INFLATE
-    return AssemblyBound(
-        assembly_error=(rounding + distance) * INFLATE, factor_error=math.sqrt(squared_distance) * INFLATE
-    )
+    return (rounding + _distance(rows, c, theta) * INFLATE) * INFLATE
 
 
 def _distance(rows: Sequence[Factor], c: int, theta: Any) -> float:

@@ -112,7 +112,12 @@ def _curvature_rows(record: Record, word: str) -> Iterator[Row]:
     epochs = record.arrays.get("probe_epoch")
     if epochs is None:
         return
-    for name, rows in (("sharpness", _sharpness_rows), ("curvature_min", _least_curvature_rows)):
+    curvatures = (
+        ("sharpness", _sharpness_rows),
+        ("critical_step", _critical_rows),
+        ("curvature_min", _least_curvature_rows),
+    )
+    for name, rows in curvatures:
         values = record.arrays.get(name, np.full(epochs.size, np.nan))
         measured = np.flatnonzero(np.isfinite(values))
         if measured.size:
@@ -128,6 +133,13 @@ def _sharpness_rows(record: Record, word: str, sharpness: np.ndarray, epochs: np
     if np.isfinite(eta):
         ends = f"{eta * sharpness[0]:.3g}, {eta * sharpness[-1]:.3g}"
         yield "η β", ends, "both ends; the descent lemma wants at most 1"
+
+
+def _critical_rows(record: Record, word: str, steps: np.ndarray, epochs: np.ndarray) -> Iterator[Row]:
+    eta = float(record["learning_rate"])
+    beside = f", against 2/η = {2 / eta:.4g}" if np.isfinite(eta) else ""
+    words = f"{word}s {epochs[0]} and {epochs[-1]}{beside}; η_c = {steps[0]:.4g} at first, by forward passes"
+    yield "critical sharpness 2/η_c", f"{2 / steps[0]:.4g}, {2 / steps[-1]:.4g}", words
 
 
 def _least_curvature_rows(record: Record, word: str, curvature: np.ndarray, epochs: np.ndarray) -> Iterator[Row]:

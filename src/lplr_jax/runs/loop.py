@@ -19,14 +19,13 @@ import optax
 
 from lplr_jax import checks, theory
 from lplr_jax.measurement.noise import Batches
-from lplr_jax.measurement.probe import KernelProbe
 from lplr_jax.records import Record
 from lplr_jax.runs import folder as run_folder
 from lplr_jax.runs import interrupt
 from lplr_jax.runs.checkpoint import Checkpoints
 from lplr_jax.runs.environment import command_line, describe_environment, peak_memory_bytes
 from lplr_jax.runs.problem import MOST, Probes, Problem, kernel_probe
-from lplr_jax.runs.recorder import Probe, Recorder
+from lplr_jax.runs.recorder import Closing, Probe, Recorder
 from lplr_jax.runs.session import Observer, Say
 from lplr_jax.theory import Verdict
 from lplr_jax.training import BatchSteps, Metrics, State, StepRule, batches_of, evaluate, init_state, train_epochs
@@ -153,7 +152,7 @@ def run_and_record(
     problem: Problem,
     state: State,
     *,
-    probe: KernelProbe,
+    probe: Closing,
     probes_at: Sequence[int],
     advance: Advance,
     evaluate: Callable[[Params], Metrics],

@@ -41,6 +41,22 @@ class Remembering(Protocol):
         """Drop what is remembered from an epoch on."""
 
 
+@runtime_checkable
+class Closing(Protocol):
+    """A probe that has more to say once the run has ended."""
+
+    untrusted: dict[str, str]
+    """Why numbers were lost, by step."""
+
+    def __call__(self, params: Params, epoch: int, /) -> Mapping[str, float]:
+        """Return the values of one probe by their names in the record."""
+        ...
+
+    def close(self, arrays: Mapping[str, np.ndarray], *, search_steps: int, seed: int) -> dict[str, np.ndarray]:
+        """Return what only the whole run can tell, by names in the record."""
+        ...
+
+
 class Series:
     """Columns of numbers by step, stored sparse: memory goes with the entries, not with the step numbers."""
 

@@ -24,6 +24,20 @@ HESSIAN_ERROR = 1e-3
 """Relative error allowed to measured Hessian eigenvalues; ten times the residual that float32 products leave."""
 SUMS = 1e-9
 """Relative error allowed to sums and norms formed twice in float64."""
+GROWTH = {
+    "squared": 2.0,
+    "squared_hinge": 2.0,
+    "huber(": 2.0,
+    "logistic": 0.40727,
+    "softmax_cross_entropy": 0.81454,
+    "softmax_cross_entropy(": 1.0,
+    "soft_cross_entropy": 1.0,
+}
+"""k with ‖∂ℓ_i/∂f_i‖² <= k ℓ_i, rounded up, by the loss's name, or by what stands before its numbers.
+
+sup (1 - e^{-x})²/x = .407265 for logistic loss, twice that for cross-entropy of classes; of other distributions
+‖p - τ‖₂² <= ½‖p - τ‖₁² <= KL(τ‖p) <= ℓ_i.
+"""
 
 
 KERNEL_UNITS = SCHEMA["ntk_min_eig"].units
@@ -67,6 +81,11 @@ class Evidence:
     def loss(self) -> str:
         """Name of the loss."""
         return getattr(self.record, "loss", "squared")
+
+    @cached_property
+    def growth(self) -> float:
+        """The k with ‖∂ℓ_i/∂f_i‖² <= k ℓ_i; NaN for a loss that has none, or is not known here."""
+        return GROWTH.get(self.loss, GROWTH.get(f"{self.loss.partition('(')[0]}(", math.nan))
 
     @cached_property
     def arrays(self) -> Mapping[str, np.ndarray]:
@@ -346,15 +365,24 @@ class Evidence:
 
     @cached_property
     def output_gradient(self) -> Float[np.ndarray, " t"]:
-        """‖g‖₂, g the gradient of s L in the outputs; NaN for losses whose value does not tell it."""
+        """‖g‖₂, g the gradient of s L in the outputs, or an upper bound of it; NaN where the loss tells none."""
+        loss = self.series("loss")
         if self.loss != "squared":
-            return np.full(self.end, np.nan)
-        return math.sqrt(2 * self.s) * np.sqrt(self.series("loss"))
+            loss = np.where(loss >= 0, loss, np.nan)
+        if self.loss == "exponential":  # ‖g‖² = Σ ℓ_i² <= (Σ ℓ_i)²
+            return self.s * loss
+        return math.sqrt(self.growth * self.s) * np.sqrt(loss)
 
     @cached_property
     def output_size(self) -> Float[np.ndarray, " t"]:
-        """Size of the outputs: that of g, at the start or where it stands, or of the targets if they are larger."""
+        """Size of the outputs: that of g, at the start or where it stands, or of the targets if they are larger.
+
+        Of another loss than the squared one the largest of the probes, as if those left out of a subset were like it.
+        """
         size = self.output_gradient
+        if self.loss != "squared":
+            largest = float(np.nanmax(self.probe("output_norm"), initial=-math.inf))
+            return np.fmax(size, largest * self._left_out) if largest >= 0 else np.full(self.end, np.nan)
         return np.fmax(np.fmax(size[:1], size), np.nan_to_num(self.number("target_norm"), nan=0.0))
 
     @cached_property
@@ -362,14 +390,27 @@ class Evidence:
         """Rounding of the recorded loss: outputs, each off by γ."""
         size, gamma, largest = self.output_gradient, self.rounding, self.output_size
         # s L moves by g times the change of f; roots are multiplied last, so that no square overflows.
-        return (2 * size + gamma * largest) * (gamma / (2 * self.s)) * largest
+        # The second derivative is 1 at most, but for the exponential loss, where it is ℓ_i.
+        bend = np.fmax(size, 1.0) if self.loss == "exponential" else 1.0
+        noise = (2 * size + bend * gamma * largest) * (gamma / (2 * self.s)) * largest
+        return noise if self.loss == "squared" else noise + gamma * np.abs(self.series("loss"))
+
+    @property
+    def _left_out(self) -> float:
+        """√(n/m) of a kernel of m samples: λ_max of n/m blocks like it is at most n/m times its own."""
+        return math.sqrt(self.number("n") / self.kernel_samples)
 
     @cached_property
     def steepest(self) -> float:
-        """√λ_max, by which the Jacobian lengthens a vector at most; where no full kernel was measured, ‖Jᵀg‖ / ‖g‖."""
+        """√λ_max, by which the Jacobian lengthens a vector at most; where no full kernel was measured, ‖Jᵀg‖ / ‖g‖.
+
+        Of another loss than the squared one that of the subset, as if those left out were like it.
+        """
         root = math.sqrt(max(float(np.nanmax(self.probe("ntk_max_eig"), initial=0.0)), 0.0))
         if root > 0 and not self.partial:
             return root
+        if self.loss != "squared":  # of ‖g‖ an upper bound alone is known
+            return root * self._left_out if root > 0 else math.nan
         size = self.output_gradient
         clear = self.seen & (size > 0) & (self.series("loss") > self.loss_noise)
         seen = self.s * np.sqrt(self.series("grad_sq_norm")[clear]) / size[clear]

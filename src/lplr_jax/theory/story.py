@@ -44,9 +44,9 @@ def story(verdicts: Sequence[Verdict], record: Record) -> tuple[str, ...]:
     return (
         f"{_hypotheses(by)} {_conclusions(by)}",
         _steps(by["descent"], word),
-        _decrease(by["floor_pl"], window, word),
+        _decrease(by["floor_pl"], window, word) if evidence.loss == "squared" else _bridge(by["loss_bridge"]),
         _path(by["path"], by["containment"]),
-        _zero(by["interpolation"], evidence),
+        _zero(by["interpolation"], evidence) if evidence.loss == "squared" else _floor(by["loss_bridge"]),
         _rest(by, window),
     )
 
@@ -99,6 +99,30 @@ def _decrease(verdict: Verdict, window: Window | None, word: str) -> str:
     )
 
 
+def _bridge(verdict: Verdict) -> str:
+    """Say what the kernel accounts for where the loss is not squared."""
+    parts = {part.claim.rpartition(".")[2]: part for part in verdict.parts}
+    if not ("chain" in parts and math.isfinite(parts["chain"].measured)):
+        return f"What accounts for the decrease is {_open(verdict)} ({OURS}): {verdict.note}."
+    least = parts["chain"].measured
+    words = f"½‖∇L‖² is {least:.3g} times what λ and the loss guarantee of it, or more, at every probe ({OURS})"
+    envelope, slope = parts.get("envelope"), parts.get("exponent")
+    power = "" if slope is None else f"; it goes with L to the power of {slope.measured:.3g}"
+    if envelope is None:
+        return f"{words}{power}."
+    if envelope.outcome == "not refuted":
+        return f"{words}{power}. So L falls as 1/t at least: {envelope.note}."
+    return f"{words}; a bound of 1/t is {_open(envelope)}: {envelope.note}."
+
+
+def _floor(verdict: Verdict) -> str:
+    """Say what L* is known to be above where the loss is not squared."""
+    for part in verdict.parts:
+        if part.claim.endswith((".floor", ".infimum")) and part.met:
+            return f"L* is not 0 ({OURS}): {part.note}."
+    return f"What L* is on the ball of the run is open ({OURS}): no bound of a margin is known."
+
+
 def _path(verdict: Verdict, containment: Verdict) -> str:
     if not verdict.met:
         return f"Whether a time budget explains the path is {_open(verdict)} ({OURS}): {verdict.note}."
@@ -135,13 +159,17 @@ def _rest(by: dict[str, Verdict], window: Window | None) -> str:
         if share < 1:
             left.append(f"{percent(1 - share)} of the decrease of log L")
         left.append(f"what the kernel does between the {window.probes} probes that keep a spectrum")
-    elif not by["linear_rate"].met:
+    elif not (by["linear_rate"].met or "loss_bridge.envelope" in _met(by["loss_bridge"])):
         left.append("the rate of the decrease")
     if by["descent"].outcome == "refuted" and by["path"].outcome != "not applicable":
         left.append("why the loss falls over the run though single steps raise it")
     if not by["path"].met:
         left.append("the length of the path")
     return f"Unexplained: {'; '.join(left) or 'nothing of what was measured'}."
+
+
+def _met(verdict: Verdict) -> set[str]:
+    return {part.claim for part in verdict.parts if part.met}
 
 
 def _open(verdict: Verdict) -> str:

@@ -15,6 +15,7 @@ from lplr_jax.theory.claims.floor_pl import FLOOR_PL
 from lplr_jax.theory.claims.interpolation import INTERPOLATION
 from lplr_jax.theory.claims.linear_rate import LINEAR_RATE
 from lplr_jax.theory.claims.local_pl import LOCAL_PL
+from lplr_jax.theory.claims.loss_bridge import LOSS_BRIDGE
 from lplr_jax.theory.claims.lqcr import LQCR
 from lplr_jax.theory.claims.noise import NOISE
 from lplr_jax.theory.claims.ntk_lipschitz import NTK_LIPSCHITZ
@@ -43,6 +44,7 @@ _ALL = (
     CONTAINMENT,
     INTERPOLATION,
     NOISE,
+    LOSS_BRIDGE,
 )
 
 REGISTRY: Mapping[str, Claim] = {claim.id: claim for claim in _ALL}
@@ -69,6 +71,8 @@ def judge(name: str, evidence: Evidence) -> Verdict:
     claim = REGISTRY[name]
     if claim.loss != "any" and evidence.loss.partition("(")[0] not in claim.loss:
         note = f"stated for the loss {' or '.join(claim.loss)}; that of this run is {evidence.loss}"
+        more = claim.otherwise(evidence) if claim.otherwise else ""
+        note += f"; {more}" if more else ""
         return Verdict(claim.id, claim.reference, "not applicable", note=note)
     verdict = _doubted(claim.check(evidence), "", claim.rests_on, evidence)
     missing = evidence.missing(claim.needs)

@@ -73,11 +73,14 @@ def of_probes(evidence: Evidence) -> Iterator[Verdict | None]:
     quality: Outcome = "proved" if evidence.certified.all() else "not refuted"
     low, high, rayleigh = (evidence.probe(f"ntk_{name}") for name in ("min_eig", "max_eig", "rayleigh"))
     measures = ("ntk_rayleigh", "ntk_max_eig", "probe_loss", "probe_grad_sq_norm")
-    if evidence.loss == "squared" and not evidence.trace and all(evidence.has(name) for name in measures):
+    told = evidence.loss == "squared" or evidence.has("output_grad_norm")
+    if told and not evidence.trace and all(evidence.has(name) for name in measures):
         chain = (evidence.kernel_size + evidence.number("p")) ** 2  # √chain terms at most, so this bounds every sum
         with np.errstate(divide="ignore", invalid="ignore"):
             # ½‖∇L‖² = gᵀΘg / (2 s²) with ‖g‖² = 2 s L for the squared loss.
-            g_sq = 2 * evidence.probe_scale * evidence.probe("probe_loss")
+            g_sq = evidence.probe("output_grad_norm") ** 2
+            if evidence.loss == "squared":
+                g_sq = 2 * evidence.probe_scale * evidence.probe("probe_loss")
             gap = np.abs(evidence.probe("probe_grad_sq_norm") * evidence.probe_scale**2 / (rayleigh * g_sq) - 1)
             tolerance = error / rayleigh + np.array(
                 [

@@ -37,6 +37,7 @@ class Claim:
             probes on.
         rests_on: what a lost kernel or Hessian does to the claim and its parts.
         loss: "any", or the names of the losses it is stated for; not applicable to others.
+        otherwise: says of a run whose loss it is not stated for what can be expected instead; None for nothing.
         on_failure: "finding" where "refuted" says something of the run, "inconsistent" where it says that the record
             or this package is wrong.
         check: holds the claim against the evidence. Arrays that are absent read as NaN, and must lead to no failure.
@@ -52,4 +53,5 @@ class Claim:
     needs: tuple[str, ...] = ()
     rests_on: Rests = field(default_factory=Rests)
     loss: Literal["any"] | tuple[str, ...] = "any"
+    otherwise: Callable[[Evidence], str] | None = None
     on_failure: Literal["finding", "inconsistent"] = "finding"

@@ -1,4 +1,4 @@
-"""A small record whose every number is known in closed form: gradient descent on a diagonal linear regression."""
+"""Small records whose numbers are known: gradient descent on a diagonal linear and a diagonal logistic regression."""
 
 import numpy as np
 
@@ -82,3 +82,44 @@ def linear_regression() -> Record:
     }
     arrays = {**series, **probes, **{name: np.asarray(value) for name, value in numbers.items()}}
     return Record("example", arrays, {})
+
+
+def logistic_regression() -> Record:
+    """Return the record of gradient descent on the mean of log(1 + exp(-√λ_i θ_i)) from θ = 0, in float64.
+
+    Every sample has a parameter of its own, so Θ = diag(λ), and L falls as 1/t for ever.
+    """
+    n, root = EIGENVALUES.size, np.sqrt(EIGENVALUES)
+    theta = np.zeros((EPOCHS + 1, n))
+    for t in range(EPOCHS):
+        theta[t + 1] = theta[t] + ETA * root / (1 + np.exp(root * theta[t])) / n
+    values = np.log1p(np.exp(-root * theta))
+    g = -1 / (1 + np.exp(root * theta))
+    squared = linear_regression()
+    at, size = PROBES, (g**2).sum(axis=1)
+    slope = (g**2 * EIGENVALUES).sum(axis=1) / n**2
+    gradient, way = root * g / n, theta[at] - theta[at[-1]]
+    arrays = {
+        **{name: array for name, array in squared.arrays.items() if not name.startswith(("interpolant", "loss_floor"))},
+        "loss": values.mean(axis=1),
+        "grad_sq_norm": slope,
+        "drift": np.linalg.norm(theta, axis=1),
+        "step_rounding": squared["step_rounding"] + 1e-12,
+        "probe_loss": values.mean(axis=1)[at],
+        "probe_grad_sq_norm": slope[at],
+        "ntk_rayleigh": ((g**2 @ EIGENVALUES) / size)[at],
+        "sharpness": (EIGENVALUES * -g * (1 + g)).max(axis=1)[at] / n,
+        "curvature_min": (EIGENVALUES * -g * (1 + g)).min(axis=1)[at] / n,
+        "lqcr_inner": (gradient[at] * way).sum(axis=1),
+        "residual_energy": g[at] ** 2 / size[at][:, None],
+        "param_pair_distance": np.linalg.norm(theta[at][:, None] - theta[at][None], axis=2),
+        "smoothness_upper": np.asarray(EIGENVALUES[-1] / 4 / n * (1 + 1e-3)),
+        "loss_scale": np.asarray(float(n)),
+        "output_grad_norm": np.sqrt(size)[at],
+        "output_norm": np.linalg.norm(root * theta, axis=1)[at],
+        "sample_bound_sum": size[at],
+        "samples_beyond": (values > np.log(2)).sum(axis=1)[at].astype(float),
+        "margin_max": np.asarray(0.0),
+        "margin_slope_upper": np.asarray(root[-1] * (1 + 1e-9)),
+    }
+    return Record("example", arrays, {}, loss="logistic")

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float, Int
 
+from lplr_jax.curves.summary import gradient_law
 from lplr_jax.theory.claims.claim import Claim, Rests
 from lplr_jax.theory.claims.descent import descent
 from lplr_jax.theory.claims.example import linear_regression
@@ -214,6 +215,17 @@ def _law(evidence: Evidence) -> Verdict:
     )
 
 
+def _otherwise(evidence: Evidence) -> str:
+    """Say why a loss that never reaches its infimum has no linear rate under a fixed step."""
+    if evidence.loss not in ("logistic", "softmax_cross_entropy", "exponential"):
+        return ""
+    slope = gradient_law(evidence.record, 0.0).slope
+    seen = f"; the measured slope of log ‖∇L‖² on log L is {slope:.3g}, 2 where L is of exponent 1 and 1 under PL"
+    return "as L goes to 0 so does ‖g‖²/L: a fixed step gives 1/t and no linear rate" + (
+        seen if math.isfinite(slope) else ""
+    )
+
+
 LINEAR_RATE = Claim(
     id="linear_rate",
     reference="Theorem 5.7",
@@ -222,6 +234,7 @@ LINEAR_RATE = Claim(
     needs=("step_size", "step_deviation", "step_rounding"),
     rests_on=Rests(kernels=("", "bound_pointwise"), hessians=("", "step_size")),
     loss=("squared",),
+    otherwise=_otherwise,
     check=linear_rate,
     example=linear_regression,
 )

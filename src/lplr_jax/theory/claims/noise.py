@@ -21,12 +21,10 @@ from jaxtyping import Float
 from lplr_jax.records import Record
 from lplr_jax.theory.claims.claim import Claim, Rests
 from lplr_jax.theory.claims.example import EIGENVALUES, ETA, linear_regression
-from lplr_jax.theory.evidence import HESSIAN_ERROR, LOSS_UNITS, SUMS, Evidence
-from lplr_jax.theory.verdict import NAN, Outcome, Verdict, factor, weakest
+from lplr_jax.theory.evidence import GROWTH, HESSIAN_ERROR, LOSS_UNITS, SUMS, Evidence
+from lplr_jax.theory.verdict import Outcome, Verdict, factor, weakest
 
 REFERENCE = "ours (noise)"
-GROWTH = {"squared": 2.0, "logistic": 0.40727, "softmax_cross_entropy": 0.81454}
-"""k with ‖∂ℓ_i/∂f_i‖² <= k ℓ_i: sup (1 - e^{-x})²/x = .407265 for logistic loss, twice that for cross-entropy."""
 LEVEL = 0.01
 """Probability below which the hypothesis is refuted by a run. Calibrated."""
 
@@ -47,7 +45,7 @@ def noise(evidence: Evidence) -> Verdict:
         return Verdict("noise", REFERENCE, "undecided", note=f"{evidence.partial}: the noise is that of all samples")
     share = (n - b) / (b * (n - 1)) if n > 1 else 0.0
     largest = evidence.probe("sample_kernel_max")
-    growth = GROWTH.get(evidence.loss.partition("(")[0], NAN) * (n / evidence.s) * largest * share
+    growth = evidence.growth * (n / evidence.s) * largest * share
     slope = evidence.probe("probe_grad_sq_norm")
     variance = (evidence.probe("sample_grad_sq_norm") - slope) * share
     parts = (
@@ -171,7 +169,7 @@ NOISE = Claim(
     latex=r"\sigma_b^2 \le v\,L(\theta_t), \qquad \mathbb{E}\,L(\theta_{t+1}) \le (1 - q)\,L(\theta_t)",
     needs=("sample_grad_sq_norm", "sample_kernel_max"),
     rests_on=Rests(kernels=("", "growth", "one_step", "supermartingale"), hessians=("one_step", "supermartingale")),
-    loss=tuple(GROWTH),
+    loss=tuple(dict.fromkeys(name.partition("(")[0] for name in GROWTH)),
     check=noise,
     example=example,
 )
