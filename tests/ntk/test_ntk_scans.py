@@ -341,6 +341,7 @@ COUNTERS = {
         0, 3, lambda i, h: (lambda w: lax.fori_loop(0, 2, lambda j, h: jnp.tanh(h @ w + j), h))(p[i]), x
     ),
     "and whole": lambda p, x: lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p[i] + h @ p[0]), x),
+    "one step": lambda p, x: lax.fori_loop(2, 3, lambda i, h: jnp.tanh(h @ jnp.take(p, i, axis=0)), x),
     "not evenly": lambda p, x: lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p[i * i % 3]), x),
 }
 
@@ -351,6 +352,7 @@ COUNTERS = {
 )
 def test_slices_by_the_counter_of_a_loop(name):
     rules = {"and whole": "matrix product", "not evenly": "Jacobian", "in two loops": "pairs of positions"}
+    rules["one step"] = "matrix product in 1 steps of its own slices: (h hᵀ) ∘ (δ δᵀ)"
     rule = rules.get(name, "steps of its own slices: pairs of positions")
     check(lambda p, x: head(COUNTERS[name](p, x)), normal(1, 3, 8, 8) / 3, normal(2, 4, 8), {"": rule})
 

@@ -36,7 +36,10 @@ _ARITHMETIC: Mapping[str, Callable[..., Any]] = {
 
 def operation(function: Callable[[Any], Any], aval: Any, atom: Any, new: Callable[[Any], int], **place: Any) -> Op:
     """A function that is one primitive, as an operation on a slot or literal."""
-    eqn = jax.make_jaxpr(function)(aval).jaxpr.eqns[-1]
+    eqns = jax.make_jaxpr(function)(aval).jaxpr.eqns
+    if not eqns:  # JAX leaves out what changes nothing
+        eqns = jax.make_jaxpr(jnp.copy)(aval).jaxpr.eqns
+    eqn = eqns[-1]
     return Op(eqn, (atom,), (new(eqn.outvars[0].aval),), **place)
 
 
