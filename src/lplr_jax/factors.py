@@ -126,7 +126,7 @@ class _Engine:
     def solve(self, vector: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         with np.errstate(all="ignore"):
             half = scipy.linalg.solve_triangular(self.factor, vector, lower=True, check_finite=False)
-            return scipy.linalg.solve_triangular(self.factor, half, lower=True, trans="T", check_finite=False)
+            return scipy.linalg.solve_triangular(self.factor, half, lower=True, trans=1, check_finite=False)
 
 
 def interval(a: Float[np.ndarray, "n n"], asymmetry: float, cholesky: Cholesky) -> tuple[float, float, float, str]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from lplr_jax import cli, diagnostics, records
+from lplr_jax import cli, diagnostics, records, theory
 from lplr_jax.experiments import mnist
 from lplr_jax.runs.problem import probe_epochs
 
@@ -224,3 +224,37 @@ def test_probe_epochs_hold_both_ends():
     assert probe_epochs(3, 50) == (0, 3)
     with pytest.raises(ValueError, match="probe_every must be >= 1, got 0"):
         probe_epochs(5, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "hinge"}, "loss must be squared, logistic, cross-entropy, .*got 'hinge'"),
+        ({"loss": "cross-entropy:2"}, "loss must be squared, .*got 'cross-entropy:2'"),
+        ({"loss": "logistic", "classes": "0,1,2"}, "the logistic loss is of two classes, -1 and 1, got 3 classes"),
+        ({"loss": "logistic", "labels": "bits"}, "labels 0 and 1 are targets of the squared loss"),
+        ({"kernel_images": 0}, "kernel_images must be >= 1"),
+        ({"kernel_images": 101}, "kernel_images must be at most n_train = 100"),
+        ({"loss": "logistic", "step_rule": "armijo:2"}, "armijo"),
+    ],
+)
+def test_losses_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        mnist.identity(mnist.MnistConfig(**{"n_train": 100, **settings}))
+
+
+def test_classes_are_trained_by_cross_entropy():
+    """Ten classes, and the kernel of a stratified subset; what is kept of the default does not change."""
+    config = mnist.MnistConfig(
+        width=8, epochs=4, probe_every=2, n_train=40, hessian_probes=0, search_steps=0, spectrum_probes=0,
+        loss="cross-entropy", classes="0,1,2,3,4,5,6,7,8,9", kernel_images=10,
+    )  # fmt: skip
+    record = mnist.run(config)
+    assert record.loss == record.config["loss"] == "softmax_cross_entropy"
+    labels = np.argmax(mnist.load_data(config).y, axis=1)
+    assert sorted(labels[record["subset_ids"]]) == list(range(10))
+    assert record["ntk_class_min_eig"].shape == (3,)
+    # Of ten classes of small outputs: log 10 at first, to the size of the outputs.
+    assert 1.5 < float(record["loss"][0]) < 6
+    assert not theory.any_inconsistent(theory.verify(record))
+    assert not {"loss", "kernel_images"} & set(mnist.decisive(mnist.MnistConfig()))

@@ -280,9 +280,9 @@ def identity(config: MnistConfig) -> dict[str, Any]:
     Raises:
         ValueError: for a field out of range or data that cannot be had.
     """
-    dataset = load_data(config)
+    fields, dataset = decisive(config), load_data(config)
     _targets(config, dataset)
-    return {**decisive(config), "data_checksum": dataset.checksum}
+    return {**fields, "data_checksum": dataset.checksum}
 
 
 def run(

@@ -234,7 +234,8 @@ def _lojasiewicz(axes: Axes, record: Record) -> None:
         chain = chain_of(evidence)
         floor = np.where((chain.beyond == 0) & (chain.eigenvalue > 0), chain.gamma * chain.eigenvalue, np.nan)
         label = r"$\gamma\lambda/n$, guaranteed of it where no $\ell_i > \log 2$"
-        axes.plot(evidence.epochs, floor / evidence.s, color=PURPLE, marker=".", linestyle=":", label=label)
+        if np.isfinite(floor).any():
+            axes.plot(evidence.epochs, floor / evidence.s, color=PURPLE, marker=".", linestyle=":", label=label)
 
 
 def _where(record: Record) -> str:

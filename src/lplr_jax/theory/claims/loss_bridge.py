@@ -131,15 +131,16 @@ def _chain(evidence: Evidence, chain: Chain) -> Verdict:
     sums = SUMS * chain.square
     with np.errstate(divide="ignore", invalid="ignore"):
         slacks = {
-            "ρ/λ": chain.gradient / chain.eigenvalue,
+            "ρ/λ": np.where(chain.eigenvalue > rounding, chain.gradient / chain.eigenvalue, np.nan),
             "‖g‖²/Σψ": chain.square / chain.samples,
             "Σψ/B": chain.samples / chain.bound,
         }
         ratio = slacks["ρ/λ"] * chain.square / chain.bound
     broken = known & (chain.gradient < chain.eigenvalue - rounding)
     broken |= (chain.square < chain.samples - sums) | (chain.samples < chain.bound - sums)
-    clear = known & (chain.eigenvalue > 0) & np.isfinite(ratio)
+    clear = known & np.isfinite(ratio)  # where λ is above its error
     worst = int(np.argmax(broken)) if broken.any() else int(np.argmin(np.where(clear, ratio, np.inf)))
+    least = float(ratio[worst]) if clear[worst] else math.nan
     told = ", ".join(f"{name} {np.nanmin(slack[known]):.3g} to {np.nanmax(slack[known]):.3g}"
                      for name, slack in slacks.items() if np.isfinite(slack[known]).any())  # fmt: skip
     beyond = chain.beyond[np.isfinite(chain.beyond)]
@@ -151,7 +152,7 @@ def _chain(evidence: Evidence, chain: Chain) -> Verdict:
         note = f"broken at epoch {evidence.epochs[worst]}; {note}"
     outcome: Outcome = "refuted" if broken.any() else "not refuted"
     return Verdict(
-        "chain", REFERENCE, outcome, measured=float(ratio[worst]), bound=1.0, margin=float(ratio[worst]),
+        "chain", REFERENCE, outcome, measured=least, bound=1.0, margin=least,
         step=int(evidence.epochs[worst]), units="1", note=note, inconsistent=bool(broken.any()),
     )  # fmt: skip
 
