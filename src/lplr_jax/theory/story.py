@@ -54,7 +54,7 @@ def story(verdicts: Sequence[Verdict], record: Record) -> tuple[str, ...]:
 def _hypotheses(by: dict[str, Verdict]) -> str:
     condition = by["compatibility"]
     excess = condition.measured / condition.bound if condition.bound > 0 else math.inf
-    by_much = f" by the factor {excess:.1e}" if condition.outcome == "refuted" and math.isfinite(excess) else ""
+    by_much = f" by the factor {excess:.2g}" if condition.outcome == "refuted" and math.isfinite(excess) else ""
     parts = {part.claim: part for part in by["linear_rate"].parts}
     step = parts.get("linear_rate.step_size")
     told = [
