@@ -486,7 +486,7 @@ def config_cases():
 
 
 def problem_cases():
-    lost = np.where(X == X[2, 1], np.float32(NAN), X)
+    lost = np.where(X[2, 1] == X, np.float32(NAN), X)
     return [
         Case("Problem of inputs with NaN", lambda _: Problem(linear, W, lost, Y), VALUE, "x holds 1 numbers that are not finite, first in sample 2"),
         Case("Problem of a tree of inputs with infinity", lambda _: Problem(lambda w, x: x["a"] @ w, W, {"a": np.full_like(X, INF)}, Y), VALUE, r"x\['a'\] holds 12 numbers that are not finite"),
