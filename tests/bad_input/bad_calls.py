@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from bad_problems import problem_cases
 
 from bad_input import Case
 from lplr_jax import data, diagnostics, linalg, losses, models, ntk, parameters, plotting, records, theory, training
 from lplr_jax.data import DataError, Dataset
 from lplr_jax.experiments import ablation, boundary, cifar, initialisation, mnist, trust
 from lplr_jax.records import Record, RecordError
-from lplr_jax.runs.problem import Problem, probe_epochs, spread
+from lplr_jax.runs.problem import probe_epochs, spread
 
 NAN, INF = math.nan, math.inf
 X = np.arange(12.0, dtype=np.float32).reshape(4, 3) / 12
@@ -483,18 +484,6 @@ def config_cases():
         *each("near_duplicates distance", lambda v: trust.near_duplicates(X, v, pairs=1), (0, -1.0, NAN, "x"), r"distance must be .*got", EITHER),
     ]  # fmt: skip
     return found
-
-
-def problem_cases():
-    lost = np.where(X[2, 1] == X, np.float32(NAN), X)
-    return [
-        Case("Problem of inputs with NaN", lambda _: Problem(linear, W, lost, Y), VALUE, "x holds 1 numbers that are not finite, first in sample 2"),
-        Case("Problem of a tree of inputs with infinity", lambda _: Problem(lambda w, x: x["a"] @ w, W, {"a": np.full_like(X, INF)}, Y), VALUE, r"x\['a'\] holds 12 numbers that are not finite"),
-        Case("Problem of targets with NaN", lambda _: Problem(linear, W, X, Y * NAN), VALUE, "y holds numbers that are not finite"),
-        Case("Problem of labels that are not ±1", lambda _: Problem(linear, W, X, 3 * Y, loss=losses.Logistic()), VALUE, "-1 or"),
-        Case("Problem of a loss by its name", lambda _: Problem(linear, W, X, Y, loss="mse"), EITHER, "loss must be a Loss, such as"),
-        Case("Problem of too few targets", lambda _: Problem(linear, W, X, Y[:3]), VALUE, "one row a sample"),
-    ]  # fmt: skip
 
 
 def cases():
