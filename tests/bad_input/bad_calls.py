@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from bad_problems import problem_cases
 
 from bad_input import Case
 from lplr_jax import data, diagnostics, linalg, losses, models, ntk, parameters, plotting, records, theory, training
@@ -499,4 +500,5 @@ def cases():
         *record_cases(),
         *plotting_cases(),
         *config_cases(),
+        *problem_cases(),
     ]
