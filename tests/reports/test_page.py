@@ -13,7 +13,7 @@ import pytest
 
 import lplr_jax
 from builders import make
-from lplr_jax import records, theory
+from lplr_jax import arms, records, theory
 from lplr_jax.arms import Arms
 from lplr_jax.plotting.panels import four_panel
 from lplr_jax.reports.page import page, report
@@ -130,6 +130,14 @@ def test_arms_get_a_column_each(record):
     assert all(len(row) == 4 for row in rows)
 
 
+def test_arms_stand_in_the_order_of_their_numbers(tmp_path, record):
+    names = ["a", "m128-seed0", "m512-seed0", "m1024-seed0", "m1024-seed2", "m1024-seed10", "m1024-smaller-seed0", "²"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        record.save(tmp_path / name / "record.npz")
+    assert list(arms.load(tmp_path)) == names
+
+
 def test_a_run_without_a_finite_number_still_has_a_page():
     lost = make(loss=np.full(7, np.nan), seen=np.zeros(7, int))
     said = words(parsed(page({"": lost})))
@@ -145,6 +153,7 @@ def test_report_takes_what_load_takes(tmp_path, record, monkeypatch):
     assert report(tmp_path / "arms" / "b" / "record.npz", tmp_path / "x.html") == tmp_path / "x.html"
     assert lplr_jax.report(str(tmp_path / "arms")) == tmp_path / "arms" / "report.html"
     assert words(parsed((tmp_path / "arms" / "report.html").read_text())).count("The story of the run") == 2
+    assert "<h1>arms</h1>" in (tmp_path / "arms" / "report.html").read_text(), "several runs are called as their folder"
     monkeypatch.chdir(tmp_path)
     assert report(records.load(tmp_path / "arms" / "a")).resolve() == tmp_path / "report.html"
     with pytest.raises(ValueError, match="there is no record to report"):

@@ -133,7 +133,7 @@ class Experiment(Generic[Config, Given, Done]):
             output.draw(drawn, figures / f"{self.name}.png")
         verdicts = {name: theory.verify(record) for name, record in found.items()}
         if found:
-            say(f"report   {page.write(page.page(found, verdicts, drawn), folder / page.NAME)}")
+            say(f"report   {page.write(page.page(found, verdicts, drawn, title=self.name), folder / page.NAME)}")
             ending.show(CONSOLE, verdicts, found, verbose=following.verbose, first=self.first_told)
         for line in self.notes(done, config):
             say(line)

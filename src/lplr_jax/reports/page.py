@@ -68,7 +68,8 @@ def report(
     target = beside / NAME if path is None else checks.path("path", path)
     if target.is_dir():
         target = target / NAME
-    return write(page(found if isinstance(found, Mapping) else {"": found}), target)
+    title = "" if isinstance(source, Record | Mapping) else beside.resolve().name
+    return write(page(found if isinstance(found, Mapping) else {"": found}, title=title), target)
 
 
 def write(text: str, target: Path) -> Path:
@@ -82,6 +83,8 @@ def page(
     records: Mapping[str, Record],
     verdicts: Mapping[str, Verdicts] | None = None,
     figure: Figure | str | None = None,
+    *,
+    title: str = "",
 ) -> str:
     """Return the page as text.
 
@@ -89,13 +92,14 @@ def page(
         records: by the name of the run; that of a single one may be "".
         verdicts: by the same names; None has them judged.
         figure: what was drawn of them, a text that says why there is none, or None to have it drawn.
+        title: of several runs; that of one is its experiment, and so is an empty one.
     """
     judged = {name: theory.verify(record) for name, record in records.items()} if verdicts is None else verdicts
     if figure is None:
         figure = _figure(records)
     several = len(records) > 1
     first = next(iter(records.values()))
-    title = printable(first.experiment)
+    title = printable(title if several and title else first.experiment)
     runs = [_run(name or title, record, judged[name], number) for number, (name, record) in enumerate(records.items())]
     return (
         environment()
