@@ -81,7 +81,7 @@ def empirical_ntk_min_eig(
             without_gradient(at)
         rows = jax.tree.leaves(at.x)[0].shape[0] * at.traced.c
         if rows > at.params.size:
-            return _by_counting(rows, at.params.size)
+            return by_counting(rows, at.params.size)
         if storage == "packed" or (storage == "auto" and kernel in _ENGINE and _too_large(rows, memory_budget)):
             return _certified_packed(apply_fn, at, x, memory_budget)
         theta = np.asarray(at_point(apply_fn, at, kernel=kernel, memory_budget=memory_budget))
@@ -127,6 +127,15 @@ def _certified_packed(apply_fn: ApplyFn, at: Point, x: Any, memory_budget: int |
     blocks = linalg.Blocks(
         n * at.traced.c, lambda: engine.lower_blocks(at.traced, at.params, at.x, memory_budget=memory_budget)
     )
+    return certified_from_blocks(apply_fn, at, x, blocks)
+
+
+def certified_from_blocks(apply_fn: ApplyFn, at: Point, x: Any, blocks: linalg.Blocks) -> linalg.MinEig:
+    """Compute λ_min from blocks of the kernel of a function that was checked; `x` as the caller gave it.
+
+    Raises:
+        linalg.UntrustedError: if the kernel is not finite.
+    """
     try:
         theta = blocks.matrix()
     except ArithmeticError as error:
@@ -162,12 +171,12 @@ def min_eig_within(
     """
     if theta.shape[0] > p:
         known = {} if bound is None else {"assembly_error": bound.assembly_error, "factor_error": bound.factor_error}
-        return replace(_by_counting(theta.shape[0], p), **known)
+        return replace(by_counting(theta.shape[0], p), **known)
     assert bound is not None
     return linalg.min_eig(theta if blocks is None else blocks, **vars(bound))
 
 
-def _by_counting(rows: int, p: int) -> linalg.MinEig:
+def by_counting(rows: int, p: int) -> linalg.MinEig:
     """λ_min of a kernel with more rows than parameters."""
     counted = f"the kernel is J Jᵀ with J of shape ({rows}, {p}): more rows than parameters, so its rank is at most {p}"
     return linalg.MinEig(
