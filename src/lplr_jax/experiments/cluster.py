@@ -155,7 +155,7 @@ def _executor(cluster: str, folder: Path, settings: dict[str, Any], at_a_time: i
 
 
 def _code_of(job: Any) -> int:
-    """Wait for a job, and return the exit code of its arm; that of failed input or output where the job itself fails."""
+    """Wait for a job, and return the exit code of its arm; "input or output failed" where the job itself does."""
     from submitit.core.utils import FailedJobError, UncompletedJobError
 
     try:
