@@ -113,7 +113,7 @@ class Experiment(Generic[Config, Given, Done]):
                 return OK
             if config.arm is not None:
                 return self._one_arm(replace(config, arm=sweep.resolve(config.arm, names)), folder, following)
-            if config.jobs > 1 or config.cluster != "here":
+            if config.elsewhere:
                 config.check_jobs()
                 given = self.prepare(config, folder)
                 prepared = replace(config, arm=sweep.NONE)

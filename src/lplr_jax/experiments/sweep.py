@@ -49,6 +49,11 @@ class ArmsPart(Part):
         if self.job_options and self.cluster == "here":
             raise ValueError("job_options are for --cluster slurm or local; leave one of them out")
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether arms run in other processes."""
+        return self.jobs > 1 or self.cluster != "here"
+
     def check_jobs(self) -> None:
         """Raise ValueError or ImportError where the jobs of a cluster cannot be."""
         if self.cluster != "here":
