@@ -304,6 +304,13 @@ SCHEMA: dict[str, Entry] = {
         NON_NEGATIVE,
     ),
     "sample_kernel_max": Entry(("probe",), KERNEL, "largest λ_max of the c × c blocks Θ_ii", NON_NEGATIVE),
+    "block_grad_sq_norm": Entry(
+        ("probe",),
+        "L² / parameter²",
+        "mean of ‖g_B‖² over the blocks B of the partition that batches are drawn from, g_B the mean of G_i over B",
+        NON_NEGATIVE,
+    ),
+    "block_kernel_max": Entry(("probe",), KERNEL, "largest λ_max of the kernels Θ_BB of these blocks", NON_NEGATIVE),
     "output_grad_norm": Entry(("probe",), "L s / output", "‖g‖₂ at g = ∂ℓ/∂f, in float64", NON_NEGATIVE),
     "output_norm": Entry(("probe",), "output", "‖f(θ_t)‖₂ over all samples, in float64", NON_NEGATIVE),
     "sample_bound_sum": Entry(
@@ -334,7 +341,7 @@ SCHEMA: dict[str, Entry] = {
         NON_NEGATIVE,
     ),
     "batch_decrease": Entry(
-        ("probe",), LOSS, "mean of L(θ_t - η g_B) - L(θ_t) over batches B drawn without replacement, in float64"
+        ("probe",), LOSS, "mean of L(θ_t - η g_B) - L(θ_t) over the batches B that may be drawn, in float64"
     ),
     "batch_decrease_error": Entry(
         ("probe",),
@@ -345,6 +352,9 @@ SCHEMA: dict[str, Entry] = {
     "batch_size": Entry((), "samples", "samples of a mini-batch; absent: all data in every step", COUNT),
     "batches_independent": Entry(
         (), "1", "1 where each batch was drawn anew, 0 where a pass over the data uses every sample once", FLAG
+    ),
+    "batches_fixed": Entry(
+        (), "1", "1 where a batch is one of the blocks of a partition of the samples, each as likely; absent: 0", FLAG
     ),
     "path_budget": Entry(
         (),
@@ -412,6 +422,9 @@ SINCE_2 = frozenset(
         "batch_decrease_error",
         "batch_size",
         "batches_independent",
+        "batches_fixed",
+        "block_grad_sq_norm",
+        "block_kernel_max",
     }
 )
 """Arrays that files of schema 1 do not hold."""
