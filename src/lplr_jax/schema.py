@@ -434,6 +434,10 @@ PATH_SHARE = 0.5
 """Share of what is left of `path_budget` that one step may use up."""
 
 
+LOSS_SCALED_DECREASE = 2 - 1 / math.log(2)
+"""a of the loss-scaled step: (D) holds with it, .557, where B bounds ‖∇²L‖ / q̄."""
+
+
 INTEGERS = ("epoch", "probe_epoch", "subset_ids", "seen")
 """Arrays whose dtype is one of integers: they count, or index."""
 
