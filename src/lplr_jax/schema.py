@@ -322,6 +322,12 @@ SCHEMA: dict[str, Entry] = {
     "samples_beyond": Entry(
         ("probe",), "samples", "k, the samples with ℓ_i > ln 2, beyond which (1 - e^-x)² is not convex", NON_NEGATIVE
     ),
+    "probe_accuracy": Entry(
+        ("probe",),
+        "1",
+        "share of the probe's samples whose largest output is that of their class, or of equal sign for one output",
+        SHARE,
+    ),
     "sample_least_share": Entry(
         ("probe",), "1", "least min(p_ik, τ_ik) of all samples and classes, where targets are distributions", SHARE
     ),
@@ -423,6 +429,7 @@ SINCE_2 = frozenset(
         "batch_size",
         "batches_independent",
         "batches_fixed",
+        "probe_accuracy",
         "block_grad_sq_norm",
         "block_kernel_max",
     }
