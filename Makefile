@@ -129,7 +129,7 @@ check: $(DEV)  ## lint, format and types
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(DOCS)  ## build the site: docs/_build/html/index.html
-	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@XLA_FLAGS="--xla_llvm_disable_expensive_passes=true $$XLA_FLAGS" OPENBLAS_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo 'site     docs/_build/html/index.html'
 
 # One resolution; each lock is the part of it that its own list needs.

@@ -304,6 +304,13 @@ SCHEMA: dict[str, Entry] = {
         NON_NEGATIVE,
     ),
     "sample_kernel_max": Entry(("probe",), KERNEL, "largest λ_max of the c × c blocks Θ_ii", NON_NEGATIVE),
+    "block_grad_sq_norm": Entry(
+        ("probe",),
+        "L² / parameter²",
+        "mean of ‖g_B‖² over the blocks B of the partition that batches are drawn from, g_B the mean of G_i over B",
+        NON_NEGATIVE,
+    ),
+    "block_kernel_max": Entry(("probe",), KERNEL, "largest λ_max of the kernels Θ_BB of these blocks", NON_NEGATIVE),
     "output_grad_norm": Entry(("probe",), "L s / output", "‖g‖₂ at g = ∂ℓ/∂f, in float64", NON_NEGATIVE),
     "output_norm": Entry(("probe",), "output", "‖f(θ_t)‖₂ over all samples, in float64", NON_NEGATIVE),
     "sample_bound_sum": Entry(
@@ -314,6 +321,12 @@ SCHEMA: dict[str, Entry] = {
     ),
     "samples_beyond": Entry(
         ("probe",), "samples", "k, the samples with ℓ_i > ln 2, beyond which (1 - e^-x)² is not convex", NON_NEGATIVE
+    ),
+    "probe_accuracy": Entry(
+        ("probe",),
+        "1",
+        "share of the probe's samples whose largest output is that of their class, or of equal sign for one output",
+        SHARE,
     ),
     "sample_least_share": Entry(
         ("probe",), "1", "least min(p_ik, τ_ik) of all samples and classes, where targets are distributions", SHARE
@@ -334,7 +347,7 @@ SCHEMA: dict[str, Entry] = {
         NON_NEGATIVE,
     ),
     "batch_decrease": Entry(
-        ("probe",), LOSS, "mean of L(θ_t - η g_B) - L(θ_t) over batches B drawn without replacement, in float64"
+        ("probe",), LOSS, "mean of L(θ_t - η g_B) - L(θ_t) over the batches B that may be drawn, in float64"
     ),
     "batch_decrease_error": Entry(
         ("probe",),
@@ -345,6 +358,9 @@ SCHEMA: dict[str, Entry] = {
     "batch_size": Entry((), "samples", "samples of a mini-batch; absent: all data in every step", COUNT),
     "batches_independent": Entry(
         (), "1", "1 where each batch was drawn anew, 0 where a pass over the data uses every sample once", FLAG
+    ),
+    "batches_fixed": Entry(
+        (), "1", "1 where a batch is one of the blocks of a partition of the samples, each as likely; absent: 0", FLAG
     ),
     "path_budget": Entry(
         (),
@@ -412,6 +428,10 @@ SINCE_2 = frozenset(
         "batch_decrease_error",
         "batch_size",
         "batches_independent",
+        "batches_fixed",
+        "probe_accuracy",
+        "block_grad_sq_norm",
+        "block_kernel_max",
     }
 )
 """Arrays that files of schema 1 do not hold."""
@@ -419,6 +439,10 @@ SINCE_2 = frozenset(
 
 PATH_SHARE = 0.5
 """Share of what is left of `path_budget` that one step may use up."""
+
+
+LOSS_SCALED_DECREASE = 2 - 1 / math.log(2)
+"""a of the loss-scaled step: (D) holds with it, .557, where B bounds ‖∇²L‖ / q̄."""
 
 
 INTEGERS = ("epoch", "probe_epoch", "subset_ids", "seen")

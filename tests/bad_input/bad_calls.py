@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from bad_problems import problem_cases
 
+import lplr_jax as lp
 from bad_input import Case
 from lplr_jax import data, diagnostics, linalg, losses, models, ntk, parameters, plotting, records, theory, training
 from lplr_jax.data import DataError, Dataset
@@ -162,6 +164,11 @@ def resnet_cases():
     ]  # fmt: skip
 
 
+def lp_train(**settings):
+    problem = lp.Problem(linear, W, X, Y)
+    return lp.train(problem, optax.sgd(0.1), steps=2, probes=lp.Probes(search=0, hessian=0), **settings)
+
+
 def training_cases():
     make = losses.Objective
     good = make(linear, "mean")
@@ -182,6 +189,12 @@ def training_cases():
         *each("Objective loss", lambda v: make(linear, losses.as_loss(v)), ("hinge", [losses.Squared()], losses.Squared, 0), r"loss must be a Loss, such as .*got"),
         *each("Logistic y", lambda v: make(linear, losses.Logistic()).value(W, X, v), (Y * 0, Y * 2, Y * np.float32(NAN)), r"must be -1 or 1, got .* for sample 0"),
         *each("SoftmaxCrossEntropy y", lambda v: losses.SoftmaxCrossEntropy().per_sample(X, v), (np.arange(4), -np.ones(4, int), X, np.zeros(4)), r"one-hot rows, or integer labels 0 to 2|y has shape", EITHER),
+        *each("soft targets", lambda v: losses.SoftmaxCrossEntropy(soft=True).per_sample(X, np.float32([v] * 4)), ([0.5, 0.25, 0.5], [1.5, -0.5, 0.0], [NAN, 0.5, 0.5], [0.0, 0.0, 0.0]), r"must be distributions over 3 classes, >= 0 and of sum 1; that of sample 0 becomes"),
+        *each("train sampling", lambda v: lp_train(sampling=v, batch_size=2), ("cyclic", None, 3), r"sampling must be one of .*got", EITHER),
+        Case("a partition of unlike blocks", lambda _: lp_train(sampling="partition", batch_size=3), VALUE, "wants batches of one size: 3 does not divide n = 4"),
+        *each("train batch_size", lambda v: lp_train(batch_size=v), (0, -1, 5, 1.5, "x"), r"batch_size must be .*got", EITHER),
+        *each("step_rule", training.step_rule, ("polyak:-1", "decay:-0.5", "budget:0", "sharpness:-1", "fixed:nan", None, 3), r"step rule .*got"),
+        *each("decay learning_rate", lambda v: training.rules.decay(0.5, v), (0, -1.0, NAN), r"η_0 of decay must be a finite number > 0, got"),
         *each("Huber delta", losses.Huber, (*NOT_POSITIVE_NUMBERS,), r"delta must be a finite number > 0, got"),
         *each("by_name", losses.by_name, (None, "", "hinge", "huber", "huber(-1.0)", 3), r"the name of a loss must be one of .*got"),
         Case("Objective of a tuple", lambda _: make(lambda w, x: (x @ w,), "sum").value(W, X, Y), EITHER, r"apply_fn must return one array \(n, c\).*got"),
@@ -506,4 +519,5 @@ def cases():
         *record_cases(),
         *plotting_cases(),
         *config_cases(),
+        *problem_cases(),
     ]

@@ -43,7 +43,11 @@ def test_the_table_has_a_ball_where_the_noise_outweighs_the_fall():
     assert table.cells["ratio"][0].value == pytest.approx(ratio)
     assert table.cells["ball"][0].value == pytest.approx(ratio * float(loud["loss"][10:].mean()))
     labels = noise.figure(done).axes[0].get_legend_handles_labels()[1]
-    assert labels == ["b = 1", "b = 1: predicted ball", "b = 2"]
+    loss, epoch = calm["loss"], calm["epoch"]
+    fall = loss[epoch >= 15].mean() / loss[(epoch >= 10) & (epoch <= 15)].mean()
+    assert table.cells["fall"][1].value == pytest.approx(fall, rel=1e-12)
+    assert labels == [f"b = 1: last quarter / before {fall:.3f}", "b = 1: predicted ball", *labels[2:]]
+    assert len(labels) == 3
     with pytest.raises(ValueError, match="curves must hold every method that has a level"):
         plotting.losses({}, {})
 

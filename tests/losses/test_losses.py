@@ -483,3 +483,15 @@ def test_a_reader_of_records_needs_no_jax():
         "assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_distributions_of_float32_are_those_in_float64_too():
+    """Rows that sum up to 1 to float32's rounding: probes look at them in float64; gradients sum up to 0."""
+    y = np.random.default_rng(0).dirichlet(np.ones(3), 6).astype(np.float32)
+    assert (np.abs(y.astype(np.float64).sum(axis=1) - 1) > 1e-9).any()
+    loss, f = SoftmaxCrossEntropy(soft=True), np.random.default_rng(1).standard_normal((6, 3))
+    with jax.enable_x64(True):
+        g = np.asarray(loss.gradient(jnp.asarray(f), jnp.asarray(y, jnp.float64)))
+    assert np.abs(g.sum(axis=1)).max() < 1e-15
+    with pytest.raises(ValueError, match="distributions over 3"), jax.enable_x64(True):
+        loss.gradient(jnp.asarray(f), jnp.asarray(y + np.float32(1e-5), jnp.float64))

@@ -10,7 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from lplr_jax import diagnostics, schema, theory
-from lplr_jax.losses import Huber, Logistic, Objective, SoftmaxCrossEntropy, Squared
+from lplr_jax.losses import Exponential, Huber, Logistic, Objective, SoftmaxCrossEntropy, Squared, SquaredHinge
 from lplr_jax.measurement import closing, gradients
 from lplr_jax.measurement.probe import KernelProbe
 from lplr_jax.measurement.spacing import parameter_eps, parameter_spacing
@@ -296,3 +296,25 @@ def test_probes_of_parameters_of_low_precision(dtype):
     )
     point = theory.verify_point(apply_fn, params, X, NUMBERS, loss_scale="mean")
     assert not theory.any_inconsistent(point)
+
+
+@pytest.mark.parametrize(
+    ("loss", "y"),
+    [
+        (Logistic(), SIGNS), (SquaredHinge(), SIGNS), (Exponential(), SIGNS), (SoftmaxCrossEntropy(), CLASSES),
+        (SoftmaxCrossEntropy(smoothing=0.1), CLASSES), (SoftmaxCrossEntropy(soft=True), np.eye(3)[CLASSES] * 0.7 + 0.1),
+    ],
+)  # fmt: skip
+def test_the_accuracy_of_a_probe_is_counted(loss, y):
+    """A linear network whose outputs are chosen: five of six samples lie on the side of their class."""
+    wanted = np.where(np.eye(3)[CLASSES] > 0, 2.0, -1.0) if y is not SIGNS else SIGNS[:, None] * 1.5
+    wanted[2] = -wanted[2] if y is SIGNS else np.roll(wanted[2], 1)
+    params, x = wanted.astype(np.float32), np.eye(N, dtype=np.float32)
+    _, arrays = run_probes(Objective(lambda w, x: x @ w, loss), y, {0: params}, x=x)
+    assert arrays["probe_accuracy"].tolist() == [pytest.approx(5 / 6)]
+
+
+def test_losses_of_no_classes_have_no_accuracy():
+    apply_fn, params = network(3)
+    _, arrays = run_probes(Objective(apply_fn, Huber(1.0)), NUMBERS, {0: params})
+    assert "probe_accuracy" not in arrays

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -9,7 +10,9 @@ import pytest
 
 import lplr_jax as lp
 from lplr_jax.losses import Objective, Squared
-from lplr_jax.measurement.noise import DRAWS, Batches, batch_decrease, sample_noise
+from lplr_jax.measurement.noise import DRAWS, Batches, batch_decrease, block_noise, sample_noise
+from lplr_jax.training import init_state
+from lplr_jax.training.batches import partition_of, train_batches
 
 N, D, C = 6, 4, 2
 
@@ -123,5 +126,86 @@ def test_least_squares_that_interpolate_have_no_noise_ball():
 
 @pytest.mark.usefixtures("without_type_checks")
 def test_an_unknown_sampling_is_refused():
-    with pytest.raises(ValueError, match="sampling must be one of reshuffle, independent, got 'cyclic'"):
+    with pytest.raises(ValueError, match="sampling must be one of reshuffle, independent, partition, got 'cyclic'"):
         run("cyclic")
+
+
+BLOCKS = np.array([[0, 4], [3, 1], [5, 2]])
+
+
+@pytest.mark.parametrize("scale", ["mean", "sum", 2.5])
+def test_the_blocks_of_a_partition_are_enumerated(scale):
+    """Mean of ‖g_B‖², growth and mean step of three blocks, by hand; b = 1 is the variance of single samples."""
+    w, x, y = setting()
+    s = {"mean": float(N), "sum": 1.0}.get(scale, scale)
+    each = [(N / s) * x[i][:, None] * (x[i] @ w - y[i]) for i in range(N)]
+    gradients = [np.mean([each[i] for i in rows], axis=0) for rows in BLOCKS]
+    theta, loss = np.kron(x @ x.T, np.eye(C)), lambda q: np.sum((x @ q - y) ** 2) / (2 * s)
+    found = block_noise(theta, x @ w - y, s, BLOCKS)
+    assert found["block_grad_sq_norm"] == pytest.approx(np.mean([np.sum(g**2) for g in gradients]), rel=1e-12)
+    largest = max(np.linalg.norm(x[rows], 2) ** 2 for rows in BLOCKS)
+    assert found["block_kernel_max"] == pytest.approx(largest, rel=1e-12)
+    # v L with v = 2 n Λ_B/(s b) is above the mean of ‖g_B‖², and so above the variance over blocks.
+    assert found["block_grad_sq_norm"] <= 2 * N * largest / (s * 2) * loss(w)
+    eta = 0.1
+    expected = np.mean([loss(w - eta * g) - loss(w) for g in gradients])
+    objective = Objective(linear, scale)
+    step = batch_decrease(objective, *map(jnp.asarray, (w, x, y)), Batches(2, eta, 0, BLOCKS))
+    assert step == {"batch_decrease": pytest.approx(expected, rel=1e-5), "batch_decrease_error": 0.0}
+    single = block_noise(theta, x @ w - y, s, np.arange(N)[:, None])
+    alone = sample_noise(theta, x @ w - y, s)
+    assert single["block_grad_sq_norm"] == pytest.approx(alone["sample_grad_sq_norm"], rel=1e-12)
+    assert single["block_kernel_max"] == pytest.approx(alone["sample_kernel_max"], rel=1e-12)
+
+
+def test_the_growth_of_blocks_is_sharp():
+    """All loss in one block, along the top of its kernel: the mean of ‖g_B‖² is v L exactly."""
+    x, y = np.array([[1.0, 0], [1.0, 0], [0, 1.0], [0, 1.0]]), np.array([[-1.0], [-1.0], [0], [0]])
+    found = block_noise(x @ x.T, -y, 4.0, np.array([[0, 1], [2, 3]]))
+    loss = np.sum(y**2) / 8
+    assert found["block_grad_sq_norm"] == pytest.approx(2 * 4 * found["block_kernel_max"] / (4.0 * 2) * loss, rel=1e-12)
+
+
+def test_a_partition_is_kept_over_the_run_and_measured():
+    """Every step is one of the blocks: θ_t moves in the span of one block's inputs, and the record says which σ²."""
+    record, other = run("partition"), run("independent")
+    assert (int(record["batches_fixed"]), int(record["batches_independent"])) == (1, 1)
+    assert "batches_fixed" not in other
+    assert "block_grad_sq_norm" not in other
+    assert (record["batch_decrease_error"] == 0).all()
+    verdict = lp.verify(record)["noise"]
+    assert verdict.outcome == "not refuted", verdict
+    assert "of the 4 blocks of a partition" in verdict.part("growth").note
+    assert "exactly" in verdict.part("one_step").note
+    assert verdict.part("supermartingale").outcome == "not refuted"
+    again = run("partition")
+    np.testing.assert_array_equal(record["loss"], again["loss"])
+    # The blocks that the probe measured at θ_0 are those that steps are drawn from.
+    _, x, y = setting(5, n=8, d=20, c=1)
+    blocks = np.asarray(partition_of(jax.random.key_data(jax.random.key(0)), 8, 2))
+    assert sorted(blocks.ravel()) == list(range(8))
+    squares = [np.sum(np.mean([x[i] * y[i] for i in rows], axis=0) ** 2) for rows in blocks]
+    assert record["block_grad_sq_norm"][0] == pytest.approx(np.mean(squares), rel=1e-5)
+
+
+def test_steps_of_a_partition_are_its_blocks_and_each_as_likely():
+    _, x, y = (jnp.asarray(a, jnp.float32) for a in setting(5, n=8, d=20, c=1))
+    optimizer, objective = optax.sgd(0.1), Objective(linear, "mean")
+    state = init_state(jnp.zeros((20, 1), jnp.float32), optimizer)
+    blocks = np.asarray(partition_of(state.key, 8, 2))
+    moves = [np.asarray(0.1 * x[rows].T @ y[rows] / 2) for rows in blocks]
+    counts = np.zeros(4, int)
+    for step in range(80):
+        fresh = jax.tree.map(jnp.copy, state)._replace(step=jnp.asarray(step, jnp.int32))
+        settings = {"objective": objective, "optimizer": optimizer, "batch_size": 2, "steps": 1}
+        moved = np.asarray(train_batches(fresh, (x, y), sampling="partition", **settings).params)
+        (which,) = [j for j, move in enumerate(moves) if np.allclose(moved, move, rtol=1e-5, atol=1e-7)]
+        counts[which] += 1
+    # χ² of 3 degrees of freedom is above 16.3 with probability 1e-3; the seed is fixed.
+    assert np.sum((counts - 20) ** 2 / 20) < 16.3, counts
+
+
+@pytest.mark.usefixtures("without_type_checks")
+def test_a_partition_wants_blocks_of_one_size():
+    with pytest.raises(ValueError, match="wants batches of one size: 3 does not divide n = 8"):
+        run("partition", b=3)

@@ -244,3 +244,51 @@ def test_a_killed_run_goes_on_bit_for_bit(file, tmp_path):
     a, b = records.load(tmp_path / "a"), records.load(tmp_path / "b")
     assert a.provenance["resumed_at"] == [4]
     assert a.checksum() == b.checksum()
+
+
+NEW_LOSSES = {
+    "squared_hinge": ("SquaredHinge()", "np.sign(rng.standard_normal((6, 1)))", 1, "armijo:0.5"),
+    "exponential": ("Exponential()", "np.sign(rng.standard_normal((6, 1)))", 1, "sharpness:1"),
+    "softmax_cross_entropy(0.1)": ("SoftmaxCrossEntropy(smoothing=0.1)", "rng.integers(0, 3, 6)", 3, "decay:0.5"),
+    "soft_cross_entropy": ("SoftmaxCrossEntropy(soft=True)", "rng.dirichlet(np.ones(3), 6)", 3, "polyak:1"),
+    "softmax_cross_entropy": ("SoftmaxCrossEntropy()", "rng.integers(0, 3, 6)", 3, "loss-scaled"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("name", NEW_LOSSES)
+def test_every_loss_runs_under_a_rule_and_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
+    """The command, stopped after its second probe and called again, has the record of one that was not stopped."""
+    from lplr_jax.runs import checkpoint
+
+    loss, y, c, rule = NEW_LOSSES[name]
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import numpy as np, lplr_jax as lp\n"
+        "rng = np.random.default_rng(0)\n"
+        f"x, y = rng.standard_normal((6, 8)).astype(np.float32), np.asarray({y})\n"
+        "y = y.astype(np.float32 if y.dtype.kind == 'f' else np.int32)\n"
+        f"w = np.zeros((8, {c}), np.float32)\n"
+        f"problem = lp.Problem(lambda w, x: x @ w, w, x, y, loss=lp.losses.{loss})\n"
+    )
+    command = ["run", f"{file}:problem", "--step-rule", rule, "--steps", "9", "--probe-every", "3"]
+    command += ["--search-steps", "0", "--hessian-probes", "2", "--out"]
+    save = checkpoint.Checkpoints.save
+
+    def stopped(self, epoch, *args, **kwargs):
+        save(self, epoch, *args, **kwargs)
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.Checkpoints, "save", stopped)
+        assert cli.main([*command, str(tmp_path / "a")]) == cli.INTERRUPTED
+    assert cli.main([*command, str(tmp_path / "a")]) == cli.OK
+    assert cli.main([*command, str(tmp_path / "b")]) == cli.OK
+    a, b = records.load(tmp_path / "a"), records.load(tmp_path / "b")
+    assert a.provenance["resumed_at"] == [3]
+    assert a.checksum() == b.checksum()
+    assert a.loss == name
+    assert a["loss"][-1] < a["loss"][0]
+    assert 0 <= a["probe_accuracy"][-1] <= 1

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from controls import by_claim, replaced, scaled, tampered, without
 from test_moving_step import budgeted, with_budget
+from test_other_rates import cosine
 
 from lplr_jax import schema, theory
 from lplr_jax.records import RecordError
@@ -244,6 +245,11 @@ THRESHOLDS = {
         part("linear_rate"),
         ("not applicable", "not refuted"),
         [budget_short_of(off) for off in (3e-4, 3e-3)],
+    ),
+    "claims.moving_step.COSINE": (
+        lambda record: "linear_rate.cosine" in {p.claim for p in Evidence(record).verdict("linear_rate").parts},
+        (True, False),
+        [cosine(40, floor=off)[0] for off in (3e-3, 3e-2)],
     ),
     "claims.noise.LEVEL": (
         part("noise", "supermartingale"),

@@ -155,3 +155,113 @@ def test_a_pass_over_the_data_is_outside_the_theorem():
     assert verdict.part("supermartingale").outcome == "not applicable"
     assert "outside the theorem" in verdict.part("supermartingale").note
     assert verdict.outcome == "not refuted", "growth holds all the same"
+
+
+def test_a_step_beyond_twice_the_inverse_curvature_rises_with_the_largest_eigenvalue():
+    """One step of η = 3/β on all of L, without noise: E L_1 = 4 L_0 along λ_max, which q with μ would not allow."""
+    q = noise.rate(3.0, 1.0, 0.0, 1.0, 0.0)
+    assert 1 - q == pytest.approx(4.0, rel=1e-12)
+    assert noise.rate(0.5, 1.0, 0.25, 1.0, 0.0) == pytest.approx(2 * 0.5 * 0.25 * 0.75, rel=1e-12)
+
+
+def partitioned(record, blocks):
+    """The record of single samples as that of blocks, whose constants are given."""
+    squares, largest = blocks
+    n = int(record["n"])
+    more = {"batches_fixed": 1, "batch_size": n // 2, "block_grad_sq_norm": squares, "block_kernel_max": largest}
+    return with_arrays(record, **more)
+
+
+@pytest.mark.parametrize(("factor", "outcome"), [(1.01, "not refuted"), (0.99, "refuted")])
+def test_the_blocks_of_a_partition_have_a_growth_of_their_own(factor, outcome):
+    """v L = 2 n Λ_B L/(s b): where ‖∇L‖² is small, the mean of ‖g_B‖² just below it is held, just above is not."""
+    record = stochastic(0)
+    largest = np.asarray(record["ntk_max_eig"])
+    bound = 2 * 6 / (6.0 * 3) * largest * record["probe_loss"]
+    squares = (bound / factor) + record["probe_grad_sq_norm"]
+    part = found(partitioned(record, (squares, largest))).part("growth")
+    assert part.outcome == outcome
+    assert part.inconsistent == (outcome == "refuted")
+
+
+def contained(seed, eta, *, steps=400, n=4, d=6, b=2):
+    """SGD in closed form on least squares of nearly orthogonal inputs, b of n drawn anew: drift and exact constants."""
+    inputs = np.random.default_rng(7)
+    basis = np.linalg.qr(inputs.standard_normal((d, n)))[0].T
+    x = basis + 0.05 * inputs.standard_normal((n, d))
+    y = inputs.standard_normal(n)
+    kernel = x @ x.T
+    values = np.linalg.eigvalsh(kernel)
+    rng, theta, drift, losses = np.random.default_rng(seed), np.zeros(d), [0.0], [y @ y / (2 * n)]
+    for _ in range(steps):
+        rows = rng.permutation(n)[:b]
+        theta = theta - eta * x[rows].T @ (x[rows] @ theta - y[rows]) / b
+        drift.append(np.linalg.norm(theta))
+        losses.append(np.sum((x @ theta - y) ** 2) / (2 * n))
+    v = 2 * np.diag(kernel).max() * (n - b) / (b * (n - 1))
+    return np.array(drift), np.array(losses), values / n, v, x, y
+
+
+def test_containment_in_probability_is_informative_and_holds_over_seeds():
+    """200 runs with exact constants: the share that leaves B(θ_0, R) is below C/R < 1, for R around their reach.
+
+    Of 200 independent runs the share is below C/R + √(ln(1e6)/400) but for a probability of 1e-6 (Hoeffding).
+    """
+    eta = 0.1
+    runs = [contained(seed, eta, steps=150) for seed in range(200)]
+    reach = np.array([drift.max() for drift, *_ in runs])
+    _, losses, values, v, x, y = runs[0]
+    q = float(noise.rate(eta, values[-1], values[0], values[-1], v))
+    mean = eta * np.sqrt((2 * values[-1] + v) * losses[0]) / (1 - np.sqrt(1 - q))
+    nearest = np.linalg.norm(np.linalg.lstsq(x, y, rcond=None)[0])
+    assert mean < 3 * nearest, "the ball that it speaks of is of the size of the way that there is to go"
+    for radius in (mean * 1.01, 1.5 * mean, 2 * mean):
+        assert mean / radius < 1
+        assert np.mean(reach >= radius) <= mean / radius + np.sqrt(np.log(1e6) / 400)
+    # The mean of the largest drift is what the bound is made of: it is below C, and not by a factor of 5.
+    assert mean / 5 < reach.mean() < mean
+
+
+def drifting(factor=1.0, eta=0.05):
+    """A record of such a run, whose drift is that of the run times a factor."""
+    drift, losses, values, _, x, _ = contained(0, eta)
+    n, at = 4, np.array([0, 200, 400])
+    base = noise.example()
+    arrays = {
+        "epoch": np.arange(401), "loss": losses, "drift": factor * drift, "grad_sq_norm": 2 * values[0] * losses,
+        "probe_epoch": at, "probe_loss": losses[at], "probe_grad_sq_norm": 2 * values[0] * losses[at],
+        "sample_grad_sq_norm": 2 * values[0] * losses[at],
+        "sample_kernel_max": np.full(3, np.max(np.sum(x**2, axis=1))),
+        "ntk_min_eig": np.full(3, n * values[0]), "ntk_max_eig": np.full(3, n * values[-1]),
+        "sharpness": np.full(3, values[-1]), "batch_size": 2, "batches_independent": 1, "loss_scale": float(n),
+        "learning_rate": eta, "n": n, "c": 1, "p": x.shape[1],
+    }  # fmt: skip
+    return type(base)("sgd", {name: np.asarray(value) for name, value in arrays.items()}, {})
+
+
+def test_a_drift_that_the_constants_hardly_allow_is_refuted_at_its_level():
+    part = found(drifting()).part("containment")
+    assert part.outcome == "not refuted"
+    assert part.measured < part.bound
+    assert "not proved" in part.note
+    far = found(drifting(factor=500.0)).part("containment")
+    assert far.outcome == "refuted"
+    assert "refuted at this level" in far.note
+    # The level is 1 %: just within and just beyond the radius that is told.
+    edge = part.bound / part.measured
+    assert found(drifting(factor=0.999 * edge)).part("containment").outcome == "not refuted"
+    assert found(drifting(factor=1.001 * edge)).part("containment").outcome == "refuted"
+    _, losses, values, v, *_ = contained(0, 0.05)
+    q = float(noise.rate(0.05, values[-1] * 1.001, values[0], values[-1], v))
+    closed = 0.05 * np.sqrt((2 * values[-1] + v) * losses[0]) / (1 - np.sqrt(1 - q)) / noise.LEVEL
+    assert part.bound == pytest.approx(closed, rel=1e-9)
+
+
+def test_where_no_fall_is_promised_neither_is_containment():
+    part = found(drifting(eta=3.0)).part("containment")
+    assert part.outcome == "not applicable"
+    assert "promises nothing: q = -" in part.note
+    outside = found(with_arrays(drifting(), batches_independent=0)).part("containment")
+    assert outside.outcome == "not applicable"
+    bare = found(tampered(drifting(), sharpness=replaced(np.nan))).part("containment")
+    assert bare.outcome == "undecided"

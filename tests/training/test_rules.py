@@ -141,6 +141,12 @@ def test_a_rule_that_is_not_stated_for_a_loss_is_refused():
         lp.train(problem, rules.loss_scaled(), steps=1)
     with pytest.raises(ValueError, match="loss-scaled is stated for"):
         mnist.MnistConfig(step_rule="loss-scaled").check()
+    mnist.MnistConfig(step_rule="loss-scaled", loss="cross-entropy").check()
+    with pytest.raises(ValueError, match=r"the loss is softmax_cross_entropy\(0.1\)"):
+        mnist.MnistConfig(step_rule="loss-scaled", loss="cross-entropy:0.1").check()
+    for loss in (lp.losses.SoftmaxCrossEntropy(smoothing=0.1), lp.losses.SoftmaxCrossEntropy(soft=True)):
+        with pytest.raises(ValueError, match="loss-scaled is stated for"):
+            rules.check_loss(rules.loss_scaled(), loss.name)
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -2,7 +2,8 @@
 
 With σ_b² of the last probe and the mean ‖∇L‖² of the second half of a run, the loss falls on average while
 R = ηβσ_b² / ((2 - ηβ) ‖∇L‖²) is below 1; where ‖∇L‖² goes with L a ball would lie at R L. As σ_b² goes with L too,
-there is none where R stays below 1. An estimate, no bound. Ours.
+there is none where R stays below 1. An estimate, no bound; whether there is a ball is measured as well, by how far the
+mean loss of the last quarter of a run is below that of the quarter before. Ours.
 """
 
 import itertools
@@ -194,6 +195,13 @@ def _of_probe(record: Record) -> dict[str, float]:
     return {name: float(value[known[-1]]) if known.size else math.nan for name, value in values.items()}
 
 
+def _fall(record: Record) -> float:
+    """Return the mean loss of the last quarter over that of the quarter before: near 1 in a ball, less on the way."""
+    place, loss = record["epoch"] / record["epoch"][-1], record["loss"]
+    before, last = (float(np.nanmean(loss[(place >= low) & (place <= high)])) for low, high in ((0.5, 0.75), (0.75, 1)))
+    return last / before
+
+
 def _martingale(record: Record) -> float:
     for part in theory.verify(record)["noise"].parts:
         if part.claim == "noise.supermartingale":
@@ -214,6 +222,12 @@ _QUANTITIES = (
         "noise ball at",
         "R times the mean loss of the second half where R >= 1; none where R is below 1",
     ),
+    Quantity(
+        "fall",
+        "last quarter / before",
+        "last quarter / before",
+        "mean loss of the last quarter over that of the quarter before: 1 in a ball, below 1 where L still falls",
+    ),
     Quantity("step", "mean step", "mean step", "mean of L(θ_T - ηg_B) - L(θ_T) over batches"),
     Quantity("step_bound", "mean step, bound", "mean step, bound", "what the sharpness at θ_T promises"),
     Quantity("p", "p", "$p$", "least p over seeds of the test along the run (claim noise)"),
@@ -230,6 +244,7 @@ def table(done: Done) -> Table:
         cells["loss"].append(mean_of([last_finite(record["loss"]) for record in found]))
         for key in ("variance", "loose", "ratio", "step", "step_bound"):
             cells[key].append(mean_of([value[key] for value in values]))
+        cells["fall"].append(mean_of([_fall(record) for record in found]))
         balls = [value["ball"] for value in values if value["ratio"] >= 1]
         cells["ball"].append(mean_of(balls) if balls else "none")
         tested = [p for p in map(_martingale, found) if math.isfinite(p)]
@@ -245,12 +260,14 @@ def figure(done: Done) -> Figure:
     """Return the loss of every batch size, and the balls that are predicted where R >= 1."""
     curves: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     levels: dict[str, float] = {}
-    for (size, _), record in done.items():
-        curves.setdefault(f"b = {size}", []).append((record["epoch"], record["loss"]))
-        found = _of_probe(record)
-        if found["ratio"] >= 1:
-            levels[f"b = {size}"] = found["ball"]
-    return plotting.losses(curves, levels, title="mini-batches of several sizes, one curve a seed")
+    for size in dict.fromkeys(size for size, _ in done):
+        runs = [record for (b, _), record in done.items() if b == size]
+        name = f"b = {size}: last quarter / before {np.mean([_fall(record) for record in runs]):.3f}"
+        curves[name] = [(record["epoch"], record["loss"]) for record in runs]
+        balls = [found["ball"] for found in map(_of_probe, runs) if found["ratio"] >= 1]
+        if balls:
+            levels[name] = float(np.mean(balls))
+    return plotting.losses(curves, levels, title="mini-batches: the loss, and the noise ball where one is predicted")
 
 
 EXPERIMENT = Experiment(

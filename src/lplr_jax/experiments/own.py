@@ -145,7 +145,8 @@ def run(
             loss-scaled or decay:α.
         steps: how many.
         batch_size: samples of a shuffled mini-batch [default: all data in every step].
-        sampling: "reshuffle" for passes in which every sample comes once, "independent" for batches drawn anew.
+        sampling: "reshuffle" for passes in which every sample comes once, "independent" for batches drawn anew,
+            "partition" for steps that each draw one of the blocks of a partition.
         seed: of the order of mini-batches and of random subsets.
         probe_every: steps between kernel probes [default: a fortieth of the run].
         hessian_probes: probes, evenly spread, at which the Hessian's extremes are measured.

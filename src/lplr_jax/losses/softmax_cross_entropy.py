@@ -88,16 +88,19 @@ class SoftmaxCrossEntropy(Loss):
 
     @staticmethod
     def _is_distribution(y: Any, dtype: Any) -> Any:
-        """Return which rows are >= 0 and sum up to 1, to rounding in the type that they came in."""
-        eps = float(np.finfo(dtype).eps) if np.dtype(dtype).kind == "f" else 0.0
+        """Return which rows are >= 0 and sum up to 1, to rounding in the type that they came in, float32 at the least.
+
+        What is measured in float64 has targets of float32 as they are, with the rounding of float32.
+        """
+        eps = max(float(np.finfo(kind).eps) for kind in (dtype, np.float32)) if np.dtype(dtype).kind == "f" else 0.0
         return (y >= 0).all(axis=1) & (abs(y.sum(axis=1) - 1) <= y.shape[1] * eps)
 
     def distributions(self, y: Any) -> Any:
         """Return τ (n, c) of targets (n, c) as `targets` returns them, and whether each is one, (n, 1)."""
         import jax.numpy as jnp
 
-        if self.soft:
-            return y, self._is_distribution(y, y.dtype)[:, None]
+        if self.soft:  # divided by what rounding made of 1, so that gradients sum up to 0
+            return y / jnp.sum(y, axis=1, keepdims=True), self._is_distribution(y, y.dtype)[:, None]
         valid = jnp.all((y == 0) | (y == 1), axis=1, keepdims=True) & (jnp.sum(y, axis=1, keepdims=True) == 1)
         return (1 - self.smoothing) * y + self.smoothing / y.shape[1] if self.smoothing else y, valid
 
@@ -108,7 +111,11 @@ class SoftmaxCrossEntropy(Loss):
             y: targets (n, c) as `targets` returns them.
         """
         tau = np.asarray(y, np.float64)
-        tau = tau if self.soft else (1 - self.smoothing) * tau + self.smoothing / tau.shape[1]
+        tau = (
+            tau / tau.sum(axis=1, keepdims=True)
+            if self.soft
+            else (1 - self.smoothing) * tau + self.smoothing / tau.shape[1]
+        )
         return -np.sum(tau * np.log(np.where(tau > 0, tau, 1.0)), axis=1)
 
     def margins(self, f: np.ndarray, y: np.ndarray) -> Float[np.ndarray, " n"]:

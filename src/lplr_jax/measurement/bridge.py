@@ -15,12 +15,15 @@ from jaxtyping import Float
 from lplr_jax import certificates, linalg
 from lplr_jax.diagnostics import PointDiagnostics
 from lplr_jax.losses import Loss, SoftmaxCrossEntropy
+from lplr_jax.losses.margins import MarginLoss
 from lplr_jax.proofs.rounding import AssemblyBound
 
 ALWAYS = ("output_grad_norm", "sample_bound_sum", "samples_beyond", "output_norm")
 """Names in the record of what is measured at a probe of every loss but the squared one."""
 OF_CLASSES = ("ntk_class_min_eig", "ntk_class_min_eig_lower", "ntk_class_min_eig_upper")
 """Names of what is measured for softmax as well."""
+OF_LABELS = ("probe_accuracy",)
+"""Names of what is measured as well where every sample has a class."""
 OF_DISTRIBUTIONS = ("sample_least_share",)
 """Names of what is measured where targets are distributions as well."""
 
@@ -28,8 +31,8 @@ OF_DISTRIBUTIONS = ("sample_least_share",)
 def names(loss: Loss) -> tuple[str, ...]:
     """Return what `bridge_values` measures for a loss, by record name."""
     if not isinstance(loss, SoftmaxCrossEntropy):
-        return ALWAYS
-    return (*ALWAYS, *OF_CLASSES, *(() if loss.hard else OF_DISTRIBUTIONS))
+        return (*ALWAYS, *(OF_LABELS if isinstance(loss, MarginLoss) else ()))
+    return (*ALWAYS, *OF_LABELS, *OF_CLASSES, *(() if loss.hard else OF_DISTRIBUTIONS))
 
 
 def contrasts(c: int) -> Float[np.ndarray, "c c-1"]:
@@ -90,8 +93,12 @@ def bridge_values(
         "samples_beyond": float(np.sum(point.losses > math.log(2))),
         "sample_bound_sum": float(np.sum(loss.gradient_sq_range(point.losses, c)[0])),
     }
+    if isinstance(loss, MarginLoss):
+        values["probe_accuracy"] = float(np.mean((point.outputs > 0) == (point.targets > 0)))
     if not isinstance(loss, SoftmaxCrossEntropy):
         return values
+    found, wanted = (np.argmax(rows, axis=1) for rows in (point.outputs, point.targets))
+    values["probe_accuracy"] = float(np.mean(found == wanted))
     least, proved = class_min_eig(theta, c, p, bound)
     values["ntk_class_min_eig"] = least.value
     values["ntk_class_min_eig_lower"] = least.lower if proved else math.nan

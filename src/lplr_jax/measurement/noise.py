@@ -2,7 +2,8 @@
 
 With G_i = (n/s) ∇ℓ_i, so that ∇L is their mean, ‖G_i‖² = (n/s)² g_iᵀ Θ_ii g_i asks for the c × c block of its sample
 alone. The gradient of b samples drawn without replacement has E‖g_B - ∇L‖² = (S²/b) (n - b)/(n - 1), where
-S² = (1/n) Σ ‖G_i‖² - ‖∇L‖².
+S² = (1/n) Σ ‖G_i‖² - ‖∇L‖². Where batches are the blocks of one partition, each drawn with probability b/n, it is the
+variance over the blocks, (b/n) Σ_B ‖g_B‖² - ‖∇L‖², with ‖g_B‖² = (n/(s b))² g_Bᵀ Θ_BB g_B.
 """
 
 import math
@@ -14,13 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Float
+import scipy.linalg
+from jaxtyping import Float, Int
 
 from lplr_jax.losses import Objective
 from lplr_jax.types import Params
 
 DRAWS = 64
 """Random batches over which the step from a probe is averaged. Calibrated."""
+ALWAYS = ("sample_grad_sq_norm", "sample_kernel_max", "batch_decrease", "batch_decrease_error")
+"""Names in the record of what is measured of mini-batches."""
+OF_BLOCKS = ("block_grad_sq_norm", "block_kernel_max")
+"""Names of what is measured as well where they are the blocks of a partition."""
 LEVEL = 0.05
 """The interval of the average fails to hold it with at most this probability."""
 
@@ -33,11 +39,19 @@ class Batches:
         size: b.
         learning_rate: η of the step that is averaged; NaN for none.
         seed: of the batches that are drawn for the average.
+        blocks: rows of every batch that may be drawn, each as likely, where these are the blocks of a partition; None
+            where any b samples may be.
     """
 
     size: int
     learning_rate: float = math.nan
     seed: int = 0
+    blocks: Int[np.ndarray, "k b"] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in the record of what is measured of them."""
+        return (*ALWAYS, *(() if self.blocks is None else OF_BLOCKS))
 
 
 def sample_noise(
@@ -59,17 +73,47 @@ def sample_noise(
     }
 
 
+def block_noise(
+    theta: Float[np.ndarray, "nc nc"],
+    gradient: Float[np.ndarray, "n c"],
+    scale: float,
+    blocks: Int[np.ndarray, "k b"],
+) -> dict[str, float]:
+    """Return the mean of ‖g_B‖² over blocks of one size b, and max_B λ_max(Θ_BB), by record name.
+
+    Args:
+        theta: the full kernel, sample-major.
+        gradient: g = ∂ℓ/∂f.
+        scale: s.
+        blocks: rows of every block; together they hold every sample once.
+    """
+    n, c = gradient.shape
+    squares, largest = [], []
+    for rows in blocks:
+        at = (rows[:, None] * c + np.arange(c)).ravel()
+        kernel, part = theta[np.ix_(at, at)], gradient[rows].ravel()
+        squares.append(float(part @ kernel @ part))
+        last = at.size - 1
+        largest.append(float(scipy.linalg.eigh(kernel, eigvals_only=True, subset_by_index=(last, last))[0]))
+    weight = (n / (scale * blocks.shape[1])) ** 2
+    return {"block_grad_sq_norm": weight * float(np.mean(squares)), "block_kernel_max": max(largest)}
+
+
 def batch_decrease(objective: Objective, params: Params, x: Any, y: Any, batches: Batches) -> dict[str, float]:
     """Return the mean of L(θ - η g_B) - L(θ) over batches B in float64, and how far off it may be, by record name.
 
-    For b = 1 every batch is tried and the mean is exact. Otherwise E g_B = ∇L leaves the mean of the remainder
-    L(θ - η g_B) - L + η ⟨∇L, g_B⟩ to be estimated from random batches, with the empirical Bernstein interval of Maurer
-    and Pontil 2009 (two sides), the range of the remainder being taken from the batches that were drawn.
+    For b = 1, and for the blocks of a partition, every batch is tried and the mean is exact. Otherwise E g_B = ∇L
+    leaves the mean of the remainder L(θ - η g_B) - L + η ⟨∇L, g_B⟩ to be estimated from random batches, with the
+    empirical Bernstein interval of Maurer and Pontil 2009 (two sides), the range of the remainder being taken from the
+    batches that were drawn.
     """
     n, b, eta = y.shape[0], batches.size, batches.learning_rate
     rng = np.random.default_rng(batches.seed)
-    every = b == 1
-    rows = np.arange(n)[:, None] if every else np.stack([rng.permutation(n)[:b] for _ in range(DRAWS)])
+    every = b == 1 or batches.blocks is not None
+    if batches.blocks is not None:
+        rows = batches.blocks
+    else:
+        rows = np.arange(n)[:, None] if every else np.stack([rng.permutation(n)[:b] for _ in range(DRAWS)])
     with jax.enable_x64(True):
         wide = jax.tree.map(
             lambda a: jnp.asarray(a, jnp.float64) if jnp.issubdtype(jnp.asarray(a).dtype, jnp.floating) else a,

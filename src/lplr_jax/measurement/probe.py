@@ -26,7 +26,7 @@ from lplr_jax.measurement.gradients import flat_parameters, gradient_at
 from lplr_jax.measurement.interpolation import duplicate_floor, find_interpolant
 from lplr_jax.measurement.kept import KeptKernels
 from lplr_jax.measurement.kernel import kernel_values, recorded_spectra, spectrum_and_energy
-from lplr_jax.measurement.noise import Batches, batch_decrease, sample_noise
+from lplr_jax.measurement.noise import Batches, batch_decrease, block_noise, sample_noise
 from lplr_jax.measurement.peer import peer_difference, peer_samples
 from lplr_jax.measurement.rivals import critical_step, kernel_rivals
 from lplr_jax.ntk.empirical import Precision, empirical_ntk
@@ -58,9 +58,6 @@ KERNEL_VALUES = (
     "critical_step",
 )
 """Names in the record of what is measured of the kernel, and of loss and gradient beside it."""
-
-NOISE_VALUES = ("sample_grad_sq_norm", "sample_kernel_max", "batch_decrease", "batch_decrease_error")
-"""Names of what is measured of mini-batches."""
 
 
 Epochs = Collection[int] | Callable[[int], bool]
@@ -143,7 +140,7 @@ class KernelProbe:
         if self._subset is not None:
             values["ntk_min_eig_subset"] = math.nan
         if self._batches is not None:
-            values |= dict.fromkeys(NOISE_VALUES, math.nan)
+            values |= dict.fromkeys(self._batches.names, math.nan)
         if self._encloses:
             values |= dict.fromkeys(ENCLOSED, math.nan)
         if not isinstance(self._objective.loss, Squared):
@@ -199,6 +196,8 @@ class KernelProbe:
         values["critical_step"] = critical_step(objective, params, x, y, guess=guess)
         if self._batches is not None:
             values |= sample_noise(theta, point.gradient, point.loss_scale)
+            if self._batches.blocks is not None:
+                values |= block_noise(theta, point.gradient, point.loss_scale, self._batches.blocks)
             if math.isfinite(self._batches.learning_rate):
                 values |= batch_decrease(self._objective, params, self._x, self._y, self._batches)
         values["ntk_effective_rank"] = diagnostics.effective_rank(theta)

@@ -15,7 +15,7 @@ def losses(
 
     Args:
         curves: from a method to steps and losses of each of its runs; what is not finite is left out.
-        levels: from a method to a predicted level.
+        levels: from a method to a predicted level, whose label has the method's name up to a colon.
         title: of the figure.
 
     Raises:
@@ -32,7 +32,8 @@ def losses(
                 style = {"color": f"C{index}", "linewidth": 0.8, "alpha": 0.8}
                 ax.plot(steps[known], loss[known], **style, label=name if not place else None)
             if name in levels:
-                ax.axhline(levels[name], color=f"C{index}", linestyle=":", label=f"{name}: predicted ball")
+                short = name.partition(":")[0]
+                ax.axhline(levels[name], color=f"C{index}", linestyle=":", label=f"{short}: predicted ball")
         ax.set_yscale("log")
         ax.set_xlabel("step")
         ax.set_ylabel("L   [units of L]")

@@ -53,6 +53,19 @@ def _series_rows(record: Record, word: str) -> Iterator[Row]:
         f"{loss[known[-1]]:.5g}",
         f"{word} {epoch[known[-1]]}; {first}, s = {float(record['loss_scale']):g}{of}",
     )
+    yield from _accuracy_rows(record, word)
+
+
+def _accuracy_rows(record: Record, word: str) -> Iterator[Row]:
+    if "probe_accuracy" not in record or "probe_epoch" not in record:
+        return
+    share, epochs = record["probe_accuracy"], record["probe_epoch"]
+    order = np.argsort(epochs, kind="stable")
+    order = order[np.isfinite(share[order])]
+    if order.size:
+        count = int(record["kernel_samples"] if "kernel_samples" in record else record["n"])
+        first = f"{share[order[0]]:.4g} at {word} {epochs[order[0]]}"
+        yield "accuracy", f"{share[order[-1]]:.4g}", f"{word} {epochs[order[-1]]}; {first}; of {count} training samples"
 
 
 def _regime_rows(record: Record, summary: Summary, word: str) -> Iterator[Row]:

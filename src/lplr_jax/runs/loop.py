@@ -29,7 +29,7 @@ from lplr_jax.runs.recorder import Closing, Probe, Recorder
 from lplr_jax.runs.session import Observer, Say
 from lplr_jax.theory import Verdict
 from lplr_jax.training import BatchSteps, Metrics, State, StepRule, batches_of, evaluate, init_state, train_epochs
-from lplr_jax.training.batches import Sampling
+from lplr_jax.training.batches import Sampling, partition_of
 from lplr_jax.training.rules import check_loss, rule_numbers
 from lplr_jax.types import Params
 
@@ -269,8 +269,9 @@ def train(
         steps: how many.
         batch_size: samples of a shuffled mini-batch; None, or n, for all data in every step. With mini-batches loss
             and gradient of all data are measured at the first step of every pass, and at the one after it.
-        sampling: "reshuffle" for passes in which every sample comes once, or "independent" for batches that are each
-            drawn anew without replacement, which the statements on noise are about.
+        sampling: "reshuffle" for passes in which every sample comes once; "independent" for batches that are each
+            drawn anew without replacement; "partition" for steps that each draw one of the n/b blocks of a partition.
+            The statements on noise are about the latter two.
         seed: of the order of mini-batches.
         probes: what is measured at probes, and when.
         out: folder in which the run survives, and is resumed bit for bit by the same call.
@@ -305,8 +306,9 @@ def train(
     if not whole and sampling != "reshuffle":
         settings["sampling"] = sampling
     rate = rule_numbers(optimizer).get("learning_rate", np.asarray(learning_rate))
-    batches = None if whole else Batches(size, float(rate), seed)
-    drawn = {} if whole else {"batch_size": size, "batches_independent": int(sampling == "independent")}
+    drawn = {} if whole else {"batch_size": size, "batches_independent": int(sampling != "reshuffle")}
+    if not whole and sampling == "partition":
+        drawn["batches_fixed"] = 1
     drawn = {name: np.asarray(value) for name, value in drawn.items()}
     whole_config = {
         **(config or {}),
@@ -319,6 +321,8 @@ def train(
     problem, at = problem.reduced, probes.steps(steps)
     objective, initial, batch = problem.objective, problem.params, problem.data
     state = init_state(initial, optimizer, seed=seed)
+    blocks = np.asarray(partition_of(state.key, problem.n, size)) if "batches_fixed" in drawn else None
+    batches = None if whole else Batches(size, float(rate), seed, blocks)
 
     def make(checkpoints: Checkpoints | None) -> Record:
         of_all = float(rate) if whole else math.nan

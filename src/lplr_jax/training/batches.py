@@ -88,8 +88,28 @@ def shuffled_epoch(
     return State(params, opt_state, state.key, state.step + 1)
 
 
-Sampling = Literal["reshuffle", "independent"]
-"""Passes in which every sample comes once, or batches that are each drawn anew, without replacement within one."""
+Sampling = Literal["reshuffle", "independent", "partition"]
+"""Passes in which every sample comes once; batches that are each drawn anew, without replacement within one; or the
+blocks of one partition of the samples, of which every step draws one, each as likely as the others."""
+
+
+def partition_of(key: Int[Array, "..."], n: int, size: int) -> Int[Array, "k b"]:
+    """Return the rows of every block of the partition that `sampling="partition"` draws from, fixed over a run.
+
+    Args:
+        key: data of the seed's random key, as in `State`.
+        n: samples.
+        size: samples of a block.
+
+    Raises:
+        ValueError: for a size that does not divide n: the mean gradient of a short block counts its samples for more,
+            and the expectation over blocks is not the gradient of all data.
+    """
+    count = batches_of(n, size)
+    if n % size:
+        raise ValueError(f"sampling partition wants batches of one size: {size} does not divide n = {n}")
+    # Steps fold in their own number, which stays below 2^31.
+    return jax.random.permutation(jax.random.fold_in(jax.random.wrap_key_data(key), 2**32 - 1), n).reshape(count, size)
 
 
 @partial(
@@ -116,7 +136,8 @@ def train_batches(
         optimizer: an optax transformation, updated once a batch.
         batch_size: samples of a batch.
         steps: how many; the caller sees to it that they do not pass the end of the pass.
-        sampling: "independent" draws the batch of step t from the seed's key and t alone, b of n without replacement.
+        sampling: "independent" draws the batch of step t from the seed's key and t alone, b of n without replacement;
+            "partition" likewise one of the blocks of `partition_of`.
 
     Returns:
         The state after them.
@@ -125,10 +146,15 @@ def train_batches(
     count = batches_of(n, batch_size)
     whole_key = jax.random.wrap_key_data(state.key)
     body = _batch_step(data, objective=objective, optimizer=optimizer)
-    if sampling == "independent":
+    if sampling != "reshuffle":
+        blocks = partition_of(state.key, n, batch_size) if sampling == "partition" else None
 
         def drawn(carry: tuple[Params, optax.OptState], step: Array) -> tuple[tuple[Params, optax.OptState], None]:
-            rows = jax.random.choice(jax.random.fold_in(whole_key, step), n, (batch_size,), replace=False)
+            key = jax.random.fold_in(whole_key, step)
+            if blocks is None:
+                rows = jax.random.choice(key, n, (batch_size,), replace=False)
+            else:
+                rows = blocks[jax.random.randint(key, (), 0, count)]
             return body(carry, (rows, jnp.ones(batch_size, jnp.float32)))
 
         places = state.step + jnp.arange(steps, dtype=state.step.dtype)

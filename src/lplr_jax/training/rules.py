@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from lplr_jax import checks
-from lplr_jax.schema import PATH_SHARE
+from lplr_jax.schema import LOSS_SCALED_DECREASE, PATH_SHARE
 from lplr_jax.types import Params
 
 EVERY = 10
@@ -28,10 +28,9 @@ TRIES = 60
 """Shortenings of one step at most; 0.8^60 = 1.5e-6. Calibrated."""
 SLACK = 16
 """Spacings of L that rounding may add to it in the decrease test. Calibrated."""
-LOSS_SCALED_DECREASE = (2 * math.log(2) - 1) / math.log(2)
-"""a of the loss-scaled step: (D) holds with it, .557, where B bounds ‖∇²L‖ / q̄."""
 CLASSIFICATION = ("logistic", "softmax_cross_entropy")
-"""Losses with ‖∇²L‖ <= B q̄, for which the loss-scaled step is stated."""
+"""Losses with ‖∇²L‖ <= B q̄, for which the loss-scaled step is stated; not those of smoothed labels, where ‖g_i‖ may
+stay while 1 - e^{-ℓ_i} does."""
 
 
 class StepRule(optax.GradientTransformationExtraArgs):
@@ -398,7 +397,7 @@ def parse(text: str) -> StepRule:
 
 def check_loss(optimizer: Any, loss: str) -> None:
     """Raise ValueError for a rule that is not stated for a loss."""
-    if isinstance(optimizer, StepRule) and optimizer.losses and loss.partition("(")[0] not in optimizer.losses:
+    if isinstance(optimizer, StepRule) and optimizer.losses and loss not in optimizer.losses:
         stated = " and ".join(optimizer.losses)
         raise ValueError(f"the step rule {optimizer.text} is stated for {stated}; the loss is {loss}")
 

@@ -69,8 +69,8 @@ def judge(name: str, evidence: Evidence) -> Verdict:
     if name not in REGISTRY:
         raise KeyError(f"there is no claim {name!r}; there are {', '.join(CLAIMS)}")
     claim = REGISTRY[name]
-    if claim.loss != "any" and evidence.loss.partition("(")[0] not in claim.loss:
-        note = f"stated for the loss {' or '.join(claim.loss)}; that of this run is {evidence.loss}"
+    if not claim.covers(evidence.loss):
+        note = f"stated for the loss {' or '.join(claim.losses)}; that of this run is {evidence.loss}"
         more = claim.otherwise(evidence) if claim.otherwise else ""
         note += f"; {more}" if more else ""
         return Verdict(claim.id, claim.reference, "not applicable", note=note)
@@ -109,7 +109,7 @@ def page(name: str) -> str:
         KeyError: for a name that is no claim's.
     """
     claim = REGISTRY[name]
-    losses = "any" if claim.loss == "any" else ", ".join(claim.loss)
+    losses = ", ".join(claim.losses)
     failure = "a finding about the run" if claim.on_failure == "finding" else "the record or this package is wrong"
     needs = ", ".join(f"`{need}`" for need in claim.needs)
     lines = (

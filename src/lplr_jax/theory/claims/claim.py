@@ -36,7 +36,8 @@ class Claim:
         needs: arrays of a record without which the claim is undecided; those that compare probes are needed from two
             probes on.
         rests_on: what a lost kernel or Hessian does to the claim and its parts.
-        loss: "any", or the names of the losses it is stated for; not applicable to others.
+        loss: "any", or the names of the losses it is stated for; not applicable to others. A name that ends in "(" is
+            that of a loss with numbers, whatever they are.
         otherwise: says of a run whose loss it is not stated for what can be expected instead; None for nothing.
         on_failure: "finding" where "refuted" says something of the run, "inconsistent" where it says that the record
             or this package is wrong.
@@ -55,3 +56,13 @@ class Claim:
     loss: Literal["any"] | tuple[str, ...] = "any"
     otherwise: Callable[[Evidence], str] | None = None
     on_failure: Literal["finding", "inconsistent"] = "finding"
+
+    def covers(self, loss: str) -> bool:
+        """Return whether it is stated for a loss, by the name that a record has."""
+        kind, numbers, _ = loss.partition("(")
+        return self.loss == "any" or kind + numbers in self.loss
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The losses it is stated for, in words."""
+        return ("any",) if self.loss == "any" else tuple(f"{x}...)" if x.endswith("(") else x for x in self.loss)

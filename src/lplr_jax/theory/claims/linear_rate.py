@@ -10,8 +10,10 @@ from lplr_jax.curves.summary import gradient_law
 from lplr_jax.theory.claims.claim import Claim, Rests
 from lplr_jax.theory.claims.descent import descent
 from lplr_jax.theory.claims.example import linear_regression
+from lplr_jax.theory.claims.heavy_ball import heavy_ball_rate
 from lplr_jax.theory.claims.held import held
 from lplr_jax.theory.claims.local_pl import mu_lower
+from lplr_jax.theory.claims.loss_scaled import LOSSES, loss_scaled, loss_scaled_rate
 from lplr_jax.theory.claims.moving_step import moving_rate
 from lplr_jax.theory.evidence import HESSIAN_ERROR, Evidence
 from lplr_jax.theory.method import NOT_SEEN
@@ -27,12 +29,25 @@ def linear_rate(evidence: Evidence) -> Verdict:
 
     Where η_t moves, a product of ours stands for the power: L_T <= L_0 Π (1 - 2 a_t η_t μ_t)_+ with the a_t of
     `descent` and μ_t = λ_min(θ_t)/s; "not applicable" where a loss rises, or where a budget of the path decided steps.
+    Where the η_t are those of a cosine, the part `cosine` has their sum.
+
+    Where ‖θ_{t+1} - θ_t + η ∇L_t‖ is one share γ of the step before, the run is heavy ball, and the Lyapunov function
+    V = L + A ‖θ_t - θ_{t-1}‖² is held to fall by 1 - cημ a step. On logistic loss and cross-entropy of classes nothing
+    is said of a fixed step; where the steps go with 1/L it is L_{t+1} <= (1 - .2786 γλ_t/(n B_t)) L_t that is held.
     """
     reference, method = "Theorem 5.7", evidence.method
+    if evidence.loss != "squared":
+        if loss_scaled(evidence):
+            return loss_scaled_rate(evidence)
+        note = f"stated for the loss squared; that of this run is {evidence.loss}"
+        return Verdict("linear_rate", reference, "not applicable", note=f"{note}; {_otherwise(evidence)}")
     note = "the theorem is about gradient descent with a fixed step; "
     if not method.total:
         return Verdict("linear_rate", reference, "not applicable", note=f"{note}no step was taken")
     if method.kind == "other":
+        ball = heavy_ball_rate(evidence, mu_lower(evidence) / evidence.s, _containment(evidence), _law(evidence))
+        if ball is not None:
+            return ball
         return Verdict("linear_rate", reference, "not applicable", note=note + method.note)
     mu = mu_lower(evidence)
     if method.kind == "gradient descent" and not method.fixed:
@@ -233,7 +248,7 @@ LINEAR_RATE = Claim(
     latex=r"L(\theta_t) \le (1 - \eta\mu)^t L(\theta_0) \quad \text{where } \mu > 0,\ \eta \le 1/\beta",
     needs=("step_size", "step_deviation", "step_rounding"),
     rests_on=Rests(kernels=("", "bound_pointwise"), hessians=("", "step_size")),
-    loss=("squared",),
+    loss=("squared", *LOSSES),
     otherwise=_otherwise,
     check=linear_rate,
     example=linear_regression,

@@ -184,7 +184,7 @@ def _eigenvalue(evidence: Evidence, chain: Chain) -> Verdict:
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """The steps from the first probe on from which no sample is beyond ln 2 at any.
 
     Attributes:
@@ -206,8 +206,14 @@ class _Window:
     rate: Float[np.ndarray, " k"]
 
 
-def _window(evidence: Evidence, chain: Chain) -> _Window | str:
-    """Return the window, or why there is none."""
+def window_of(evidence: Evidence, chain: Chain, *, whole: bool = True) -> Window | str:
+    """Return the window in which the bounds along the run hold, or why there is none.
+
+    Args:
+        evidence: of a run of gradient descent.
+        chain: its probes.
+        whole: whether it must reach the last probe with every a_t > 0, or ends before the first step that was not seen.
+    """
     n = evidence.number("n")
     if evidence.partial:
         return f"{evidence.partial}: k and λ are not those of all data"
@@ -218,10 +224,15 @@ def _window(evidence: Evidence, chain: Chain) -> _Window | str:
     if first + 1 >= evidence.epochs.size:
         return f"k = {chain.beyond[-1]:.0f} samples lie beyond ln 2 at the last probe: no 1/t bound holds yet"
     start, stop, found = int(evidence.at[first]), int(evidence.at[-1]), decrease_of(evidence)
-    if not found.covers(start, stop):
+    if whole and not found.covers(start, stop):
         return "not every step of the window was seen"
     inside = (found.at >= start) & (found.at < stop)
-    if not (found.value[inside] > 0).all():
+    if not whole:
+        stop = start + int(np.sum(found.at[inside] == start + np.arange(inside.sum())))
+        inside &= found.at < stop
+        if stop == start:
+            return f"the step from epoch {evidence.steps[start]} was not seen, or rounding hides it"
+    elif not (found.value[inside] > 0).all():
         return "the loss rises within the window, or does not move"
     least = chain.eigenvalue[first:] - np.nan_to_num(evidence.kernel_error[first:], nan=math.inf)
     if not (least > 0).all():
@@ -229,7 +240,7 @@ def _window(evidence: Evidence, chain: Chain) -> _Window | str:
     at = found.at[inside]
     place = np.searchsorted(evidence.at[first:], at, side="right") - 1
     rate = np.minimum(least[place], least[np.minimum(place + 1, least.size - 1)]) * chain.gamma / n
-    return _Window(start, stop, least.size, at, found.value[inside], found.size[inside], rate)
+    return Window(start, stop, least.size, at, found.value[inside], found.size[inside], rate)
 
 
 def _along(evidence: Evidence, chain: Chain) -> tuple[Verdict, ...]:
@@ -240,7 +251,7 @@ def _along(evidence: Evidence, chain: Chain) -> tuple[Verdict, ...]:
     stopped = not_descending(evidence)
     if stopped:
         return tuple(Verdict(name, REFERENCE, stopped[0], note=stopped[1]) for name in names)
-    window = _window(evidence, chain)
+    window = window_of(evidence, chain)
     if isinstance(window, str):
         return tuple(Verdict(name, REFERENCE, "undecided", note=window) for name in names)
     loss, gradient = evidence.series("loss"), evidence.series("grad_sq_norm")
@@ -350,7 +361,10 @@ LOSS_BRIDGE = Claim(
     r" \ge \frac{\lambda}{2s^2}\sum_i \psi(\ell_i) \ge \frac{\lambda}{2s^2} B(L)",
     needs=("output_grad_norm", "sample_bound_sum", "samples_beyond"),
     rests_on=Rests(kernels=("", "chain", "eigenvalue", "envelope", "length")),
-    loss=("logistic", "softmax_cross_entropy", "soft_cross_entropy", "huber", "squared_hinge", "exponential"),
+    loss=(
+        *("logistic", "softmax_cross_entropy", "softmax_cross_entropy(", "soft_cross_entropy", "huber("),
+        *("squared_hinge", "exponential"),
+    ),
     check=loss_bridge,
     example=logistic_regression,
 )

@@ -3,6 +3,9 @@
 By the definition of a_t, L_{t+1} = L_t - a_t η_t ‖∇L_t‖², and ‖∇L_t‖² >= 2 μ_t L_t with μ_t = λ_min(Θ_t)/s. So with
 a_t >= 0 at every step L_T <= L_0 Π (1 - 2 a_t η_t μ_t)_+, for steps chosen by any rule: a share of 1/β, a line search,
 Polyak's, a decaying one. No smoothness enters; at probes alone μ_t is not checked between them.
+
+Of a cosine, η_t = η_0 (1 + cos(π t/T))/2 for t < T, the sum is Σ η_t = η_0 (T + 1)/2 exactly: cos(π t/T) of t and T - t
+cancel, and that of t = 0 is left. So L_T <= L_0 exp(-a μ η_0 (T + 1)) with the least a_t and μ_t, as 1 - x <= e^{-x}.
 """
 
 import math
@@ -17,6 +20,8 @@ from lplr_jax.theory.evidence import SUMS, Evidence
 from lplr_jax.theory.verdict import Outcome, Verdict, factor
 
 REFERENCE = "ours (moving step)"
+COSINE = 1e-2
+"""Distance from η_0 (1 + cos(π t/T))/2, in units of η_0, within which steps count as a cosine's. Calibrated."""
 BINDS = 1e-3
 """Relative distance from the largest step that a path's budget allows within which it decides the step. Calibrated."""
 
@@ -35,7 +40,7 @@ def moving_rate(evidence: Evidence, theorem: float, containment: tuple[Verdict, 
     last = int(np.sum(found.at == np.arange(found.at.size)))
     bounds = () if found.rises.any() else _products(evidence, found, last, theorem)
     budget = _budget(evidence)
-    parts = (*budget, *containment, *bounds, law)
+    parts = (*budget, *containment, *bounds, *_cosine(evidence, found, bounds), law)
     binds = next((part.note for part in budget if part.outcome != "refuted" and "binds" in part.note), "")
     broken = next((part for part in budget if part.outcome == "refuted"), None)
     outcome: Outcome = "undecided"
@@ -98,6 +103,31 @@ def _pointwise(evidence: Evidence, last: int) -> tuple[Float[np.ndarray, " k"], 
     right = np.where(after < at.size, value[np.minimum(after, at.size - 1)], 0.0)
     left = np.where(after > 0, value[np.maximum(after - 1, 0)], 0.0)
     return np.where(own, right, np.minimum(left, right)), bool(own.all())
+
+
+def _cosine(evidence: Evidence, found: Decrease, bounds: tuple[Verdict, ...]) -> tuple[Verdict, ...]:
+    """Return what half a cosine has for a sum, where the steps are near one, and what follows for the last loss."""
+    method = evidence.method
+    count = method.total
+    if not (evidence.whole and method.everywhere and found.covers(0, count)) or count < 2:
+        return ()
+    first, sizes = float(method.sizes[0]), method.sizes[:count]
+    if np.abs(sizes - first * (1 + np.cos(np.pi * np.arange(count) / count)) / 2).max() > COSINE * first:
+        return ()
+    total, closed = float(sizes.sum()), first * (count + 1) / 2
+    off = float((sizes * method.allowed[:count]).sum()) + closed * float(method.allowed[0])
+    outcome: Outcome = "not refuted" if abs(total - closed) <= off else "refuted"
+    note = f"Σ η_t = {total:.6g} over {count} steps, η_0 (T + 1)/2 = {closed:.6g} of half a cosine, ± {off:.1g}"
+    if outcome == "refuted":
+        note += ": the steps are near a cosine and not those of one"
+    part = Verdict("cosine", REFERENCE, outcome, measured=total, bound=closed, units="parameter² / L", note=note)
+    least = float(np.nan_to_num(found.value - found.noise).min())
+    mu = float(_pointwise(evidence, count)[0].min())
+    if outcome == "refuted" or not (bounds and least > 0 and mu > 0):
+        return (part,)
+    closing = np.array([1.0, math.exp(-2 * least * mu * (closed - off))]) * float(evidence.series("loss")[0])
+    told = f"L_T <= L_0 exp(-a μ η_0 (T + 1)), a = {least:.4g}, μ = {mu:.4g} in units of L at the least of the probes"
+    return part, held(evidence, "bound_cosine", closing, np.array([0, count]), False, told, reference=REFERENCE)
 
 
 def _budget(evidence: Evidence) -> tuple[Verdict, ...]:

@@ -5,15 +5,21 @@ With G_i = (n/s) ∇ℓ_i and S² = (1/n) Σ ‖G_i‖² - ‖∇L‖², a batch
 
     σ_b² <= v L,   v = k (n/s) max_i λ_max(Θ_ii) (n - b) / (b (n - 1)),
 
-so the noise goes with the loss. Where β bounds the curvature on the segments of all batches,
+so the noise goes with the loss. Where a batch is one of the n/b blocks of a fixed partition, each as likely,
+σ_b² = (b/n) Σ_B ‖g_B‖² - ‖∇L‖², and the same holds with v = k n max_B λ_max(Θ_BB)/(s b). Where β bounds the curvature
+on the segments of all batches,
 
     E L(θ - η g_B) <= L - η (1 - ηβ/2) ‖∇L‖² + η² β σ_b² / 2 <= (1 - q) L,   q = 2ημ (1 - ηβ/2) - η² β v / 2.
 
 If that holds at every step, Y_t = L_t / Π (1 - q_k) is a non-negative supermartingale, and P(sup Y_t >= L_0/δ) <= δ.
-One run proves nothing of an expectation, but may refute it.
+With ‖∇L‖² <= 2 Λ L, Λ = λ_max(Θ)/s, E‖g_B‖ <= √((2Λ + v) L), so where q > 0 the path up to the exit of a ball is at
+most C = η √((2Λ + v) L_0) / (1 - √(1 - q)) <= 2 η √((2Λ + v) L_0) / q in the mean, and by Markov's inequality
+P(ever leave B(θ_0, R)) <= C/R. One run proves nothing of an expectation, but may refute it.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -35,23 +41,22 @@ def noise(evidence: Evidence) -> Verdict:
     "not applicable" where every step uses all data. Parts: `growth` σ_b² <= v L at every probe, a theorem, so that
     "refuted" is a contradiction; `one_step` the mean decrease of one step, as an average over batches with its
     interval, against the bound with the measured sharpness; `supermartingale` the largest L_t/(L_0 Π (1 - q_k)) with
-    q_k from the probe before, refuted at level p = 1/e, never proved. A pass in which every sample comes once is
-    outside the theorem, as its batches after the first are not drawn without regard to those before.
+    q_k from the probe before, refuted at level p = 1/e, never proved; `containment` the largest drift against the
+    radius C/p that a run leaves with probability p at most, refuted where p is below its level. Their constants are
+    measured at the probes and not proved. A pass in which every sample comes once is outside both theorems, as its
+    batches after the first are not drawn without regard to those before.
     """
     b, n = evidence.number("batch_size"), evidence.number("n")
     if math.isnan(b) or b >= n:
         return Verdict("noise", REFERENCE, "not applicable", note="every step uses all data, as far as is recorded")
     if evidence.partial:
         return Verdict("noise", REFERENCE, "undecided", note=f"{evidence.partial}: the noise is that of all samples")
-    share = (n - b) / (b * (n - 1)) if n > 1 else 0.0
-    largest = evidence.probe("sample_kernel_max")
-    growth = evidence.growth * (n / evidence.s) * largest * share
-    slope = evidence.probe("probe_grad_sq_norm")
-    variance = (evidence.probe("sample_grad_sq_norm") - slope) * share
+    found = noise_of(evidence)
     parts = (
-        _growth(evidence, variance, growth, share),
-        *_one_step(evidence, slope, variance),
-        _supermartingale(evidence, growth),
+        _growth(evidence, found),
+        *_one_step(evidence, found),
+        _supermartingale(evidence, found.growth),
+        _containment(evidence, found.growth),
     )
     outcome = weakest(part.outcome for part in parts)
     worst = next((part for part in parts if part.outcome == outcome), parts[0])
@@ -59,12 +64,38 @@ def noise(evidence: Evidence) -> Verdict:
     return worst.standing_for("noise", REFERENCE, outcome, note).with_parts(*parts)
 
 
-def _growth(
-    evidence: Evidence, variance: Float[np.ndarray, " k"], growth: Float[np.ndarray, " k"], share: float
-) -> Verdict:
+@dataclass(frozen=True)
+class Noise:
+    """The noise of a batch at every probe.
+
+    Attributes:
+        variance: σ_b², in L² / parameter².
+        growth: v with σ_b² <= v L.
+        error: how far rounding may move σ_b².
+    """
+
+    variance: Float[np.ndarray, " k"]
+    growth: Float[np.ndarray, " k"]
+    error: Float[np.ndarray, " k"]
+
+
+def noise_of(evidence: Evidence) -> Noise:
+    """Read the noise off the probes: of b samples drawn without replacement, or of the blocks of a partition."""
+    b, n, slope = evidence.number("batch_size"), evidence.number("n"), evidence.probe("probe_grad_sq_norm")
+    if evidence.number("batches_fixed") == 1:
+        squares = evidence.probe("block_grad_sq_norm")
+        growth = evidence.growth * n / (evidence.s * b) * evidence.probe("block_kernel_max")
+        return Noise(squares - slope, growth, SUMS * squares)
+    share = (n - b) / (b * (n - 1)) if n > 1 else 0.0
+    squares = evidence.probe("sample_grad_sq_norm")
+    growth = evidence.growth * (n / evidence.s) * evidence.probe("sample_kernel_max") * share
+    return Noise((squares - slope) * share, growth, SUMS * squares * share)
+
+
+def _growth(evidence: Evidence, found: Noise) -> Verdict:
     """Hold 0 <= σ_b² <= v L at every probe."""
-    bound = growth * evidence.probe("probe_loss")
-    off = SUMS * evidence.probe("sample_grad_sq_norm") * share
+    variance, off = found.variance, found.error
+    bound = found.growth * evidence.probe("probe_loss")
     known = np.isfinite(variance) & np.isfinite(bound)
     if not known.any():
         return Verdict("growth", REFERENCE, "undecided", note="the gradients of samples were not measured")
@@ -72,6 +103,8 @@ def _growth(
     ratio = np.where(known & (bound > 0), variance / np.where(bound > 0, bound, 1.0), -np.inf)
     worst = int(np.argmax(broken)) if broken.any() else int(np.argmax(ratio))
     note = f"σ_b² <= v L at {int(known.sum())} probes, σ_b² at most {ratio.max():.3g} of v L"
+    if evidence.number("batches_fixed") == 1:
+        note += f"; of the {evidence.number('n') / evidence.number('batch_size'):.0f} blocks of a partition"
     if broken.any():
         note = f"σ_b² = {variance[worst]:.4g} is not in [0, v L = {bound[worst]:.4g}]"
     outcome: Outcome = "refuted" if broken.any() else "not refuted"
@@ -82,10 +115,9 @@ def _growth(
     )  # fmt: skip
 
 
-def _one_step(
-    evidence: Evidence, slope: Float[np.ndarray, " k"], variance: Float[np.ndarray, " k"]
-) -> tuple[Verdict, ...]:
+def _one_step(evidence: Evidence, found: Noise) -> tuple[Verdict, ...]:
     """Hold the mean of L(θ - η g_B) - L over batches against what the sharpness at the probe promises."""
+    slope, variance = evidence.probe("probe_grad_sq_norm"), found.variance
     eta, beta = evidence.eta, evidence.probe("sharpness") * (1 + HESSIAN_ERROR)
     mean, off = evidence.probe("batch_decrease"), evidence.probe("batch_decrease_error")
     bound = -eta * (1 - eta * beta / 2) * slope + eta**2 * beta * variance / 2
@@ -108,17 +140,72 @@ def _one_step(
     return (part,)
 
 
+def _outside(evidence: Evidence) -> str:
+    """Say why nothing is stated of the run as a whole; empty where something is."""
+    if evidence.number("batches_independent") != 1:
+        return "outside the theorem: a pass uses every sample once, so its batches are not independent"
+    return "" if evidence.loss == "squared" else "the rate asks for ‖∇L‖² >= 2 μ L, of squared loss"
+
+
+def rate(eta: float, beta: Any, least: Any, largest: Any, growth: Any) -> Any:
+    """Return q of E L_{t+1} <= (1 - q) L_t, for numbers or arrays of them.
+
+    Args:
+        eta: η.
+        beta: β, the curvature along the steps at most.
+        least: μ, with 2 μ L <= ‖∇L‖².
+        largest: Λ, with ‖∇L‖² <= 2 Λ L, which a full step beyond 2/β calls for.
+        growth: v.
+    """
+    left = 1 - eta * beta / 2
+    return 2 * eta * np.where(left >= 0, least, largest) * left - eta**2 * beta * growth / 2
+
+
+def _eigenvalues(evidence: Evidence) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """Return μ and Λ at every probe."""
+    least, largest = (evidence.probe(name) / evidence.probe_scale for name in ("ntk_min_eig", "ntk_max_eig"))
+    return np.maximum(least, 0.0), largest
+
+
+def _containment(evidence: Evidence, growth: Float[np.ndarray, " k"]) -> Verdict:
+    """Hold the largest drift against the radius that a run leaves with small probability."""
+    name, eta = "containment", evidence.eta
+    if outside := _outside(evidence):
+        return Verdict(name, REFERENCE, "not applicable", note=outside)
+    if not (evidence.end and evidence.epochs.size and evidence.epochs[0] == 0 and evidence.seen[0]):
+        return Verdict(name, REFERENCE, "undecided", note="it asks for a probe at step 0")
+    # One set of constants for the whole way: the worst of the probes.
+    mu, largest = _eigenvalues(evidence)
+    beta = evidence.probe("sharpness")
+    known = [values[np.isfinite(values)] for values in (mu, largest, beta, growth)]
+    if not (all(values.size for values in known) and math.isfinite(eta)):
+        return Verdict(name, REFERENCE, "undecided", note="q asks for kernel, sharpness and noise at the probes")
+    least, most, curved, v = float(known[0].min()), *(float(values.max()) for values in known[1:])
+    q = float(rate(eta, curved * (1 + HESSIAN_ERROR), least, most, v))
+    if not q > 0:
+        note = f"promises nothing: q = {q:.3g} with the worst μ, β and v of the probes is not above 0"
+        return Verdict(name, REFERENCE, "not applicable", measured=evidence.radius, units="parameter", note=note)
+    first = float(evidence.series("loss")[0])
+    mean = eta * math.sqrt((2 * most + v) * first) / (1 - math.sqrt(1 - min(q, 1.0)))
+    drift, radius = evidence.radius, mean / LEVEL
+    p = min(1.0, mean / drift) if drift > 0 else 1.0
+    outcome: Outcome = "refuted" if p <= LEVEL else "not refuted"
+    told = f"a drift of {drift:.4g} or more has probability {p:.2g} at most"
+    told += ", so it is refuted at this level" if outcome == "refuted" else ", which says nothing" if p == 1 else ""
+    note = f"{told}; q = {q:.3g} with the worst μ, Λ, β and v of {beta[np.isfinite(beta)].size} probes, not proved"
+    note += f"; the mean path is {mean:.4g} at most, and a ball of R = {radius:.4g} is left with probability {LEVEL:g}"
+    return Verdict(
+        name, REFERENCE, outcome, measured=drift, bound=radius, margin=factor(drift, radius), units="parameter",
+        note=note,
+    )  # fmt: skip
+
+
 def _supermartingale(evidence: Evidence, growth: Float[np.ndarray, " k"]) -> Verdict:
     """Hold sup L_t / (L_0 Π (1 - q_k)) against what Ville's inequality allows."""
     name = "supermartingale"
-    if evidence.number("batches_independent") != 1:
-        note = "outside the theorem: a pass uses every sample once, so its batches are not independent"
-        return Verdict(name, REFERENCE, "not applicable", note=note)
-    if evidence.loss != "squared":
-        return Verdict(name, REFERENCE, "not applicable", note="the rate asks for ‖∇L‖² >= 2 μ L, of squared loss")
-    eta, beta = evidence.eta, evidence.probe("sharpness")
-    mu = np.maximum(evidence.probe("ntk_min_eig"), 0.0) / evidence.probe_scale
-    q = 2 * eta * mu * (1 - eta * beta / 2) - eta**2 * beta * growth / 2
+    if outside := _outside(evidence):
+        return Verdict(name, REFERENCE, "not applicable", note=outside)
+    q = rate(evidence.eta, evidence.probe("sharpness"), *_eigenvalues(evidence), growth)
     known = np.isfinite(q) & (q < 1)
     if not known.any() or evidence.epochs[int(np.argmax(known))] != 0 or not evidence.seen[0]:
         return Verdict(name, REFERENCE, "undecided", note="q asks for kernel, sharpness and noise at step 0")
@@ -168,8 +255,11 @@ NOISE = Claim(
     statement="The noise of mini-batches goes with the loss, and the loss falls on average.",
     latex=r"\sigma_b^2 \le v\,L(\theta_t), \qquad \mathbb{E}\,L(\theta_{t+1}) \le (1 - q)\,L(\theta_t)",
     needs=("sample_grad_sq_norm", "sample_kernel_max"),
-    rests_on=Rests(kernels=("", "growth", "one_step", "supermartingale"), hessians=("one_step", "supermartingale")),
-    loss=tuple(dict.fromkeys(name.partition("(")[0] for name in GROWTH)),
+    rests_on=Rests(
+        kernels=("", "growth", "one_step", "supermartingale", "containment"),
+        hessians=("one_step", "supermartingale", "containment"),
+    ),
+    loss=tuple(GROWTH),
     check=noise,
     example=example,
 )
