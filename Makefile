@@ -18,9 +18,9 @@ WORKERS ?= 2
 # Rooms to test, such as ROOM="theory records"; all where it is empty.
 ROOM ?=
 PYTEST = OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(addprefix tests/,$(ROOM))
-# The quick suite leaves out the passes of LLVM that cost most and gain nothing on small arrays; test-all compiles as a run
-# does, checks types and shapes at every call, and tries more examples of every property.
-QUICK = XLA_FLAGS="--xla_llvm_disable_expensive_passes=true $$XLA_FLAGS"
+# The quick suite compiles without the passes of LLVM, which cost most and gain nothing on small arrays; test-all compiles as
+# a run does, checks types and shapes at every call, and tries more examples of every property.
+QUICK = XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true $$XLA_FLAGS"
 WHOLE = --jaxtyping-packages=lplr_jax,beartype.beartype --hypothesis-profile=thorough -m ''
 OPTIONS = --preset $(PRESET) $(if $(OUT),--out "$(OUT)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
@@ -129,7 +129,7 @@ check: $(DEV)  ## lint, format and types
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(DOCS)  ## build the site: docs/_build/html/index.html
-	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@XLA_FLAGS="--xla_llvm_disable_expensive_passes=true $$XLA_FLAGS" OPENBLAS_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo 'site     docs/_build/html/index.html'
 
 # One resolution; each lock is the part of it that its own list needs.

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from lplr_jax import certificates, checks, factors, packed, rooms, unpacked
 from lplr_jax.factors import Cholesky
+from lplr_jax.packed import MAX_ROWS as MAX_ROWS
 from lplr_jax.packed import Blocks
 from lplr_jax.shifts import DENSE_MAX, arpack
 

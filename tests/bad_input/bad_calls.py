@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from bad_problems import problem_cases
 
 import lplr_jax as lp
 from bad_input import Case
@@ -24,6 +25,7 @@ Y = np.ones((4, 1), np.float32)
 W = np.full((3, 1), 0.5, np.float32)
 VALUE = (ValueError,)
 EITHER = (ValueError, TypeError)
+FOLDER = Path(tempfile.gettempdir()) / "lplr-no-rows"
 
 
 def linear(w, x):
@@ -212,6 +214,7 @@ def ntk_cases():
         ("ntk", ntk.empirical_ntk),
         ("explain", ntk.explain),
         ("min_eig of ntk", diagnostics.empirical_ntk_min_eig),
+        ("min_eig of processes", lambda f, w, x: diagnostics.distributed_ntk_min_eig(f, w, x, FOLDER)),
     ):
         found += [
             *each(f"{name} apply_fn", lambda v, f=function: f(v, W, X), (None, 1, "linear"), r"apply_fn must be a function \(params, x\).*got", EITHER),
@@ -223,7 +226,12 @@ def ntk_cases():
                   r"(x\S* |apply_fn fails on).*(pass|convert|needs|clean|must|at least)|real floating-point outputs", EITHER),
         ]  # fmt: skip
     full = ntk.empirical_ntk
+    least, shared = diagnostics.empirical_ntk_min_eig, diagnostics.distributed_ntk_min_eig
     found += [
+        *each("min_eig of ntk cholesky", lambda v: least(linear, W, X, cholesky=v), (1, "potrf"), r"cholesky must be a function.*got", EITHER),
+        Case("min_eig of ntk cholesky packed", lambda _: least(linear, W, X, cholesky=np.linalg.cholesky, storage="packed"), VALUE, "leave storage=.packed. or cholesky out"),
+        *each("min_eig of processes folder", lambda v: shared(linear, W, X, v), (3, None, ""), r"folder must be .*got", EITHER),
+        *each("min_eig of processes budget", lambda v: shared(linear, W, X, FOLDER, memory_budget=v), (0, "1GB"), r"memory_budget must be .*got"),
         *each("ntk x2", lambda v: full(linear, W, X, v), (X[:0], X[:, :2], {"a": X}, X * np.float32(NAN), np.float32(2), "x"), r"x2?.*|apply_fn", EITHER),
         *each("ntk kernel", lambda v: full(linear, W, X, kernel=v), ("magic", "", None, 3, ["auto"], "neural-tangents:none"), r"kernel must be one of auto.* got"),
         *each("ntk outputs", lambda v: full(linear, W, X, outputs=v), ("all", None, 3, ["full"]), r"outputs must be one of full.* got"),
@@ -511,4 +519,5 @@ def cases():
         *record_cases(),
         *plotting_cases(),
         *config_cases(),
+        *problem_cases(),
     ]

@@ -263,6 +263,9 @@ def mnist_extra():
         Command("lplr cifar without images", lambda p: ["cifar", *SMALL["cifar"], "--out", str(p / "out")], "needs data_dir.*Three ways.*--data path"),
         Command("lplr cifar with digits", lambda p: ["cifar", *SMALL["cifar"], "--data", str(pack(p / "d" / "cifar10.npz", {"x_train.npy": npy(np.zeros((9, 28, 28), np.uint8)), "y_train.npy": npy(np.zeros(9, np.uint8))})), "--out", str(p / "out")], r"found uint8 of shape \(9, 28, 28\)"),
         Command("lplr ablation one width", lambda p: ["ablation", *SMALL["ablation"], "--widths", "16"], "widths must be at least two"),
+        Command("lplr ablation jobs of no cluster", lambda p: ["ablation", *SMALL["ablation"], "--job-options", "timeout_min=3"], "job_options are for --cluster slurm or local"),
+        Command("lplr ablation bad job options", lambda p: ["ablation", *SMALL["ablation"], "--cluster", "local", "--job-options", "gpu"], "job_options must be name=value with commas.*got"),
+        Command("lplr reproduce an arm of no search", lambda p: ["reproduce", "--runs", str(p), "--arm", "1"], "--arm and --list-arms are for the set-ups of --search"),
         Command("lplr ablation bad predictions", lambda p: ["ablation", *SMALL["ablation"], "--out", str(put(p, b"[]", "predictions.json").parent)], "predictions.json is no file of predictions.*--force"),
         Command("lplr initialisation beside a bad ablation", lambda p: ["initialisation", *SMALL["initialisation"], "--out", str(p / "out"), "--ablation", str(bad_arm(p / "abl"))], "no readable record"),
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -166,3 +167,45 @@ def test_what_is_missing_is_run(tmp_path, capsys):
     rows = {row["id"]: row for row in rows_of(tmp_path / "reproduce-smoke/reproduction.csv")}
     undecided = {id_ for id_, row in rows.items() if row["outcome"] == "cannot be decided"}
     assert undecided == {"seeds_gap", "seeds_end", "seeds_pl", "seeds_drift", "slope_cifar", "loss_250"}
+
+
+def test_set_ups_of_the_search_are_arms(tmp_path, monkeypatch, capsys):
+    """Listed, run by name or number with a mark of their own, and all of them before the pairs."""
+    command = ["reproduce", "--preset", "smoke", "--runs", str(tmp_path), "--search"]
+    assert cli.main([*command, "--list-arms"]) == cli.OK
+    assert json.loads(capsys.readouterr().out) == ["default", "labels=bits", "output_init=zero"]
+    ran = []
+
+    def quick(set_up, folder, **_):
+        (folder / set_up.name).mkdir(parents=True, exist_ok=True)
+        ran.append(set_up.name)
+        return dataclasses.replace(scored(2), set_up=set_up)
+
+    monkeypatch.setattr(search, "run_one", quick)
+    for arm in ("1", "labels=bits+output_init=zero"):
+        assert cli.main([*command, "--arm", arm]) == cli.OK
+    assert ran == ["labels=bits", "labels=bits+output_init=zero"]
+    assert all((tmp_path / "reproduce-smoke" / "search" / name / "done").exists() for name in ran)
+    assert cli.main([*command, "--arm", "labels=none"]) == cli.BAD_INPUT
+    assert cli.main([*command[:-1], "--arm", "1"]) == cli.BAD_INPUT
+    said = " ".join(capsys.readouterr().err.split())
+    assert "'labels=none' is no level of the search; there are labels=bits, output_init=zero" in said
+    assert "--arm and --list-arms are for the set-ups of --search" in said
+
+
+def test_set_ups_run_elsewhere_before_their_pairs(tmp_path, monkeypatch):
+    asked = []
+
+    def run(names):
+        asked.append(list(names))
+        for name in names:
+            (tmp_path / name).mkdir(parents=True)
+            (tmp_path / name / "done").touch()
+        return 4 * (len(asked) == 1)
+
+    monkeypatch.setattr(search, "run_one", lambda set_up, *_, **__: dataclasses.replace(scored(2), set_up=set_up))
+    settings = {"factors": {"labels": ("bits",), "place": (0.8,)}, "pairs_of": 2}
+    assert search.search_elsewhere(tmp_path, run, **settings) == 4
+    assert asked == [["default", "labels=bits", "place=0.8"], ["labels=bits+place=0.8"]]
+    assert search.search_elsewhere(tmp_path, run, **settings) == 0
+    assert len(asked) == 2, "what is there is not run again"

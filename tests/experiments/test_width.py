@@ -87,6 +87,7 @@ def test_samples_are_dealt_and_the_rest_is_held_out():
     np.testing.assert_array_equal(samples.x, trained.x, err_msg="the samples that `lplr mnist` takes")
 
 
+@pytest.mark.slow
 def test_an_arm_against_the_jacobian():
     """λ_0 of the NTK parametrisation is that of Σ_l (2/fan_in) Θ_l, biases unscaled, of the standard one's parts."""
     samples = width.load_samples(TINY)

@@ -177,6 +177,7 @@ sys.exit(cli.main(["mnist", "--preset", "smoke", "--epochs", "2000000"]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["caught", "removed", "another error"])
 def test_an_interrupt_that_an_import_swallows_still_ends_the_command(how, tmp_path):
     """Caught by the library, dropped by Python in a finaliser, or turned into another error."""

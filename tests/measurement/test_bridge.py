@@ -132,7 +132,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = {"logistic", "softmax_cross_entropy", "huber(0.2)"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CASES]
+)
 def test_a_run_of_every_loss_is_judged(name):
     """Trained, measured and read again: the record names the loss, and no number contradicts another."""
     loss, y, eta, floor = CASES[name]

@@ -1,15 +1,14 @@
-"""The kernel on several devices: eight simulated ones in one process, and two processes joined by jax.distributed."""
+"""The kernel on several devices: eight simulated ones in one process."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 
 COMMON = """
-import json, sys
+import json
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh
 
@@ -86,23 +85,6 @@ print(json.dumps(seen))
 """
 )
 
-TWO = (
-    COMMON
-    + """
-jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
-from lplr_jax.ntk import engine
-with jax.enable_x64(True):
-    assert jax.device_count() == 2 and jax.local_device_count() == 1
-    theta = engine.kernel(model, params, samples(12))
-    (shard,) = theta.addressable_shards
-    want = naive(samples(12), samples(12))
-    mine = np.asarray(shard.data)
-    error = float(np.abs(mine - want[shard.index]).max() / np.abs(want).max())
-print(json.dumps({"shape": theta.shape, "mine": mine.shape, "start": shard.index[0].start or 0, "error": error}))
-jax.distributed.shutdown()
-"""
-)
-
 
 def environment(devices):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
@@ -143,29 +125,3 @@ def test_each_device_does_its_share_of_the_work(eight):
 
 def test_budget_of_a_device_that_holds_too_little_is_refused(eight):
     assert "memory_budget = 3000 bytes for each device" in eight["refused"]
-
-
-def test_two_processes():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, "-c", TWO, address]
-    started = [
-        subprocess.Popen(
-            [*command, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(1)
-        )
-        for i in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, (_, stderr) in zip(started, outputs, strict=True):
-        assert process.returncode == 0, stderr[-3000:]
-    seen = [json.loads(stdout.splitlines()[-1]) for stdout, _ in outputs]
-    assert [s["start"] for s in seen] == [0, 12]
-    for s in seen:
-        assert s["shape"] == [24, 24]
-        assert s["mine"] == [12, 24]
-        assert s["error"] <= 1e-12

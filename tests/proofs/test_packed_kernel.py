@@ -74,3 +74,26 @@ def test_mistakes_are_named():
         diagnostics.empirical_ntk_min_eig(mlp, params, x, storage="half")
     with pytest.raises(ValueError, match='storage="packed" is for kernel="engine"'):
         diagnostics.empirical_ntk_min_eig(mlp, params, x, storage="packed", kernel="neural-tangents")
+    with pytest.raises(ValueError, match="cholesky is for a kernel that is kept whole"):
+        diagnostics.empirical_ntk_min_eig(mlp, params, x, storage="packed", cholesky=np.linalg.cholesky)
+    with pytest.raises(TypeError, match="cholesky"):
+        diagnostics.empirical_ntk_min_eig(mlp, params, x, cholesky=3)
+
+
+@pytest.mark.parametrize("apply_fn", [mlp, shared], ids=["proved", "relative to the computed kernel"])
+def test_a_factorisation_from_elsewhere_is_passed_on(apply_fn, monkeypatch):
+    monkeypatch.setattr(kernel_module, "budget", lambda requested: 1)  # which would be packed
+    params, x, asked = network(m=64), RNG.standard_normal((20, 6)), []
+
+    def coarse(a, shift):
+        asked.append(shift)
+        return np.linalg.cholesky((a - shift * np.eye(len(a))).astype(np.float32))
+
+    params = params if apply_fn is mlp else [params[0], 0, np.ones((6, 1))]
+    found = diagnostics.empirical_ntk_min_eig(apply_fn, params, x, cholesky=coarse)
+    own = diagnostics.empirical_ntk_min_eig(apply_fn, params, x, storage="full")
+    assert asked
+    assert found.proved == own.proved
+    assert found.lower <= own.upper
+    assert own.lower <= found.upper
+    assert found.upper - found.lower > own.upper - own.lower  # single precision costs width

@@ -93,6 +93,7 @@ def test_a_log_of_no_event_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_log_in_the_folder_of_the_run_starts_afresh_with_it(tmp_path):
     folder = tmp_path / "run"
     argv = [*OPTIONS, "--out", str(folder), "--log", str(folder / "log")]
@@ -107,6 +108,7 @@ def test_a_log_in_the_folder_of_the_run_starts_afresh_with_it(tmp_path):
     assert first == second
 
 
+@pytest.mark.slow
 def test_who_stops_reading_stops_no_run(tmp_path):
     def unread(*argv):
         reading, writing = os.pipe()

@@ -155,6 +155,7 @@ def test_report_takes_what_load_takes(tmp_path, record, monkeypatch):
         report(tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_a_long_run_fits_a_page(record):
     """A run of 2,001 entries, 41 probes and 1,000 eigenvalues, the size of the default one, is below 1.5 MB."""
     rng = np.random.default_rng(0)

@@ -87,6 +87,7 @@ def test_a_run_that_is_not_finite_at_its_start(tmp_path, capsys, monkeypatch):
         step_size.initial_sharpness(dataclasses.replace(mnist.PRESETS["smoke"], width=8, n_train=40))
 
 
+@pytest.mark.slow
 def test_an_arm_that_diverges_is_a_result(tmp_path, capsys):
     sizes = ["--widths", "4,8", "--epochs", "12", "--probe-every", "6", "--n-train", "40", "--hessian-probes", "1"]
     rates = ["--learning-rate", "1e6", "--smaller-learning-rate", "1e-3"]

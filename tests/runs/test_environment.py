@@ -36,6 +36,7 @@ def test_the_defaults_are_those_of_jax():
     assert environment.unusual_settings({}) == {}  # a record from before they were recorded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), CHANGED.items())
 def test_each_changes_what_a_seed_gives_and_is_recorded(name, value, setting):
     def drawn():

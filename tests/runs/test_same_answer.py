@@ -54,6 +54,7 @@ def assert_agree(found, record):
     assert (spectrum <= error + 4 * n * u * largest)[measured].all()
 
 
+@pytest.mark.slow
 def test_eight_devices_agree_with_one(one, tmp_path):
     fields = {name: value for name, value in one.config.items() if name != "data_checksum"}
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -65,6 +66,7 @@ def test_eight_devices_agree_with_one(one, tmp_path):
     assert_agree(found, one)
 
 
+@pytest.mark.slow
 def test_another_block_size_agrees(one, monkeypatch):
     budgets = []
     # Of several devices each holds its share of the samples at once.

@@ -65,6 +65,7 @@ def assert_same(folder, record):
     assert not list(folder.rglob(f"*{HALF}*"))
 
 
+@pytest.mark.slow
 def test_three_kills_and_the_record_is_that_of_one_go(tmp_path, in_one_go):
     """Killed within a probe's file, at the rename of a checkpoint, and at the rename of the record."""
     folder = tmp_path / "run"
@@ -339,6 +340,7 @@ def said_in_one_line(capsys):
     return lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("foreseen", [True, False])
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_after_room_is_made(
     disk, in_one_go, capsys, monkeypatch, foreseen

@@ -37,6 +37,7 @@ class Stopping:
         pass
 
 
+@pytest.mark.slow
 def test_seeds_trained_together_go_on_where_they_stopped(tmp_path):
     configs = [
         mnist.MnistConfig(
@@ -111,6 +112,7 @@ def test_a_boundary_goes_on_after_the_widths_that_are_done(tmp_path, monkeypatch
     assert len(measured) == 3
 
 
+@pytest.mark.slow
 def test_initialisations_go_on_where_they_stopped(tmp_path):
     config = initialisation.InitialisationConfig(inits="he,antisymmetric", width=4, epochs=4, probe_every=2, n_train=20)
     whole = initialisation.run(config, tmp_path / "whole")

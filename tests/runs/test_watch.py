@@ -22,7 +22,7 @@ from lplr_jax import records, theory
 from lplr_jax.losses import Squared
 from lplr_jax.runs.entries import series
 from lplr_jax.runs.loop import train
-from lplr_jax.runs.problem import Probes, Problem, kernel_probe
+from lplr_jax.runs.problem import Probes, Problem
 from lplr_jax.runs.watch import Watch, watch
 
 N, D, STEPS = 8, 5, 12
@@ -469,18 +469,3 @@ def test_a_watched_loop_survives_sigkill(tmp_path, dies_at, where, again_from):
     for name in ("loss", "drift", "step_size", "ntk_min_eig", "ntk_pair_shift"):
         np.testing.assert_array_equal(killed[name], whole[name])
     assert killed.provenance["resumed_at"] == [8]
-
-
-def test_kernels_beyond_the_budget_are_left_out(caplog):
-    x, y = data()
-    problem = Problem(lambda w, x: x @ w, jnp.zeros((D, 1)), x, y)
-    probe, _ = kernel_probe(problem, FEW, steps=None)
-    probe._most_bytes = 2 * 8 * N * N
-    with caplog.at_level(logging.WARNING):
-        for step in (0, 1, 2, 3):
-            probe(problem.params + np.float32(step), step)
-    assert sum("left out" in message for message in caplog.messages) == 1
-    arrays = {"probe_epoch": np.arange(4), "drift": np.arange(4.0), "ntk_max_eig": np.ones(4), "probe_loss": np.ones(4)}
-    arrays |= {name: np.ones(4) for name in ("ntk_assembly_error", "ntk_min_eig_lower")}
-    closing = probe.close(arrays, search_steps=0, seed=0)
-    assert np.isfinite(closing["param_pair_distance"]).sum() == 4

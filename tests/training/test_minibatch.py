@@ -117,6 +117,7 @@ def network():
     return Objective(model.apply, "mean"), x, y, [model.init(jax.random.key(seed), x[:1]) for seed in (0, 1)]
 
 
+@pytest.mark.slow
 def test_exact_gradient_of_a_network_does_not_depend_on_the_micro_batch(network):
     objective, x, y, (params, _) = network
     with jax.enable_x64(True):
@@ -159,6 +160,7 @@ def test_order_comes_from_seed_and_epoch_alone(network):
     assert np.isfinite(jax.tree.leaves(params)[0]).all(), "donation leaves the caller's parameters alone"
 
 
+@pytest.mark.slow
 def test_seeds_trained_together_follow_the_same_path(network):
     """Over the first steps, to a bound on how rounding spreads through heavy ball.
 
@@ -231,6 +233,7 @@ def test_batches_that_cannot_be(size):
         batches_of(5, size)
 
 
+@pytest.mark.slow
 def test_plain_convolutions_keep_the_numbers_and_stand_in_one_layout(network):
     """In a loop XLA's CPU compiler leaves layouts as they are, so all must be the one that runs fast."""
     objective, x, y, (params, _) = network

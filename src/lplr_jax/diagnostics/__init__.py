@@ -13,6 +13,7 @@ from lplr_jax.diagnostics.kernel import (
     subset_ids,
 )
 from lplr_jax.diagnostics.pl import PointDiagnostics, evaluate_point
+from lplr_jax.diagnostics.processes import ProcessLostError, distributed_ntk_min_eig
 
 __all__ = [
     "EXPECTED",
@@ -21,9 +22,11 @@ __all__ = [
     "Observation",
     "PointDiagnostics",
     "PowerLaw",
+    "ProcessLostError",
     "RateReport",
     "certified_min_eig",
     "contraction_factor",
+    "distributed_ntk_min_eig",
     "effective_rank",
     "empirical_ntk_min_eig",
     "evaluate_point",

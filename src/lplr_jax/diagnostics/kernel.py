@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lplr_jax import certificates, checks, linalg, parameters
+from lplr_jax.factors import Cholesky
 from lplr_jax.narrowing import Narrow
 from lplr_jax.ntk import engine
 from lplr_jax.ntk.empirical import (
@@ -42,6 +43,7 @@ def empirical_ntk_min_eig(
     memory_budget: int | None = None,
     trainable: Trainable = None,
     storage: str = "auto",
+    cholesky: Cholesky | None = None,
 ) -> linalg.MinEig:
     """Compute λ_min of the full (n c, n c) empirical kernel in float64, whatever the global float64 flag.
 
@@ -57,6 +59,7 @@ def empirical_ntk_min_eig(
         storage: "full" keeps the kernel and its factor, 16 bytes an entry; "packed" keeps half of one matrix, 4 bytes
             an entry, makes the kernel twice, and its interval is that of `linalg.Blocks`; "auto" is packed where the
             full one does not fit `memory_budget`, or a quarter of the memory if that is None or less.
+        cholesky: what factorises the kernel instead of LAPACK, as for `linalg.min_eig`; the kernel is kept whole then.
 
     Returns:
         The eigenvalue, in squared units of the output per squared unit of the parameters, with its interval; see
@@ -75,17 +78,22 @@ def empirical_ntk_min_eig(
     checks.one_of("storage", storage, get_args(Storage))
     if storage == "packed" and kernel not in _ENGINE:
         raise ValueError(f'storage="packed" is for kernel="engine"; {kernel!r} gives full kernels, so leave one out')
+    if cholesky is not None:
+        checks.function("cholesky", cholesky, "(matrix, shift) -> lower factor")
+        if storage == "packed":
+            raise ValueError('cholesky is for a kernel that is kept whole; leave storage="packed" or cholesky out')
+        storage = "full"
     with precision_scope("float64"):
         at = point(apply_fn, params, x, dtype="float64", trainable=trainable)
         if trainable is None:
             without_gradient(at)
         rows = jax.tree.leaves(at.x)[0].shape[0] * at.traced.c
         if rows > at.params.size:
-            return _by_counting(rows, at.params.size)
+            return by_counting(rows, at.params.size)
         if storage == "packed" or (storage == "auto" and kernel in _ENGINE and _too_large(rows, memory_budget)):
             return _certified_packed(apply_fn, at, x, memory_budget)
         theta = np.asarray(at_point(apply_fn, at, kernel=kernel, memory_budget=memory_budget))
-        return _certified(apply_fn, at, x, theta)
+        return _certified(apply_fn, at, x, theta, cholesky=cholesky)
 
 
 def certified_min_eig(
@@ -127,6 +135,15 @@ def _certified_packed(apply_fn: ApplyFn, at: Point, x: Any, memory_budget: int |
     blocks = linalg.Blocks(
         n * at.traced.c, lambda: engine.lower_blocks(at.traced, at.params, at.x, memory_budget=memory_budget)
     )
+    return certified_from_blocks(apply_fn, at, x, blocks)
+
+
+def certified_from_blocks(apply_fn: ApplyFn, at: Point, x: Any, blocks: linalg.Blocks) -> linalg.MinEig:
+    """Compute λ_min from blocks of the kernel of a function that was checked; `x` as the caller gave it.
+
+    Raises:
+        linalg.UntrustedError: if the kernel is not finite.
+    """
     try:
         theta = blocks.matrix()
     except ArithmeticError as error:
@@ -134,12 +151,19 @@ def _certified_packed(apply_fn: ApplyFn, at: Point, x: Any, memory_budget: int |
     return _certified(apply_fn, at, x, theta, blocks)
 
 
-def _certified(apply_fn: ApplyFn, at: Point, x: Any, theta: Any, blocks: linalg.Blocks | None = None) -> linalg.MinEig:
+def _certified(
+    apply_fn: ApplyFn,
+    at: Point,
+    x: Any,
+    theta: Any,
+    blocks: linalg.Blocks | None = None,
+    cholesky: Cholesky | None = None,
+) -> linalg.MinEig:
     """Compute λ_min of a kernel (n c, n c), an array, or rows of `blocks`, which then take its place."""
     matrix = theta if blocks is None else blocks
     bound = assembly_bound(apply_fn, at.params, x, theta)
     if bound is not None or theta.shape[0] > at.params.size:
-        return min_eig_within(theta, bound, at.params.size, blocks)
+        return min_eig_within(theta, bound, at.params.size, blocks, cholesky)
     reason = "no bound on the assembly of this network's kernel is known, so the interval is about the computed kernel"
     if blocks is not None:
         reason += ', or none that can be formed beside a packed one (storage="full" may have it)'
@@ -147,12 +171,16 @@ def _certified(apply_fn: ApplyFn, at: Point, x: Any, theta: Any, blocks: linalg.
     if narrow is not None:
         error = _narrowing_error(narrow, theta)
         reason = f"{engine.widening(narrow)}; the interval is widened by an estimate of that rounding"
-    found = linalg.min_eig(matrix, assembly_error=error)
+    found = linalg.min_eig(matrix, assembly_error=error, cholesky=cholesky)
     return replace(found, proved=False, assumptions=(), reason="; ".join(filter(None, (reason, found.reason))))
 
 
 def min_eig_within(
-    theta: Any, bound: AssemblyBound | None, p: int, blocks: linalg.Blocks | None = None
+    theta: Any,
+    bound: AssemblyBound | None,
+    p: int,
+    blocks: linalg.Blocks | None = None,
+    cholesky: Cholesky | None = None,
 ) -> linalg.MinEig:
     """Return λ_min of the exact kernel of p parameters, whose distance from a computed one is bounded.
 
@@ -162,12 +190,12 @@ def min_eig_within(
     """
     if theta.shape[0] > p:
         known = {} if bound is None else {"assembly_error": bound.assembly_error, "factor_error": bound.factor_error}
-        return replace(_by_counting(theta.shape[0], p), **known)
+        return replace(by_counting(theta.shape[0], p), **known)
     assert bound is not None
-    return linalg.min_eig(theta if blocks is None else blocks, **vars(bound))
+    return linalg.min_eig(theta if blocks is None else blocks, **vars(bound), cholesky=cholesky)
 
 
-def _by_counting(rows: int, p: int) -> linalg.MinEig:
+def by_counting(rows: int, p: int) -> linalg.MinEig:
     """λ_min of a kernel with more rows than parameters."""
     counted = f"the kernel is J Jᵀ with J of shape ({rows}, {p}): more rows than parameters, so its rank is at most {p}"
     return linalg.MinEig(

@@ -113,12 +113,13 @@ class Experiment(Generic[Config, Given, Done]):
                 return OK
             if config.arm is not None:
                 return self._one_arm(replace(config, arm=sweep.resolve(config.arm, names)), folder, following)
-            if checks.whole("jobs", config.jobs, least=1) > 1:
+            if config.elsewhere:
+                config.check_jobs()
                 given = self.prepare(config, folder)
                 prepared = replace(config, arm=sweep.NONE)
                 with claimed(folder, self.name, self.identity(config, given), force=config.force, say=say) as lock:
                     self.run(prepared, folder, given, say=say, follow=following, check=lock.check)
-                if code := sweep.run_jobs(argv, names, jobs=config.jobs, say=say):
+                if code := config.run_arms(argv, names, folder, say=say):
                     return code
                 config = replace(config, force=False)
         given = self.prepare(config, folder)

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -16,13 +17,15 @@ from lplr_jax.checks import integers
 from lplr_jax.data import DataError, Pixels
 from lplr_jax.experiments import drifts, mnist, search
 from lplr_jax.experiments.drifts import Met
+from lplr_jax.experiments.sweep import ArmsPart
 from lplr_jax.files import atomic_write
 from lplr_jax.records import Record
 from lplr_jax.reports import statements as written
 from lplr_jax.reports.exit_codes import OK
 from lplr_jax.reports.follow import SCREEN_ALONE, FollowConfig, Following
 from lplr_jax.reports.screen import CONSOLE, say
-from lplr_jax.runs.folder import claimed
+from lplr_jax.runs.folder import claimed, joined
+from lplr_jax.runs.lock import Lock
 from lplr_jax.statements import Runs
 
 READ = ("mnist", "ablation", "initialisation", "cifar")
@@ -33,6 +36,8 @@ WIDTHS = (128, 256, 512, 1024)
 """Its widths (paper, Table 1)."""
 SMOKE_WIDTHS = (16, 32, 64)
 """Those of the preset "smoke"."""
+ONE_AFTER_THE_OTHER = ArmsPart()
+"""Arms run in this process."""
 SEARCHED = "searched.csv"
 """Table of the search: in the package that of ours, in the folder of the command one's own."""
 
@@ -47,6 +52,7 @@ def reproduce(
     run_missing: bool = True,
     do_search: Annotated[tyro.conf.UseCounterAction[int], tyro.conf.arg(name="search")] = 0,
     minutes: float = 120.0,
+    arms: Annotated[ArmsPart, tyro.conf.arg(name="")] = ONE_AFTER_THE_OTHER,
     also: Annotated[FollowConfig, tyro.conf.arg(name="")] = SCREEN_ALONE,
 ) -> int:
     """Judge the paper's empirical statements, one by one, from the records of mnist, ablation, initialisation, cifar.
@@ -61,22 +67,36 @@ def reproduce(
         run_missing: run experiments whose records are missing.
         do_search: search for the set-up instead: short runs, one factor at a time, then the best pairs; the same
             command goes on with what is left.
-        minutes: of the search: nothing is begun later.
+        minutes: of the search: nothing is begun later, unless it runs elsewhere.
+        arms: where the arms of missing experiments and the set-ups of the search run; with --search, --list-arms and
+            --arm are its set-ups.
         also: where else than on screen the runs show themselves.
     """
     suffix = "-smoke" if preset == "smoke" else ""
     folder = checks.folder("--out", out or runs / f"reproduce{suffix}")
     checks.number("minutes", minutes, above=0)
     each = integers("seeds", seeds, least=0)
+    arms.check()
+    arms.check_jobs()
+    smoke = preset == "smoke"
+    if arms.list_arms or arms.arm is not None:
+        if not do_search:
+            raise ValueError("--arm and --list-arms are for the set-ups of --search; an experiment has arms of its own")
+        return _one_set_up(folder, arms, smoke=smoke)
     if page is not None and not checks.path("--page", page).is_file():
         raise ValueError(f"--page must be a file that holds {written.BEGIN} and {written.END}, got {page}")
+    if do_search and arms.elsewhere:
+        command = ["reproduce", "--preset", preset, "--out", str(folder), "--search"]
+        run = partial(arms.run_arms, command, folder=folder, say=say)
+        if code := search.search_elsewhere(folder / "search", run, **_settings(smoke=smoke)):
+            return code
     with claimed(folder, "reproduce", {"preset": preset}, force=False, say=say) as lock:
         if do_search:
-            _search(folder, minutes, lock.check, smoke=preset == "smoke")
+            _search(folder, minutes, lock.check, smoke=smoke)
             return OK
         if run_missing:
             with Following(CONSOLE, also) as following:
-                _run_missing(runs, suffix, preset, data, following)
+                _run_missing(runs, suffix, preset, data, following, arms)
         found = gather(runs, suffix)
         starts = initial_eigenvalues(folder / "starts.json", each, check=lock.check, smoke=preset == "smoke")
         findings = statements.judge(replace(found, starts=starts))
@@ -93,7 +113,7 @@ def reproduce(
     return OK
 
 
-def _run_missing(runs: Path, suffix: str, preset: str, data: Path | None, following: Following) -> None:
+def _run_missing(runs: Path, suffix: str, preset: str, data: Path | None, following: Following, arms: ArmsPart) -> None:
     """Run experiments whose records are not all there; one that has no data is left out, and said so."""
     for name in READ:
         experiment = experiments.find(name)
@@ -109,11 +129,15 @@ def _run_missing(runs: Path, suffix: str, preset: str, data: Path | None, follow
             there = all((folder / arm / "record.npz").exists() for arm in experiment.arms(config))
         if there:
             continue
+        argv = [name, "--preset", preset, "--out", str(folder)]
         if name == "cifar":
             config = replace(config, data=data)
+            argv += [] if data is None else ["--data", str(data)]
+        if isinstance(config, ArmsPart):
+            config = replace(config, jobs=arms.jobs, cluster=arms.cluster, job_options=arms.job_options)
         say(f"{name}: records are missing in {folder}, so it is run")
         try:
-            experiment.execute(replace(config, out=folder), preset=preset, following=following)
+            experiment.execute(replace(config, out=folder), preset=preset, following=following, argv=argv)
         except DataError as error:
             say(f"{name}: left out, {error}")
 
@@ -182,11 +206,36 @@ def _shares(folder: Path) -> dict[str, tuple[int, int]]:
     return written.shares_of(packaged.read_text(encoding="utf-8")) if packaged.is_file() else {}
 
 
+def _settings(*, smoke: bool) -> dict[str, Any]:
+    """Return what the search departs from, and to where."""
+    if not smoke:
+        return {"base": search.SHORT, "factors": search.FACTORS}
+    base = replace(search.SHORT, widths="8,16,32", epochs=40, n_train=60)
+    return {"base": base, "factors": {"labels": ("bits",), "output_init": ("zero",)}, "pairs_of": 2}
+
+
+def _one_set_up(folder: Path, arms: ArmsPart, *, smoke: bool) -> int:
+    """List the set-ups of the search, or run one of them beside others that run; pairs are given by their names."""
+    settings = _settings(smoke=smoke)
+    names = [one.name for one in search.one_at_a_time(settings["factors"])]
+    if arms.list_arms:
+        say(json.dumps(names))
+        return OK
+    assert arms.arm is not None
+    name = names[int(arms.arm)] if arms.arm.isdecimal() and int(arms.arm) < len(names) else arms.arm
+    set_up = search.SetUp.of(name, settings["factors"])
+    with joined(folder, "reproduce", {"preset": "smoke" if smoke else "default"}):
+        lock = Lock(folder / "search" / name, say=say)
+        lock.acquire()
+        try:
+            search.take_one(set_up, folder / "search", base=settings["base"], say=say, check=lock.check)
+        finally:
+            lock.release()
+    return OK
+
+
 def _search(folder: Path, minutes: float, check: Callable[[], None], *, smoke: bool) -> None:
-    settings: dict[str, Any] = {}
-    if smoke:
-        base = replace(search.SHORT, widths="8,16,32", epochs=40, n_train=60)
-        settings = {"base": base, "factors": {"labels": ("bits",), "output_init": ("zero",)}, "pairs_of": 2}
+    settings = _settings(smoke=smoke)
     done = search.search(folder / "search", minutes=minutes, say=say, check=check, **settings)
     rows = [(one.set_up.name, one.findings, one.numbers) for one in done]
     rows += _starts_searched(folder, check, smoke=smoke)

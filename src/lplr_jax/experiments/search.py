@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lplr_jax import statements
+from lplr_jax import checks, statements
 from lplr_jax.experiments import ablation
 from lplr_jax.experiments.ablation import AblationConfig, NoStepSizeError
 from lplr_jax.records import Record
@@ -54,6 +54,19 @@ class SetUp:
     def name(self) -> str:
         """Name of its folder and of its line in the table."""
         return "+".join(f"{factor}={level}" for factor, level in self.levels) or "default"
+
+    @classmethod
+    def of(cls, name: str, factors: Mapping[str, Sequence[Any]]) -> "SetUp":
+        """Return the set-up of a name, of any number of levels that there are.
+
+        Raises:
+            ValueError: for a name of another level.
+        """
+        levels = {f"{factor}={level}": (factor, level) for factor, each in factors.items() for level in each}
+        parts = [] if name == "default" else name.split("+")
+        if unknown := [part for part in parts if part not in levels]:
+            raise ValueError(f"{checks.shown(unknown[0])} is no level of the search; there are {', '.join(levels)}")
+        return cls(tuple(levels[part] for part in parts))
 
     def config(self, base: AblationConfig) -> AblationConfig:
         """Return what is run; epochs between probes go with the epochs."""
@@ -109,6 +122,13 @@ def run_one(set_up: SetUp, folder: Path, *, base: AblationConfig, say: Say, chec
     else:
         scored = judged(set_up, {arm.name: record for arm, record in done}, time.monotonic() - start)
     say(f"{set_up.name}: {scored.score[0]} of {scored.score[1]} statements, {scored.seconds:.0f} s")
+    return scored
+
+
+def take_one(set_up: SetUp, folder: Path, *, base: AblationConfig, say: Say, check: Callable[[], None]) -> Scored:
+    """Run a set-up, and mark it as done."""
+    scored = run_one(set_up, folder, base=base, say=say, check=check)
+    (folder / set_up.name / "done").touch()
     return scored
 
 
@@ -190,11 +210,45 @@ def search(
             if time.monotonic() > end and not (folder / set_up.name / "done").exists():
                 left += 1
                 continue
-            done.append(run_one(set_up, folder, base=base, say=say, check=check))
-            (folder / set_up.name / "done").touch()
+            done.append(take_one(set_up, folder, base=base, say=say, check=check))
 
     take(one_at_a_time(factors))
     take(best_pairs(done, pairs_of))
     if left:
         say(f"{left} set-ups are left for want of time; the same command goes on with them")
     return done
+
+
+def search_elsewhere(
+    folder: Path,
+    run: Callable[[Sequence[str]], int],
+    *,
+    base: AblationConfig = SHORT,
+    factors: Mapping[str, Sequence[Any]] = FACTORS,
+    pairs_of: int = 4,
+) -> int:
+    """Have set-ups that are not there run by others, all single levels and then the best pairs of them.
+
+    Args:
+        folder: as for `search`, which reads what came of it.
+        run: runs set-ups by their names, several at a time, and returns the worst exit code.
+        base: as for `search`.
+        factors: as for `search`.
+        pairs_of: as for `search`.
+
+    Returns:
+        The worst exit code.
+    """
+
+    def missing(set_ups: Iterable[SetUp]) -> list[str]:
+        return [one.name for one in set_ups if not (folder / one.name / "done").exists()]
+
+    singles, worst = one_at_a_time(factors), 0
+    if names := missing(singles):
+        worst = run(names)
+    there = [one for one in singles if not missing([one])]
+    nothing = {"say": lambda line: None, "check": lambda: None}
+    pairs = best_pairs([run_one(one, folder, base=base, **nothing) for one in there], pairs_of)
+    if names := missing(pairs):
+        worst = run(names) or worst
+    return worst

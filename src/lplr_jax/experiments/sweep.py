@@ -7,10 +7,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 import jax
 
 from lplr_jax import checks
+from lplr_jax.experiments import cluster
 from lplr_jax.experiments.parts import DECIDES_NOTHING, Part
 from lplr_jax.reports.exit_codes import DIVERGED, INCONSISTENT, OK
 from lplr_jax.runs.session import Say
@@ -31,6 +34,44 @@ class ArmsPart(Part):
     """Print the names of the arms as JSON, and run nothing."""
     jobs: int = field(default=1, metadata=DECIDES_NOTHING)
     """Arms that run at a time, each in a process with its share of the processors (one GPU each where there are)."""
+    cluster: Literal["here", "slurm", "local"] = field(default="here", metadata=DECIDES_NOTHING)
+    """Where arms run: in processes of this machine, as jobs of Slurm (needs the package submitit; --jobs is then how
+    many at most, 1 as many as it lets), or as jobs that submitit runs on this machine."""
+    job_options: str = field(default="", metadata=DECIDES_NOTHING)
+    """What the jobs ask for, as submitit calls it: timeout_min=240,slurm_partition=gpu,gpus_per_node=1."""
+
+    def check(self) -> None:
+        """Raise ValueError for the first field whose value cannot be run."""
+        super().check()
+        checks.whole("jobs", self.jobs, least=1)
+        checks.one_of("cluster", self.cluster, cluster.CLUSTERS)
+        cluster.options_of(self.job_options)
+        if self.job_options and self.cluster == "here":
+            raise ValueError("job_options are for --cluster slurm or local; leave one of them out")
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether arms run in other processes."""
+        return self.jobs > 1 or self.cluster != "here"
+
+    def check_jobs(self) -> None:
+        """Raise ValueError or ImportError where the jobs of a cluster cannot be."""
+        if self.cluster != "here":
+            cluster.check_jobs(self.cluster, self.job_options)
+
+    def run_arms(self, argv: Sequence[str], names: Sequence[str], folder: Path, *, say: Say) -> int:
+        """Run all arms in other processes, and return the worst exit code."""
+        if self.cluster == "here":
+            return run_jobs(argv, names, jobs=self.jobs, say=say)
+        return cluster.run_jobs(
+            argv,
+            names,
+            cluster=self.cluster,
+            folder=folder / "jobs",
+            options=self.job_options,
+            at_a_time=self.jobs,
+            say=say,
+        )
 
     def takes(self, name: str) -> bool:
         """Return whether an arm is to run."""

@@ -24,12 +24,12 @@ from lplr_jax.measurement.enclosed import NAMES as ENCLOSED
 from lplr_jax.measurement.enclosed import enclose
 from lplr_jax.measurement.gradients import flat_parameters, gradient_at
 from lplr_jax.measurement.interpolation import duplicate_floor, find_interpolant
+from lplr_jax.measurement.kept import KeptKernels
 from lplr_jax.measurement.kernel import kernel_values, recorded_spectra, spectrum_and_energy
 from lplr_jax.measurement.noise import Batches, batch_decrease, block_noise, sample_noise
 from lplr_jax.measurement.peer import peer_difference, peer_samples
 from lplr_jax.measurement.rivals import critical_step, kernel_rivals
 from lplr_jax.ntk.empirical import Precision, empirical_ntk
-from lplr_jax.ntk.memory import total_memory
 from lplr_jax.parameters import count_parameters
 from lplr_jax.proofs.assembly import dense_network
 from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
@@ -106,7 +106,8 @@ class KernelProbe:
             hessian_precision: of the products for them.
             spectrum_epochs: at which probes the whole spectrum is kept.
             save_to: where to keep the parameters of every probe.
-            most_bytes: of kernels that are kept for the pairs of probes; None for a third of the machine's memory.
+            most_bytes: of kernels that are kept in memory for the pairs of probes, before others go to disk; None for
+                a third of the machine's.
             batches: mini-batches whose noise is measured; None for none.
             certify_floor: seconds of two cores for a certificate of zero loss after the last probe; 0 for none.
             learning_rate: η of the exact step whose decrease is enclosed; NaN for none.
@@ -119,14 +120,12 @@ class KernelProbe:
         self._learning_rate, self._encloses = learning_rate, isinstance(objective.loss, Squared)
         self._certify_floor = certify_floor
         self._batches = batches
-        self._most_bytes = total_memory() // 3 if most_bytes is None else most_bytes
-        self._full = False
         self._objective, self._x, self._y = objective, x, y
         self._subset, self._kernel, self._hessian_epochs, self._save_to = subset, kernel, hessian_epochs, save_to
         self._hessian_precision: Precision = hessian_precision
         self._spectrum_epochs = spectrum_epochs
         self._points: dict[int, Params] = {}
-        self._kernels: dict[int, np.ndarray] = {}
+        self._kernels = KeptKernels(most_bytes)
         self._spectra: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._initial: np.ndarray | None = None
         self._extremes: diagnostics.Extremes | None = None
@@ -215,26 +214,9 @@ class KernelProbe:
             self._spectra[epoch] = spectrum_and_energy(theta, point.gradient)
         # Last, so that a probe is remembered whole or not at all.
         self._initial = initial
-        if self._room_for(theta, epoch):
-            self._points[epoch], self._kernels[epoch] = jax.device_get(params), theta
+        if self._kernels.keep(epoch, theta):
+            self._points[epoch] = jax.device_get(params)
         return values
-
-    def _room_for(self, theta: np.ndarray, epoch: int) -> bool:
-        """Return whether the kernel can be kept within the budget; say so, once, where it cannot."""
-        held = sum(kernel.nbytes for kernel in self._kernels.values())
-        if held + theta.nbytes <= self._most_bytes:
-            return True
-        if not self._full:
-            self._full = True
-            _LOG.warning(
-                "epoch %s: the kernels of %d probes take %.1f GiB of the %.1f that may be kept, so the pairs of later "
-                "probes are left out; fewer probes, or a subset, keep all pairs",
-                epoch,
-                len(self._kernels),
-                held / 2**30,
-                self._most_bytes / 2**30,
-            )
-        return False
 
     def _measure_hessian(self, params: Params) -> diagnostics.Extremes:
         objective, x, y = self._curved_by
@@ -270,10 +252,9 @@ class KernelProbe:
 
     def recall(self, epoch: int, arrays: Mapping[str, np.ndarray], like: Params) -> None:
         """Take back what the probe of an epoch kept."""
-        if "kernel" in arrays:
-            self._kernels[epoch] = arrays["kernel"]
-            if epoch == 0:
-                self._initial = arrays["kernel"]
+        if "kernel" in arrays and epoch == 0:
+            self._initial = arrays["kernel"]
+        if "kernel" in arrays and self._kernels.keep(epoch, arrays["kernel"]):
             structure = jax.tree.structure(like)
             leaves = [arrays[f"point-{i}"] for i in range(structure.num_leaves)]
             self._points[epoch] = jax.tree.unflatten(structure, leaves)

@@ -136,6 +136,26 @@ def lower_blocks(
     yield from (block(*found) for found in waiting)
 
 
+def strips(
+    traced: Traced, params: Parameters, x: Any, *, mesh: Mesh, memory_budget: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """First row, and rows (r, n c) of the full kernel on the host, of every device of this process.
+
+    Args:
+        traced: As for `evaluate`.
+        params: As for `kernel`, the same in every process.
+        x: As `x1` for `kernel`, the same in every process.
+        mesh: Devices in a row, those of other processes among them.
+        memory_budget: As for `kernel`, the same in every process: the program depends on it.
+    """
+    first = [jnp.asarray(leaf) for leaf in jax.tree.leaves(x)]
+    key = (traced.key, traced.leaves, traced.dtype)
+    call = _Call(key, int(first[0].shape[0]), None, "full", memory_budget, mesh)
+    run = copy.copy(_runs.get(call, lambda: _Run(call, traced)))
+    run.consts = [jnp.asarray(value) for value in traced.consts]
+    yield from sharded.strips(run, [jnp.asarray(leaf) for leaf in params.arrays], first)
+
+
 def explain(
     apply_fn: Callable[[Any, Any], Any] | Traced,
     params: Any,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lplr_jax.ntk.bundles import LOOKUP, PLAIN, ROUTED, Bundle, Placed, bundles, joined
+from lplr_jax.ntk.concatenated import divide
 from lplr_jax.ntk.demand import narrow
 from lplr_jax.ntk.geometry import dilated, geometry
 from lplr_jax.ntk.jaxpr import Program
@@ -105,7 +106,7 @@ def make_plan(program: Program, leaves: tuple[int, ...], work: Workload) -> Plan
     Returns:
         The plan.
     """
-    program = enter(narrow(unroll(program, work.samples)))
+    program = enter(narrow(divide(unroll(program, work.samples))))
     blocked = before_while(program)
     builder, assignments = _Builder(program), []
     for leaf in leaves:

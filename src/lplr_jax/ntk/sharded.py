@@ -5,7 +5,7 @@ sends the mirror image of what it formed to the device that owns it, so every de
 Samples are padded to a multiple of the devices by repeating the last one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import ceil, gcd
 from typing import Any
 
@@ -45,19 +45,51 @@ def kernel(run: Any, arrays: list[jax.Array], first: list[jax.Array], second: li
     Returns:
         The kernel, its rows sharded over the mesh where the devices divide them, or else in blocks (`placement`).
     """
+    return run.whole(*_placed(run, arrays, first, second))
+
+
+def strips(run: Any, arrays: list[jax.Array], first: list[jax.Array]) -> Iterator[tuple[int, np.ndarray]]:
+    """First row, and rows on the host, of every device of this process; nothing of them moves to another one.
+
+    Args:
+        run: As for `kernel`, for one set of samples.
+        arrays: As for `kernel`.
+        first: As for `kernel`.
+    """
+    rows = run.sides[0] * run.rows
+    theta = compile_strips(run)(*_placed(run, arrays, first, None))
+    for shard in theta.addressable_shards:
+        start = shard.index[0].start or 0
+        if start < rows:  # else the device has nothing but samples that were repeated
+            yield start, np.asarray(shard.data)[: rows - start, :rows]
+
+
+def _placed(run: Any, arrays: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None) -> Any:
     mesh: Mesh = run.call.mesh
     rows = [_place(mesh, _pad(a, mesh.size), P(mesh.axis_names)) for a in first]
     cols = None if second is None else [_place(mesh, _pad(a, mesh.size), P(mesh.axis_names)) for a in second]
     whole = [_place(mesh, a, P()) for a in arrays]
     captured = [_place(mesh, a, P()) for a in run.consts]
-    return run.whole(whole, captured, rows, cols)
+    return whole, captured, rows, cols
 
 
 def compile_kernel(run: Any) -> Callable[..., jax.Array]:
     """The compiled function (arrays, consts, padded x1, padded x2) -> kernel for the mesh of the call."""
+    n1, n2 = run.sides[0], run.sides[-1]
+    shape = (n1 * run.rows, run.traced.c if run.call.outputs == "diagonal" else n2 * run.rows)
+    inner = compile_strips(run)
+
+    def padded(arrays: Any, consts: Any, first: Any, second: Any) -> jax.Array:
+        theta = inner(arrays, consts, first, second)
+        return theta[: shape[0], : shape[1]]
+
+    return jax.jit(padded, out_shardings=placement(run.call.mesh, shape))
+
+
+def compile_strips(run: Any) -> Callable[..., jax.Array]:
+    """The same for the kernel of the padded samples, each device with the rows of its own."""
     mesh: Mesh = run.call.mesh
     axes, size = mesh.axis_names, mesh.size
-    n1, n2 = run.sides[0], run.sides[-1]
     symmetric = run.call.n2 is None
 
     def ring(tree: Any, shift: int) -> Any:
@@ -99,14 +131,8 @@ def compile_kernel(run: Any) -> Callable[..., jax.Array]:
                 result = put(put(result, value, me + shift), mirror, me - shift + size)
         return result
 
-    spec, shape = P(axes), (n1 * run.rows, run.traced.c if run.call.outputs == "diagonal" else n2 * run.rows)
-    inner = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), spec, spec), out_specs=spec, check_vma=False)
-
-    def padded(arrays: Any, consts: Any, first: Any, second: Any) -> jax.Array:
-        theta = inner(arrays, consts, first, second)
-        return theta[: shape[0], : shape[1]]
-
-    return jax.jit(padded, out_shardings=placement(mesh, shape))
+    spec = P(axes)
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), spec, spec), out_specs=spec, check_vma=False))
 
 
 def placement(mesh: Mesh, shape: tuple[int, int]) -> NamedSharding:

@@ -11,6 +11,7 @@ from lplr_jax.plotting.cifar import cifar, scope_note  # noqa: E402
 from lplr_jax.plotting.edge import edge  # noqa: E402
 from lplr_jax.plotting.growing import Growing, growing  # noqa: E402
 from lplr_jax.plotting.losses import losses  # noqa: E402
+from lplr_jax.plotting.overview import overview  # noqa: E402
 from lplr_jax.plotting.panels import four_panel  # noqa: E402
 from lplr_jax.plotting.spectral import spectral  # noqa: E402
 from lplr_jax.plotting.style import save  # noqa: E402
@@ -27,6 +28,7 @@ __all__ = [
     "growing",
     "initialisation",
     "losses",
+    "overview",
     "plot",
     "save",
     "scope_note",

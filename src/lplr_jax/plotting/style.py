@@ -105,15 +105,19 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> tuple[Path, Path]:
     stem = checks.path("path", path)
     if not stem.name:
         raise ValueError(f"path must be that of a file, whose suffix is replaced, got {str(path)!r}")
-    written = []
-    # No dates in the files: the same record gives the same bytes.
-    for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None, "Producer": None})):
-        target = stem.with_suffix(suffix)
-        # Drawn in memory: on a full disk the PDF writer leaves its file open.
-        drawn = io.BytesIO()
-        with styled():
-            figure.savefig(drawn, format=suffix.removeprefix("."), dpi=200, metadata=metadata)
-        with atomic_write(target) as temporary:
-            temporary.write_bytes(drawn.getvalue())
-        written.append(target)
+    written, layout = [], figure.get_layout_engine()
+    try:
+        # No dates in the files: the same record gives the same bytes.
+        for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None, "Producer": None})):
+            target = stem.with_suffix(suffix)
+            # Drawn in memory: on a full disk the PDF writer leaves its file open.
+            drawn = io.BytesIO()
+            with styled():
+                figure.savefig(drawn, format=suffix.removeprefix("."), dpi=200, metadata=metadata)
+            figure.set_layout_engine("none")  # laid out once, for both: it takes as long as drawing
+            with atomic_write(target) as temporary:
+                temporary.write_bytes(drawn.getvalue())
+            written.append(target)
+    finally:
+        figure.set_layout_engine(layout)
     return written[0], written[1]

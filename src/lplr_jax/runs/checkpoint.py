@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,29 @@ class _Manifest:
     arrays: _File
     memory: Mapping[int, _File]
     facts: Mapping[str, Any]
+
+
+class _Memory(Mapping[int, Mapping[str, np.ndarray]]):
+    """What the probes remembered, by epoch, ascending: each is read when it is asked for, as all may not fit in memory.
+
+    Raises:
+        ArchiveError: at once, if one of the files is another one.
+        ValueError: at once, if one cannot be read.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[int, _File]) -> None:
+        self._folder, self._files = folder, dict(sorted(files.items()))
+        for epoch in self._files:
+            self[epoch]
+
+    def __getitem__(self, epoch: int) -> Mapping[str, np.ndarray]:
+        return _read_npz(self._folder / f"epoch_{epoch:08d}.npz", self._files[epoch])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 class Checkpoints:
@@ -268,10 +291,7 @@ class Checkpoints:
         missing = [name for i in range(len(leaves)) if (name := f"state-{i}") not in content]
         if missing:
             raise ValueError(f"{_ARRAYS} lacks {', '.join(missing[:5])}")
-        memory = {
-            epoch: _read_npz(self._folder / "memory" / f"epoch_{epoch:08d}.npz", file)
-            for epoch, file in sorted(manifest.memory.items())
-        }
+        memory = _Memory(self._folder / "memory", manifest.memory)
         restored = (_like(content[f"state-{i}"], leaf) for i, leaf in enumerate(leaves))
         self._memory = dict(manifest.memory)
         named = {key.removeprefix("array-"): value for key, value in content.items() if key.startswith("array-")}

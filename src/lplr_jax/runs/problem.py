@@ -75,7 +75,7 @@ def spread(epochs: Sequence[int], count: int) -> frozenset[int]:
 
 
 @jax.tree_util.register_pytree_node_class
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Problem:
     """A function, where its parameters start, its data and its loss: L(θ) = (1/s) Σ_i ℓ(f(θ, x_i), y_i).
 
@@ -110,7 +110,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         checks.function("apply_fn", self.apply_fn, "(params, x) -> outputs (n, c)")
-        checks.instance("loss", self.loss, Loss, 'such as losses.Squared("mean")')
+        checks.instance("loss", self.loss, Loss, 'such as losses.Squared("mean") or losses.Logistic()')
         checks.name("name", self.name)
         parameters.split(self.params)  # says what cannot be trained
         object.__setattr__(self, "params", parameters.strong(self.params))
@@ -123,9 +123,17 @@ class Problem:
             raise ValueError(f"y must have one row a sample of x, got {checks.shown(self.y)} for x of {self.n} samples")
         if not np.isfinite(np.asarray(self.y, np.float64)).all():
             raise ValueError("y holds numbers that are not finite; clean the data")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.x):
+            _check_finite(f"x{jax.tree_util.keystr(path)}", leaf)
+        outputs = jax.eval_shape(self.apply_fn, self.params, self.x)
         value = jax.eval_shape(self.objective.value, self.params, self.x, self.y)  # says what does not fit
+        self.loss.targets(self.y, outputs.shape, outputs.dtype)  # and which targets the loss is not defined for
         if value.shape:
             raise ValueError(f"the loss must be one number, got shape {value.shape}")
+
+    def __repr__(self) -> str:
+        """Say its sizes and no arrays."""
+        return f"Problem({self.name!r}: n = {self.n}, c = {self.c}, p = {self.p}, loss = {self.loss!r})"
 
     def tree_flatten(self) -> tuple[tuple[Any, Any, Any], tuple[ApplyFn, Loss, str]]:
         """Return what is traced, and what is not."""
@@ -209,6 +217,19 @@ class Problem:
             "initial_checksum": _digest((self.params, jax.tree.structure(self.params))),
             "data_checksum": _digest(self.data),
         }
+
+
+def _check_finite(name: str, leaf: Any) -> None:
+    """Raise ValueError for floating inputs that are not finite; what other processes hold is not looked at."""
+    if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
+        return
+    if getattr(leaf, "is_fully_addressable", True):
+        bad = ~np.isfinite(np.asarray(leaf, np.float32 if leaf.dtype.itemsize < 4 else None))
+        if bad.any():
+            row = np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))[0]
+            raise ValueError(
+                f"{name} holds {int(bad.sum())} numbers that are not finite, first in sample {row}; clean the data"
+            )
 
 
 def _digest(tree: Any) -> str:

@@ -54,7 +54,7 @@ def story(verdicts: Sequence[Verdict], record: Record) -> tuple[str, ...]:
 def _hypotheses(by: dict[str, Verdict]) -> str:
     condition = by["compatibility"]
     excess = condition.measured / condition.bound if condition.bound > 0 else math.inf
-    by_much = f" by the factor {excess:.1e}" if condition.outcome == "refuted" and math.isfinite(excess) else ""
+    by_much = f" by the factor {excess:.2g}" if condition.outcome == "refuted" and math.isfinite(excess) else ""
     parts = {part.claim: part for part in by["linear_rate"].parts}
     step = parts.get("linear_rate.step_size")
     told = [
@@ -77,7 +77,8 @@ def _conclusions(by: dict[str, Verdict]) -> str:
 
 def _steps(verdict: Verdict, word: str) -> str:
     if verdict.outcome == "not refuted":
-        return f"No {word} that was seen raises the loss beyond rounding ({OURS}): {verdict.note}."
+        unit = "with a_t the fall of L in units of η_t ‖∇L_t‖²"
+        return f"No {word} that was seen raises the loss beyond rounding ({OURS}), {unit}: {verdict.note}."
     if verdict.outcome == "refuted":
         return f"Some steps raise the loss ({OURS}): {verdict.note}."
     return f"Whether every {word} lowers the loss is {_open(verdict)} ({OURS}): {verdict.note}."
@@ -90,10 +91,11 @@ def _decrease(verdict: Verdict, window: Window | None, word: str) -> str:
     if not first > last:
         span = f"{word} {window.start} to {window.stop}"
         return f"The loss did not fall from {span}: there is no decrease to account for."
+    directions = f"{window.k} eigendirections" if window.k > 1 else "eigendirection"
     shares = [percent(window.share(bound)) for bound in (window.bound, window.bound_all)]
     return (
         f"PL with a floor ({OURS}) accounts for {shares[0]} of the decrease of log L, λ_min for {shares[1]}: in one "
-        f"window, {word} {window.start} to {window.stop}, the loss falls in the top {window.k} eigendirections at the "
+        f"window, {word} {window.start} to {window.stop}, the loss falls in the top {directions} at the "
         f"rate of λ_{window.k} >= {at_least(window.rate, 3)} to L_T <= {at_most(window.bound, 3)}, where {last:.3g} "
         "was reached; all of it is measured along the run, not predicted."
     )

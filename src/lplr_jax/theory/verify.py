@@ -56,7 +56,7 @@ def reading(verdicts: Sequence[Verdict]) -> str:
     if condition.outcome == "refuted":
         size = condition.measured / condition.bound if condition.bound > 0 else math.inf
         means = (
-            f"On every region that contains this run L_Θ r exceeds λ_0 by the factor {size:.1e}, so the theorem is "
+            f"On every region that contains this run L_Θ r exceeds λ_0 by the factor {size:.2g}, so the theorem is "
             "silent about the run: it is not false, and it explains nothing here."
         )
         if theorem.measured > 0:
