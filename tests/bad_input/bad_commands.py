@@ -135,7 +135,7 @@ def options_of(command):
         else:
             values, message = (), ""
         found += [(field.name, value, message) for value in values]
-        if field.name in RANGES and "Literal" not in kind:
+        if field.name in RANGES and not (field.name == "loss" and "Literal" in kind):
             values, message = RANGES[field.name]
             found += [(field.name, value, message) for value in values]
     return found
