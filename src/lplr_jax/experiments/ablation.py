@@ -88,7 +88,7 @@ PRESETS: dict[str, AblationConfig] = {
     "smoke": AblationConfig(widths="16,32,64", epochs=60, probe_every=20, hessian_probes=2, n_train=200),
     "default": AblationConfig(),
     "paper": AblationConfig(seeds="0,1,2", epochs=10_000),
-    "paper-like": AblationConfig(n_train=500, epochs=260, probe_every=26),
+    "paper-like": AblationConfig(n_train=500, epochs=260, probe_every=26, labels="bits"),
 }
 """Named sets of defaults: a run of seconds, the standard one, and a longer one for an accelerator, all calibrated; and
 the nearest one found to the paper's sentences (docs/reproduction.md), calibrated on them."""
