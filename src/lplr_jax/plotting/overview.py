@@ -114,12 +114,12 @@ def _accounts(ax: Axes, rows: Sequence[Mapping[str, str]]) -> None:
                 row["min"], (low, place), (-8, 0), textcoords="offset points", va="center", ha="right", fontsize=9
             )
         elif row["silent"]:
-            ax.text(1e-4, place, f"silent: {row['silent']}", va="center", fontsize=8.5, color="0.35", style="italic")
+            ax.text(6e-5, place, f"silent: {row['silent']}", va="center", fontsize=8.5, color="0.35", style="italic")
     ax.plot([], [], "o", color=_BLUE, label=r"$\lambda_{\min}$ alone")
     ax.plot([], [], "D", color=_GREEN, label="PL with a floor (ours)")
     ax.legend(loc="upper left", ncols=2, fontsize=8.5, handletextpad=0.1, columnspacing=1.2, borderpad=0.1)
     ax.set_xscale("log")
-    ax.set_xlim(6e-5, 1.5e3)
+    ax.set_xlim(3e-5, 1.5e3)
     ax.set_xticks([1e-3, 1e-2, 1e-1, 1, 10, 100])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.tick_params(axis="y", labelleft=False)
