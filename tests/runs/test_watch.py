@@ -68,7 +68,7 @@ METHODS = {
     "gradient descent": (lambda: optax.sgd(0.05), "descent"),
     "decreasing step": (lambda: optax.sgd(optax.cosine_decay_schedule(0.05, 2 * STEPS)), "moving"),
     "norm clipping": (lambda: optax.chain(optax.clip_by_global_norm(0.3), optax.sgd(0.05)), "moving"),
-    "heavy ball": (lambda: optax.sgd(0.05, momentum=0.9), "other"),
+    "heavy ball": (lambda: optax.sgd(0.05, momentum=0.9), "heavy ball"),
     "nesterov": (lambda: optax.sgd(0.05, momentum=0.9, nesterov=True), "other"),
     "adam": (lambda: optax.adam(0.01), "other"),
     "adamw": (lambda: optax.adamw(0.01), "other"),
@@ -133,7 +133,7 @@ def test_every_framework(framework):
 def test_every_method(method, handed):
     """A linear model has L_Θ = 0, so gradient descent of a fixed small step is proved and nothing else may be.
 
-    Steps that move along the gradient have a statement of ours, which is not refuted.
+    Steps that move along the gradient, and those of heavy ball, have statements of ours, which are not refuted.
     """
     x, y = data()
     x = np.linalg.qr(np.random.default_rng(2).normal(size=(N + 2, N)))[0].T.astype(np.float32)
@@ -144,9 +144,10 @@ def test_every_method(method, handed):
     verdict = rate(look.record)
     if kind == "descent":
         assert verdict.outcome == "proved", verdict
-    elif kind == "moving":
+    elif kind in ("moving", "heavy ball"):
         assert verdict.outcome == "not refuted", verdict
-        assert verdict.reference == "ours (moving step)", "the paper's rate is that of a fixed step"
+        reference = {"moving": "ours (moving step)", "heavy ball": "ours (heavy ball)"}[kind]
+        assert verdict.reference == reference, "the paper's rate is that of a fixed step"
     else:
         assert verdict.outcome == "not applicable", verdict
         assert "not along" in verdict.note or "fixed step" in verdict.note

@@ -1,4 +1,4 @@
-"""Linear rates of other steps by their own statements: heavy ball, half a cosine, steps that go with 1/L."""
+"""Linear rates of other steps by their own statements: heavy ball, half a cosine, steps that grow as L falls."""
 
 import math
 

@@ -33,7 +33,7 @@ def linear_rate(evidence: Evidence) -> Verdict:
 
     Where ‖θ_{t+1} - θ_t + η ∇L_t‖ is one share γ of the step before, the run is heavy ball, and the Lyapunov function
     V = L + A ‖θ_t - θ_{t-1}‖² is held to fall by 1 - cημ a step. On logistic loss and cross-entropy of classes nothing
-    is said of a fixed step; where the steps go with 1/L it is L_{t+1} <= (1 - .2786 γλ_t/(n B_t)) L_t that is held.
+    is said of a fixed step; where the steps grow as L falls it is L_{t+1} <= (1 - .2786 γλ_t/(n B_t)) L_t that is held.
     """
     reference, method = "Theorem 5.7", evidence.method
     if evidence.loss != "squared":
