@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.optimize
 from jaxtyping import Float
 
 from lplr_jax import checks
@@ -91,6 +90,8 @@ def saturation(m: Float[np.ndarray, " k"], values: Float[np.ndarray, " k"]) -> S
     best = int(np.argmin([linear(place)[0] for place in places]))
     low, high = places[max(best - 1, 0)], places[min(best + 1, places.size - 1)]
     settings = {"bounds": (low, high), "method": "bounded", "options": {"xatol": 1e-12}}
+    import scipy.optimize  # most figures need none of it, and it takes as long to load as one to draw
+
     found: Any = scipy.optimize.minimize_scalar(lambda place: linear(place)[0], **settings)
     log_b = float(found.x)
     _, (rise, c) = linear(log_b)

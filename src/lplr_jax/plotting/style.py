@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 
 from lplr_jax import checks
@@ -20,6 +21,8 @@ from lplr_jax.records import SQUARED, Record
 STYLE = Path(__file__).with_name("lplr.mplstyle")
 TITLE_LETTERS = 13
 """Letters of a title that fit into an inch."""
+DPI = 200
+"""Pixels of an inch in a PNG."""
 LONGEST = 120
 """Letters of one text from a record that a title shows."""
 LONGEST_NAME = 40
@@ -105,19 +108,26 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> tuple[Path, Path]:
     stem = checks.path("path", path)
     if not stem.name:
         raise ValueError(f"path must be that of a file, whose suffix is replaced, got {str(path)!r}")
-    written, layout = [], figure.get_layout_engine()
+    written, layout, canvas, dpi = [], figure.get_layout_engine(), figure.canvas, figure.dpi
+    # `savefig` draws everything twice for each file, once to lay it out; what it calls at last draws once.
+    figure.set_dpi(DPI)
     try:
-        # No dates in the files: the same record gives the same bytes.
-        for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None, "Producer": None})):
+        for suffix in (".png", ".pdf"):
             target = stem.with_suffix(suffix)
             # Drawn in memory: on a full disk the PDF writer leaves its file open.
             drawn = io.BytesIO()
             with styled():
-                figure.savefig(drawn, format=suffix.removeprefix("."), dpi=200, metadata=metadata)
+                # No dates in the files: the same record gives the same bytes.
+                if suffix == ".png":
+                    FigureCanvasAgg(figure).print_png(drawn, metadata={"Software": None})
+                else:
+                    FigureCanvasPdf(figure).print_pdf(drawn, metadata={"CreationDate": None, "Producer": None})
             figure.set_layout_engine("none")  # laid out once, for both: it takes as long as drawing
             with atomic_write(target) as temporary:
                 temporary.write_bytes(drawn.getvalue())
             written.append(target)
     finally:
         figure.set_layout_engine(layout)
+        figure.set_dpi(dpi)
+        figure.set_canvas(canvas)
     return written[0], written[1]
