@@ -13,7 +13,8 @@ import numpy as np
 
 from lplr_jax import archives, checks, rooms
 from lplr_jax.files import atomic_write
-from lplr_jax.schema import INTEGERS, LARGEST_INTEGER, REQUIRED, SCHEMA, SINCE_2, Values
+from lplr_jax.schema import INTEGERS, REQUIRED, SCHEMA, SINCE_2
+from lplr_jax.values import LARGEST_INTEGER, Values
 
 if TYPE_CHECKING:
     import xarray

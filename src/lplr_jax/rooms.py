@@ -24,6 +24,7 @@ ROOMS = (
     Room("checks", "ground", "settings and arrays held against what they may be"),
     Room("archives", "ground", "files from elsewhere, read with bounds"),
     Room("files", "ground", "files written whole or not at all"),
+    Room("values", "right", "what the numbers of an array may be"),
     Room("schema", "right", "every name, unit and meaning of a record"),
     Room("records", "right", "Record, to npz and back"),
     Room("arms", "right", "the records of a folder of arms"),

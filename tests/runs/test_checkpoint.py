@@ -229,7 +229,7 @@ def forged(folder, **changes):
     del manifest["sha256"]
     manifest |= {name: value for name, value in changes.items() if value is not ...}
     manifest = {name: value for name, value in manifest.items() if changes.get(name) is not ...}
-    path.write_text(json.dumps({**manifest, "sha256": checkpoint._digest(manifest)}))
+    path.write_text(json.dumps({**manifest, "sha256": checkpoint.digest(manifest)}))
 
 
 HASH = "0" * 64
@@ -314,12 +314,12 @@ def test_no_room_leaves_the_one_before(where, tmp_path, monkeypatch):
         path.write_bytes(b"half of it")
         full()
 
-    writes = iter([write, checkpoint._write_npz] if where == "memory" else [checkpoint._write_npz, write])
+    writes = iter([write, checkpoint.write_npz] if where == "memory" else [checkpoint.write_npz, write])
     with monkeypatch.context() as patched:
         if where in ("arrays.npz", "memory"):
-            patched.setattr(checkpoint, "_write_npz", lambda path, arrays: next(writes)(path, arrays))
+            patched.setattr(checkpoint, "write_npz", lambda path, arrays: next(writes)(path, arrays))
         elif where == "manifest.json":
-            patched.setattr(checkpoint, "_canonical", full)
+            patched.setattr(checkpoint, "canonical", full)
         else:
             patched.setattr(checkpoint, "sync_tree", full)
         with pytest.raises(OSError, match="No space left on device") as refusal:
@@ -336,7 +336,7 @@ def test_no_room_is_foreseen(tmp_path, monkeypatch):
     folder = saved_in(tmp_path / "c", epochs=(4,))
     usage = shutil.disk_usage(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    monkeypatch.setattr(checkpoint, "_write_npz", lambda *_: pytest.fail("something was written"))
+    monkeypatch.setattr(checkpoint, "write_npz", lambda *_: pytest.fail("something was written"))
     for arguments in ({"arrays": {"x": np.zeros(20_000)}}, {"arrays": {}, "remembered": {"x": np.zeros(20_000)}}):
         with pytest.raises(OSError, match=r"bytes are needed, 100,000 are free\).*epoch_00000005") as refusal:
             Checkpoints(folder, identity=ONE).save(5, STATE, **arguments)
