@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lplr_jax.ntk.jaxpr import Held, Op, Program, assemble, inline
+from lplr_jax.ntk.jaxpr import Held, Op, Program, Rewriting, inline
 
 # What a weight may pass through as a whole that its parts may pass through each by itself.
 _MOVES = frozenset({"transpose", "convert_element_type", "copy", "copy_p", "neg"})
@@ -58,33 +58,20 @@ class _Joined:
     axis: int
 
 
-class _Division:
+class _Division(Rewriting):
     def __init__(self, program: Program, joined: Sequence[Op]):
-        self.given, self.first = program, set(joined)
-        self.avals = list(program.avals)
-        self.ops: list[Op] = []
-        self.same: dict[int, Any] = {}
+        super().__init__(program)
+        self.first = set(joined)
         self.joined: dict[Any, _Joined] = {}
 
     def program(self) -> Program:
-        given = self.given
-        for op in given.ops:
-            self._add(Op(op.eqn, tuple(map(self._named, op.ins)), op.outs), whole=op in self.first)
-        arguments = {"params": given.params, "inputs": given.inputs, "consts": given.consts}
-        return assemble(self.ops, self.avals, self._named(given.output), keep=True, **arguments)
-
-    def _named(self, atom: Any) -> Any:
-        return self.same.get(atom, atom) if isinstance(atom, int) else atom
-
-    def _new(self, aval: Any) -> int:
-        self.avals.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
-        return len(self.avals) - 1
+        for op in self.given.ops:
+            self._add(Op(op.eqn, tuple(map(self.named, op.ins)), op.outs), whole=op in self.first)
+        return self.assembled(self.named(self.given.output))
 
     def _apply(self, function: Callable[..., jax.Array], atoms: Sequence[Any]) -> Any:
-        given = [self.avals[atom] if isinstance(atom, int) else jnp.asarray(atom.val) for atom in atoms]
-        (out,) = inline(
-            jax.make_jaxpr(function)(*given), atoms, self._new, lambda _, value: Held(value), self.ops
-        )  # fmt: skip
+        body = jax.make_jaxpr(function)(*map(self.aval, atoms))
+        (out,) = inline(body, atoms, self.new, lambda _, value: Held(value), self.ops)
         return out
 
     def _add(self, op: Op, *, whole: bool) -> None:

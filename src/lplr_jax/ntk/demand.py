@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from lplr_jax.ntk.counters import operation
-from lplr_jax.ntk.jaxpr import Held, Op, Program, assemble
+from lplr_jax.ntk.jaxpr import Held, Op, Program, Rewriting
 
 Box = tuple[tuple[int, int], ...]
 
@@ -189,26 +189,18 @@ def _reshaped(before: Sequence[int], after: Sequence[int], box: Box) -> tuple[Bo
     return tuple(read), tuple(made)
 
 
-class _Narrowing:
+class _Narrowing(Rewriting):
     def __init__(self, program: Program, want: dict[int, Box]):
-        self.given, self.want = program, want
-        self.avals = list(program.avals)
-        self.ops: list[Op] = []
+        super().__init__(program)
+        self.want = want
         self.have: dict[int, Box] = {}
-        self.same: dict[int, int] = {}
         self.views: dict[tuple[int, Box], int] = {}
 
     def program(self) -> Program:
         given = self.given
         for op in given.ops:
             self._add(op)
-        output = self._view(given.output, _full(given.avals[given.output].shape))
-        arguments = {"params": given.params, "inputs": given.inputs, "consts": given.consts}
-        return assemble(self.ops, self.avals, output, keep=True, **arguments)
-
-    def _new(self, aval: Any) -> int:
-        self.avals.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
-        return len(self.avals) - 1
+        return self.assembled(self._view(given.output, _full(given.avals[given.output].shape)))
 
     def _view(self, atom: Any, box: Box) -> Any:
         """What holds a box of a slot or literal."""
@@ -216,13 +208,13 @@ class _Narrowing:
             value = np.asarray(atom.val)
             return atom if box == _full(value.shape) else Held(value[tuple(slice(*limits) for limits in box)])
         have = self.have.get(atom, _full(self.given.avals[atom].shape))
-        slot = self.same.get(atom, atom)
+        slot = self.named(atom)
         if have == box:
             return slot
         if (atom, box) not in self.views:
             starts = [low - base for (low, _), (base, _) in zip(box, have, strict=True)]
             limits = [high - base for (_, high), (base, _) in zip(box, have, strict=True)]
-            cut = operation(lambda a: lax.slice(a, starts, limits), self.avals[slot], slot, self._new)
+            cut = operation(lambda a: lax.slice(a, starts, limits), self.avals[slot], slot, self.new)
             self.ops.append(cut)
             (self.views[atom, box],) = cut.outs
         return self.views[atom, box]
@@ -242,7 +234,7 @@ class _Narrowing:
         params = dict(op.params)
         if op.name in ("broadcast_in_dim", "reshape"):
             params["shape" if op.name == "broadcast_in_dim" else "new_sizes"] = _sizes(made)
-        avals = [self.avals[atom] if isinstance(atom, int) else jnp.asarray(atom.val) for atom in ins]
+        avals = list(map(self.aval, ins))
         bind = lambda *operands: op.eqn.primitive.bind(*operands, **params)  # noqa: E731
         eqn = jax.make_jaxpr(bind)(*avals).jaxpr.eqns[-1]
         self.avals[slot] = jax.ShapeDtypeStruct(_sizes(made), self.avals[slot].dtype)

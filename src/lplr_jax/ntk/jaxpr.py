@@ -278,3 +278,39 @@ def assemble(
         uses={slot: tuple(readers) for slot, readers in uses.items()},
         on_x=frozenset(on_x),
     )
+
+
+class Rewriting:
+    """A program that is written anew, operation by operation: its slots so far, and what stands for which.
+
+    Attributes:
+        given: The program as it was.
+        avals: Shape and dtype of each slot, those of `given` first.
+        ops: Operations so far.
+        same: Slot (or literal) that takes the place of one of `given`.
+    """
+
+    def __init__(self, program: Program):
+        self.given = program
+        self.avals = list(program.avals)
+        self.ops: list[Op] = []
+        self.same: dict[int, Any] = {}
+
+    def named(self, atom: Any) -> Any:
+        """What stands for a slot or literal."""
+        return self.same.get(atom, atom) if isinstance(atom, int) else atom
+
+    def new(self, aval: Any) -> int:
+        """A slot."""
+        self.avals.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+        return len(self.avals) - 1
+
+    def aval(self, atom: Any) -> Any:
+        """What has the shape and dtype of a slot or literal."""
+        return self.avals[atom] if isinstance(atom, int) else jnp.asarray(atom.val)
+
+    def assembled(self, output: Any) -> Program:
+        """The program that was written, with the arguments of the one given."""
+        given = self.given
+        arguments = {"params": given.params, "inputs": given.inputs, "consts": given.consts}
+        return assemble(self.ops, self.avals, output, keep=True, **arguments)

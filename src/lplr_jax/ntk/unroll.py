@@ -10,12 +10,11 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from lplr_jax.ntk.counters import folded, operation
-from lplr_jax.ntk.jaxpr import Held, Op, Program, assemble, inline
+from lplr_jax.ntk.jaxpr import Held, Op, Program, Rewriting, inline
 from lplr_jax.ntk.loops import enterable, operand_counts
 
 # Scans of at most this many steps (calibrated on six layers of a transformer of width 64: a third of the time is saved,
@@ -60,38 +59,20 @@ def _is_short(op: Op, samples: int) -> bool:
     return samples * multiply_adds(op.params["jaxpr"]) >= WORK
 
 
-class _Unrolling:
-    def __init__(self, program: Program):
-        self.given = program
-        self.avals = list(program.avals)
-        self.ops: list[Op] = []
-        self.same: dict[int, Any] = {}
-
+class _Unrolling(Rewriting):
     def program(self, samples: int) -> Program:
         given = self.given
         needed = {atom for op in given.ops for atom in op.ins if isinstance(atom, int)} | {given.output}
         for op in given.ops:
-            op = replace(op, ins=tuple(self._named(atom) for atom in op.ins))
+            op = replace(op, ins=tuple(map(self.named, op.ins)))
             if _is_short(op, samples):
                 self._steps(op, needed)
             else:
                 self.ops.append(op)
-        output = self._named(given.output)
-        arguments = {"params": given.params, "inputs": given.inputs, "consts": given.consts}
-        return assemble(self.ops, self.avals, output, keep=True, **arguments)
-
-    def _named(self, atom: Any) -> Any:
-        return self.same.get(atom, atom) if isinstance(atom, int) else atom
-
-    def _new(self, aval: Any) -> int:
-        self.avals.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
-        return len(self.avals) - 1
-
-    def _aval(self, atom: Any) -> Any:
-        return self.avals[atom] if isinstance(atom, int) else jnp.asarray(atom.val)
+        return self.assembled(self.named(given.output))
 
     def _apply(self, function: Any, atom: Any) -> Any:
-        self.ops.append(operation(function, self._aval(atom), atom, self._new))
+        self.ops.append(operation(function, self.aval(atom), atom, self.new))
         return self.ops[-1].outs[0]
 
     def _steps(self, op: Op, needed: set[Any]) -> None:
@@ -113,7 +94,7 @@ class _Unrolling:
             state = [typed(atom, aval) for atom, aval in zip(state, held, strict=True)]
             ops: list[Op] = []
             hold = lambda _, value: Held(value)  # noqa: E731
-            outs = self._folded(ops, inline(body, [*op.ins[:whole], *state, *slices], self._new, hold, ops))
+            outs = self._folded(ops, inline(body, [*op.ins[:whole], *state, *slices], self.new, hold, ops))
             state = outs[:handed]
             for results, atom in zip(rows, outs[handed:], strict=True):
                 results[step] = atom
@@ -126,7 +107,7 @@ class _Unrolling:
     def _folded(self, ops: Sequence[Op], outs: Sequence[Any]) -> list[Any]:
         known: dict[int, Held] = {}
         for op in ops:
-            found = folded(op, known, self._aval)
+            found = folded(op, known, self.aval)
             if isinstance(found, Held):
                 known[op.outs[0]] = found
             else:
@@ -139,7 +120,7 @@ class _Unrolling:
         one = jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype)
         rows = []
         for atom in results:
-            self.ops.append(operation(to, one, atom, self._new))
+            self.ops.append(operation(to, one, atom, self.new))
             rows.append(self.ops[-1].outs[0])
         eqn = jax.make_jaxpr(lambda *a: lax.concatenate(a, 0))(*(self.avals[row] for row in rows)).jaxpr.eqns[-1]
         self.ops.append(Op(eqn, tuple(rows), (slot,)))
