@@ -19,8 +19,8 @@ def problem_cases():
     """Return every case of this module."""
     lost = np.where(X[2, 1] == X, np.float32(np.nan), X)
     return [
-        Case("Problem of inputs with NaN", lambda _: Problem(linear, W, lost, Y), (ValueError,), "x holds 1 numbers that are not finite, first in sample 2"),
-        Case("Problem of a tree of inputs with infinity", lambda _: Problem(lambda w, x: x["a"] @ w, W, {"a": np.full_like(X, np.inf)}, Y), (ValueError,), r"x\['a'\] holds 12 numbers that are not finite"),
+        Case("Problem of inputs with NaN", lambda _: Problem(linear, W, lost, Y), (ValueError,), "x has 1 NaN or infinite entries of 12, in sample 2; clean the data"),
+        Case("Problem of a tree of inputs with NaN", lambda _: Problem(lambda w, x: x["a"] @ w, W, {"a": np.full_like(X, np.nan)}, Y), (ValueError,), r"x\['a'\] has 12 NaN or infinite entries of 12, in samples 0, 1, 2, 3"),
         Case("Problem of targets with NaN", lambda _: Problem(linear, W, X, Y * np.nan), (ValueError,), "y holds numbers that are not finite"),
         Case("Problem of labels that are not ±1", lambda _: Problem(linear, W, X, 3 * Y, loss=losses.Logistic()), (ValueError,), "-1 or"),
         Case("Problem of a loss by its name", lambda _: Problem(linear, W, X, Y, loss="mse"), (ValueError, TypeError), "loss must be a Loss, such as"),

@@ -79,7 +79,8 @@ def test_a_set_up_without_a_step_size_is_told(tmp_path, monkeypatch):
     assert said[0].startswith("default: 0 of 0 statements")
 
 
-def test_the_time_of_a_search_ends_and_it_goes_on(tmp_path, monkeypatch):
+def recording():
+    """Names of the set-ups that were run, and what stands for running one."""
     ran = []
 
     def quick(set_up, folder, **_):
@@ -87,6 +88,11 @@ def test_the_time_of_a_search_ends_and_it_goes_on(tmp_path, monkeypatch):
         ran.append(set_up.name)
         return dataclasses.replace(scored(2), set_up=set_up)
 
+    return ran, quick
+
+
+def test_the_time_of_a_search_ends_and_it_goes_on(tmp_path, monkeypatch):
+    ran, quick = recording()
     monkeypatch.setattr(search, "run_one", quick)
     clock = iter(np.arange(0.0, 1000.0, 40.0))
     monkeypatch.setattr(search.time, "monotonic", lambda: next(clock))
@@ -174,13 +180,7 @@ def test_set_ups_of_the_search_are_arms(tmp_path, monkeypatch, capsys):
     command = ["reproduce", "--preset", "smoke", "--runs", str(tmp_path), "--search"]
     assert cli.main([*command, "--list-arms"]) == cli.OK
     assert json.loads(capsys.readouterr().out) == ["default", "labels=bits", "output_init=zero"]
-    ran = []
-
-    def quick(set_up, folder, **_):
-        (folder / set_up.name).mkdir(parents=True, exist_ok=True)
-        ran.append(set_up.name)
-        return dataclasses.replace(scored(2), set_up=set_up)
-
+    ran, quick = recording()
     monkeypatch.setattr(search, "run_one", quick)
     for arm in ("1", "labels=bits+output_init=zero"):
         assert cli.main([*command, "--arm", arm]) == cli.OK

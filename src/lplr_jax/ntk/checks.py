@@ -61,7 +61,7 @@ def inputs(params: Any, x: Any) -> Parameters:
     if 0 in sizes.values():
         raise ValueError("x holds no samples (leading axis 0); the kernel needs at least one")
     for path, leaf in leaves:
-        _check_samples(f"x{keystr(path)}", leaf)
+        sample_values(f"x{keystr(path)}", leaf)
     for i in split.theta:
         _check_finite(f"params{split.paths[i]}", split.arrays[i])
     return split
@@ -241,7 +241,12 @@ def on_host(leaf: Any) -> bool:
     return not isinstance(leaf, jax.core.Tracer) and all(device.platform == "cpu" for device in leaf.devices())
 
 
-def _check_samples(name: str, leaf: Any) -> None:
+def sample_values(name: str, leaf: Any) -> None:
+    """Refuse samples with NaN; infinite entries are data, as those of an additive mask.
+
+    Raises:
+        UntrustedError: If there are any.
+    """
     if not is_float(leaf):
         return
     bad = np.isnan(np.asarray(leaf)) if on_host(leaf) else jnp.isnan(leaf)

@@ -17,6 +17,7 @@ from lplr_jax import checks, diagnostics, parameters
 from lplr_jax.losses import Loss, Objective, Squared
 from lplr_jax.measurement.noise import Batches
 from lplr_jax.measurement.probe import KernelProbe
+from lplr_jax.ntk.checks import sample_values
 from lplr_jax.ntk.empirical import Precision, check_kernel_name
 from lplr_jax.ntk.memory import bytes_of, total_memory
 from lplr_jax.types import ApplyFn, Params
@@ -124,7 +125,8 @@ class Problem:
         if not np.isfinite(np.asarray(self.y, np.float64)).all():
             raise ValueError("y holds numbers that are not finite; clean the data")
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.x):
-            _check_finite(f"x{jax.tree_util.keystr(path)}", leaf)
+            if getattr(leaf, "is_fully_addressable", True):  # what other processes hold is not looked at
+                sample_values(f"x{jax.tree_util.keystr(path)}", leaf)
         outputs = jax.eval_shape(self.apply_fn, self.params, self.x)
         value = jax.eval_shape(self.objective.value, self.params, self.x, self.y)  # says what does not fit
         self.loss.targets(self.y, outputs.shape, outputs.dtype)  # and which targets the loss is not defined for
@@ -217,19 +219,6 @@ class Problem:
             "initial_checksum": _digest((self.params, jax.tree.structure(self.params))),
             "data_checksum": _digest(self.data),
         }
-
-
-def _check_finite(name: str, leaf: Any) -> None:
-    """Raise ValueError for floating inputs that are not finite; what other processes hold is not looked at."""
-    if not (hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)):
-        return
-    if getattr(leaf, "is_fully_addressable", True):
-        bad = ~np.isfinite(np.asarray(leaf, np.float32 if leaf.dtype.itemsize < 4 else None))
-        if bad.any():
-            row = np.flatnonzero(bad.reshape(len(bad), -1).any(axis=1))[0]
-            raise ValueError(
-                f"{name} holds {int(bad.sum())} numbers that are not finite, first in sample {row}; clean the data"
-            )
 
 
 def _digest(tree: Any) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
-from lplr_jax.theory.claims.claim import Claim, Rests
+from lplr_jax.theory.claims.claim import Claim, Rests, not_stated
 from lplr_jax.theory.claims.compatibility import COMPATIBILITY
 from lplr_jax.theory.claims.consistency import CONSISTENCY
 from lplr_jax.theory.claims.containment import CONTAINMENT
@@ -70,10 +70,7 @@ def judge(name: str, evidence: Evidence) -> Verdict:
         raise KeyError(f"there is no claim {name!r}; there are {', '.join(CLAIMS)}")
     claim = REGISTRY[name]
     if not claim.covers(evidence.loss):
-        note = f"stated for the loss {' or '.join(claim.losses)}; that of this run is {evidence.loss}"
-        more = claim.otherwise(evidence) if claim.otherwise else ""
-        note += f"; {more}" if more else ""
-        return Verdict(claim.id, claim.reference, "not applicable", note=note)
+        return not_stated(claim.id, claim.reference, claim.losses, evidence, claim.otherwise)
     verdict = _doubted(claim.check(evidence), "", claim.rests_on, evidence)
     missing = evidence.missing(claim.needs)
     if missing and (verdict.met or verdict.outcome == "undecided"):

@@ -66,3 +66,16 @@ class Claim:
     def losses(self) -> tuple[str, ...]:
         """The losses it is stated for, in words."""
         return ("any",) if self.loss == "any" else tuple(f"{x}...)" if x.endswith("(") else x for x in self.loss)
+
+
+def not_stated(
+    id_: str,
+    reference: str,
+    losses: tuple[str, ...],
+    evidence: Evidence,
+    otherwise: Callable[[Evidence], str] | None,
+) -> Verdict:
+    """Return the verdict on a run whose loss is none of those that a statement is about."""
+    note = f"stated for the loss {' or '.join(losses)}; that of this run is {evidence.loss}"
+    more = otherwise(evidence) if otherwise else ""
+    return Verdict(id_, reference, "not applicable", note=f"{note}; {more}" if more else note)

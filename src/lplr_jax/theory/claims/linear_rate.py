@@ -7,13 +7,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from lplr_jax.curves.summary import gradient_law
-from lplr_jax.theory.claims.claim import Claim, Rests
+from lplr_jax.theory.claims.claim import Claim, Rests, not_stated
 from lplr_jax.theory.claims.descent import descent
 from lplr_jax.theory.claims.example import linear_regression
 from lplr_jax.theory.claims.heavy_ball import heavy_ball_rate
 from lplr_jax.theory.claims.held import held
 from lplr_jax.theory.claims.local_pl import mu_lower
-from lplr_jax.theory.claims.loss_scaled import LOSSES, loss_scaled, loss_scaled_rate
+from lplr_jax.theory.claims.loss_bridge import MARGINS
+from lplr_jax.theory.claims.loss_scaled import loss_scaled, loss_scaled_rate
 from lplr_jax.theory.claims.moving_step import moving_rate
 from lplr_jax.theory.evidence import HESSIAN_ERROR, Evidence
 from lplr_jax.theory.method import NOT_SEEN
@@ -39,8 +40,7 @@ def linear_rate(evidence: Evidence) -> Verdict:
     if evidence.loss != "squared":
         if loss_scaled(evidence):
             return loss_scaled_rate(evidence)
-        note = f"stated for the loss squared; that of this run is {evidence.loss}"
-        return Verdict("linear_rate", reference, "not applicable", note=f"{note}; {_otherwise(evidence)}")
+        return not_stated("linear_rate", reference, ("squared",), evidence, _otherwise)
     note = "the theorem is about gradient descent with a fixed step; "
     if not method.total:
         return Verdict("linear_rate", reference, "not applicable", note=f"{note}no step was taken")
@@ -248,7 +248,7 @@ LINEAR_RATE = Claim(
     latex=r"L(\theta_t) \le (1 - \eta\mu)^t L(\theta_0) \quad \text{where } \mu > 0,\ \eta \le 1/\beta",
     needs=("step_size", "step_deviation", "step_rounding"),
     rests_on=Rests(kernels=("", "bound_pointwise"), hessians=("", "step_size")),
-    loss=("squared", *LOSSES),
+    loss=("squared", *MARGINS),
     otherwise=_otherwise,
     check=linear_rate,
     example=linear_regression,

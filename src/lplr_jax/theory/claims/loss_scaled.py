@@ -22,19 +22,17 @@ import numpy as np
 from lplr_jax.schema import LOSS_SCALED_DECREASE
 from lplr_jax.theory.claims.decrease import decrease_of
 from lplr_jax.theory.claims.held import held
-from lplr_jax.theory.claims.loss_bridge import chain_of, window_of
+from lplr_jax.theory.claims.loss_bridge import MARGINS, chain_of, window_of
 from lplr_jax.theory.evidence import Evidence
 from lplr_jax.theory.verdict import Outcome, Verdict, at_least, at_most, factor
 
 REFERENCE = "ours (loss-scaled step)"
-LOSSES = ("logistic", "softmax_cross_entropy")
-"""Losses with ‖∇²L‖ <= B q̄."""
 
 
 def loss_scaled(evidence: Evidence) -> bool:
     """Return whether the steps were seen to grow as L falls, as those of the rule do, and of others that follow β."""
     method = evidence.method
-    if evidence.loss not in LOSSES or method.kind != "gradient descent" or method.fixed:
+    if evidence.loss not in MARGINS or method.kind != "gradient descent" or method.fixed:
         return False
     loss = evidence.series("loss")
     with np.errstate(divide="ignore", invalid="ignore"):
