@@ -134,12 +134,20 @@ def test_initialisations_go_on_where_they_stopped(tmp_path):
 
 
 def left_by(folder):
-    """What an experiment leaves behind: arrays by checksum, tables and figures by their bytes."""
+    """What an experiment leaves behind: arrays by checksum, tables and figures by their bytes.
+
+    Of the report that it is there and whole: it tells the command and the seconds of a run.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             name = str(path.relative_to(folder))
-            found[name] = records.load(path).checksum() if path.name == "record.npz" else path.read_bytes()
+            if path.name == "record.npz":
+                found[name] = records.load(path).checksum()
+            elif path.name == "report.html":
+                found[name] = path.read_text(encoding="utf-8").rstrip().endswith("</html>")
+            else:
+                found[name] = path.read_bytes()
     return found
 
 
