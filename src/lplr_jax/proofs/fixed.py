@@ -130,7 +130,8 @@ def _settled(
     while first < last - 1 and not digits[first].any():
         first += 1
     high -= first
-    while last > first + places:
+    # Digits below the range of float64 have no place either.
+    while last > first and (last > first + places or high - (last - first) < -_RANGE):
         last -= 1
         cut = digits[last]
         if cut.any():
@@ -139,10 +140,10 @@ def _settled(
             radius = lost if radius is None else (radius + lost) * _UP
     while last > first + 1 and not digits[last - 1].any():
         last -= 1
-    digits = digits[first:last]
+    digits = digits[first:last] if last > first else np.zeros((1, *digits.shape[1:]))
     if digits.shape[0] == 1 and not digits.any():
         high = 0
-    if high > _RANGE or high - digits.shape[0] < -_RANGE:
+    if high > _RANGE:
         raise UndecidedError(f"numbers of size 2^{BITS * high} are beyond the range of the enclosures")
     if radius is not None and not radius.any():
         radius = None

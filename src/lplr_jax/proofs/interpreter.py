@@ -37,8 +37,8 @@ def value(array: Any, places: int) -> Value:
     if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
         return np.asarray(array)
     wide = np.asarray(array).astype(np.float64)
-    # What is compared with ∞ is less; it is good for nothing else.
-    return wide if np.isposinf(wide).any() else fx.fixed(wide, places)
+    # What is compared with ∞ is less, and a NaN may be left unchosen; they are good for nothing else.
+    return wide if (np.isposinf(wide) | np.isnan(wide)).any() else fx.fixed(wide, places)
 
 
 def run(closed: jex.ClosedJaxpr, args: Sequence[Value], places: int) -> list[Value]:
@@ -102,10 +102,8 @@ def _apply(eqn: Any, ins: list[Value], places: int) -> Sequence[Value]:
     rule = _RULES.get(name)
     if rule is None:
         raise UndecidedError(f"{name} has no rule")
-    if name not in _COMPARISONS and any(
-        not isinstance(x, Fixed) and np.issubdtype(x.dtype, np.floating) and name not in _MOVES for x in ins
-    ):
-        raise UndecidedError(f"{name} takes an infinity")
+    if name not in _TAKE_ANY and any(not isinstance(x, Fixed) and np.issubdtype(x.dtype, np.floating) for x in ins):
+        raise UndecidedError(f"{name} takes a number that is not finite")
     found = rule(settings, ins, places)
     return found if isinstance(found, list) else [found]
 
@@ -403,7 +401,10 @@ def _absolute(_: dict[str, Any], ins: list[Any], places: int) -> Fixed:
 def _select(_: dict[str, Any], ins: list[Any], places: int) -> Value:
     which, cases = _exact(ins[0]).astype(np.int64), ins[1:]
     if any(isinstance(case, Fixed) for case in cases):
-        return fx.choose(which, cases)
+        wide = np.broadcast_to(which, cases[0].shape)
+        if any(not isinstance(case, Fixed) and (wide == i).any() for i, case in enumerate(cases)):
+            raise UndecidedError("a number that is not finite is chosen")
+        return fx.choose(which, [case if isinstance(case, Fixed) else fx.fixed(0.0, places) for case in cases])
     return np.choose(np.broadcast_to(which, cases[0].shape), cases)
 
 
@@ -509,8 +510,10 @@ _RULES: dict[str, Rule] = {
 }
 """What a primitive does to fixed-point numbers: of its settings, its operands and the digits of constants."""
 
-_COMPARISONS = frozenset({"gt", "ge", "lt", "le", "eq", "ne"})
-_MOVES = frozenset({"broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "slice", "rev"})
+_TAKE_ANY = frozenset(
+    {"gt", "ge", "lt", "le", "eq", "ne", "select_n", "convert_element_type"}
+    | {"broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "slice", "rev"}
+)
 RULES = frozenset(_RULES) | _BY_DIGIT | _CALLS | {"scan", "cond", "iota"}
 """Primitives that have a rule."""
 
