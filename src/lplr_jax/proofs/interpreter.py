@@ -26,6 +26,13 @@ _CALLS = frozenset(
 )
 _STACK_ENTRIES = 2**25
 """Entries of patches that are held at a time."""
+_FEW = 4
+"""Digits of the operands of a product that enters nothing but sums: no step is left to multiply its error."""
+_SUMS = frozenset(
+    {"add", "add_any", "sub", "neg", "reduce_sum", "reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim"}
+    | {"rev", "convert_element_type", "copy", "concatenate", "slice"}
+)
+"""Primitives of a last step that keep errors as large as they are, but for how often an entry is taken."""
 
 
 def value(array: Any, places: int) -> Value:
@@ -41,32 +48,37 @@ def value(array: Any, places: int) -> Value:
     return wide if (np.isposinf(wide) | np.isnan(wide)).any() else fx.fixed(wide, places)
 
 
-def run(closed: jex.ClosedJaxpr, args: Sequence[Value], places: int) -> list[Value]:
+def run(closed: jex.ClosedJaxpr, args: Sequence[Value], places: int, ends: Sequence[bool] | None = None) -> list[Value]:
     """Evaluate a jaxpr.
 
     Args:
         closed: of float64 arrays, whole numbers and truth values.
         args: its arguments.
         places: digits of its constants, and so of what is made of them.
+        ends: which results only sums are made of, None for none; products that enter nothing else take few digits.
 
     Raises:
         UndecidedError: for a primitive without a rule, or a result that has no bound.
     """
     consts = [value(const, places) for const in closed.consts]
-    return _run(closed.jaxpr, consts, args, places)
+    return _run(closed.jaxpr, consts, args, places, ends)
 
 
-def _run(jaxpr: Any, consts: Sequence[Value], args: Sequence[Value], places: int) -> list[Value]:
+def _run(
+    jaxpr: Any, consts: Sequence[Value], args: Sequence[Value], places: int, ends: Sequence[bool] | None
+) -> list[Value]:
     env: dict[Any, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     last = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.invars if not isinstance(var, jex.Literal)}
     kept = {var for var in jaxpr.outvars if not isinstance(var, jex.Literal)}
+    last_steps = _last_steps(jaxpr, ends) if ends is not None and any(ends) else frozenset()
 
     def read(var: Any) -> Value:
         return value(var.val, places) if isinstance(var, jex.Literal) else env[var]
 
     for i, eqn in enumerate(jaxpr.eqns):
-        outs = _apply(eqn, [read(var) for var in eqn.invars], places)
+        ends_here = [var in last_steps for var in eqn.outvars]
+        outs = _apply(eqn, [read(var) for var in eqn.invars], places, ends_here)
         env.update(zip(eqn.outvars, outs, strict=True))
         for var in {var for var in eqn.invars if not isinstance(var, jex.Literal)} - kept:
             if last[var] == i:
@@ -74,18 +86,29 @@ def _run(jaxpr: Any, consts: Sequence[Value], args: Sequence[Value], places: int
     return [read(var) for var in jaxpr.outvars]
 
 
-def _apply(eqn: Any, ins: list[Value], places: int) -> Sequence[Value]:
+def _last_steps(jaxpr: Any, ends: Sequence[bool]) -> frozenset[Any]:
+    """Return the variables that enter the results marked as ends by moves and sums, and nothing else."""
+    found = {var for var, end in zip(jaxpr.outvars, ends, strict=True) if end and not isinstance(var, jex.Literal)}
+    others = {var for var, end in zip(jaxpr.outvars, ends, strict=True) if not end and not isinstance(var, jex.Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        ends_here = all(var in found and var not in others for var in eqn.outvars)
+        passes = eqn.primitive.name in _SUMS and ends_here
+        (found if passes else others).update(var for var in eqn.invars if not isinstance(var, jex.Literal))
+    return frozenset(found - others)
+
+
+def _apply(eqn: Any, ins: list[Value], places: int, ends: Sequence[bool]) -> Sequence[Value]:
     name, settings = eqn.primitive.name, eqn.params
     if name in _CALLS:
         body = settings.get("jaxpr", settings.get("call_jaxpr"))
         if isinstance(body, jex.ClosedJaxpr):
-            return run(body, ins, places)
-        return _run(body, (), ins, places)
+            return run(body, ins, places, ends)
+        return _run(body, (), ins, places, ends)
     if name == "scan":
-        return _scan(settings, ins, places)
+        return _scan(settings, ins, places, ends)
     if name == "cond":
         branch = settings["branches"][int(np.clip(_exact(ins[0]), 0, len(settings["branches"]) - 1))]
-        return run(branch, ins[1:], places)
+        return run(branch, ins[1:], places, ends)
     floats = any(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
     if not any(isinstance(x, Fixed) for x in ins) and (not floats or name in ("iota", "convert_element_type")):
         if floats and any(np.abs(np.asarray(x, np.float64)).max(initial=0.0) > 2.0**53 for x in ins):
@@ -104,6 +127,8 @@ def _apply(eqn: Any, ins: list[Value], places: int) -> Sequence[Value]:
         raise UndecidedError(f"{name} has no rule")
     if name not in _TAKE_ANY and any(not isinstance(x, Fixed) and np.issubdtype(x.dtype, np.floating) for x in ins):
         raise UndecidedError(f"{name} takes a number that is not finite")
+    if all(ends) and name in ("dot_general", "conv_general_dilated"):
+        ins = [fx.with_places(x, min(_FEW, x.places)) if isinstance(x, Fixed) else x for x in ins]
     found = rule(settings, ins, places)
     return found if isinstance(found, list) else [found]
 
@@ -114,13 +139,15 @@ def _exact(x: Value) -> np.ndarray:
     return x
 
 
-def _scan(settings: dict[str, Any], ins: list[Value], places: int) -> list[Value]:
+def _scan(settings: dict[str, Any], ins: list[Value], places: int, ends: Sequence[bool]) -> list[Value]:
     fixed_count, carried = settings["num_consts"], settings["num_carry"]
     consts, carry, rows = ins[:fixed_count], ins[fixed_count : fixed_count + carried], ins[fixed_count + carried :]
     steps = range(settings["length"])
+    inside = [end and i >= carried for i, end in enumerate(ends)]
     found: list[list[Value]] = []
     for t in reversed(steps) if settings["reverse"] else steps:
-        outs = run(settings["jaxpr"], [*consts, *carry, *(_moved(row, lambda a, t=t: a[t]) for row in rows)], places)
+        here = [_moved(row, lambda a, t=t: a[t]) for row in rows]
+        outs = run(settings["jaxpr"], [*consts, *carry, *here], places, inside)
         carry = outs[:carried]
         found.append(outs[carried:])
     if settings["reverse"]:

@@ -174,7 +174,7 @@ def sample_rows(closed: jex.ClosedJaxpr, arrays: Sequence[Any], x: Sequence[Any]
         try:
             with jax.enable_x64(True), np.errstate(all="ignore"):
                 args = [interpreter.value(a, digits) for a in (*arrays, *x)]
-                found = [_row(out) for out in interpreter.run(closed, args, digits)]
+                found = [_row(out) for out in interpreter.run(closed, args, digits, [True] * len(closed.jaxpr.outvars))]
         except UndecidedError:
             if digits == DIGITS[-1]:
                 raise
