@@ -73,7 +73,7 @@ def _least_block(delta: np.ndarray, error: np.ndarray) -> float:
         return 0.0
     moved = np.linalg.norm(error, axis=1) * INFLATE
     if c == 1:
-        length = np.sqrt(np.einsum("ijk,ijk->i", delta, delta)) / INFLATE - moved
+        length = np.sqrt(np.einsum("ijk,ijk->i", delta, delta)) * (1 - gamma(m + 4)) - UNDERFLOW - moved
         return float(np.square(np.maximum(length, 0.0)).min()) * (1 - 4 * UNIT)
     least = np.inf
     for rows, off in zip(delta, moved, strict=True):

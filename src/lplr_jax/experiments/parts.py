@@ -188,7 +188,7 @@ class ProbePart(Part):
 class ProofPart(Part):
     """Proofs for networks that are not only dense and convolutional."""
 
-    proof: Literal["auto", "always", "never"] = field(default="auto", metadata={KEPT_AS: unless("never")})
+    proof: Literal["auto", "always", "never"] = field(default="auto", metadata={KEPT_AS: unless("auto")})
     """Whether λ_min is proved positive: at the initialisation where that takes about a minute of two cores at most
     ("auto"), at every probe whatever it takes ("always"), or not ("never")."""
 
