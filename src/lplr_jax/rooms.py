@@ -50,7 +50,7 @@ ROOMS = (
     Room("models", "left", "built-in networks; only experiments import them"),
     Room("training", "left", "pure steps, and scans over steps, batches and epochs"),
     Room("ntk", "left", "the kernel engine and its peer"),
-    Room("proofs", "left", "enclosures: rounding of the kernel, balls, affine programs"),
+    Room("proofs", "left", "enclosures: rounding of the kernel, Jacobians with more digits, balls, affine programs"),
     Room("diagnostics", "left", "one point: λ_min, Hessian, PL"),
     Room("measurement", "left", "what a probe measures, and the closing measurements"),
     Room("runs", "both", "one run: problem, loop, folder, checkpoint, environment"),

@@ -85,7 +85,11 @@ def test_the_rule_is_part_of_an_activation(relu):
     theta = np.asarray(empirical_ntk(apply_fn, [W, V], X))
     plain = np.asarray(empirical_ntk(network(lambda w, x: x @ w, jax.nn.relu), [W, V], X))
     assert np.abs(theta - plain).max() > 0.1
-    assert assembly_bound(apply_fn, [W, V], X, theta) is None
+    assert assembly_bound(apply_fn, [W, V], X, theta, proof="never") is None
+    # Where it is evaluated instead of recognised, its own rule is.
+    other = assembly_bound(apply_fn, [W, V], X, plain)
+    assert other.assembly_error > 0.1
+    assert assembly_bound(apply_fn, [W, V], X, theta).assembly_error < 1e-10
     assert assembly_bound(network(lambda w, x: x @ w, jax.nn.relu), [W, V], X, plain) is not None
     # Written for one sample, it is the same activation.
     single = jax.vmap(network(lambda w, x: x @ w, jax.nn.relu), in_axes=(None, 0))

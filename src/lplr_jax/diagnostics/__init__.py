@@ -12,6 +12,7 @@ from lplr_jax.diagnostics.kernel import (
     stratified_ids,
     subset_ids,
 )
+from lplr_jax.diagnostics.layers import layer_lower_bounds
 from lplr_jax.diagnostics.pl import PointDiagnostics, evaluate_point
 from lplr_jax.diagnostics.processes import ProcessLostError, distributed_ntk_min_eig
 
@@ -31,6 +32,7 @@ __all__ = [
     "empirical_ntk_min_eig",
     "evaluate_point",
     "hessian_extremes",
+    "layer_lower_bounds",
     "loss_floor",
     "middle_half",
     "ntk_extremes",

@@ -24,7 +24,7 @@ from lplr_jax.ntk.empirical import (
 )
 from lplr_jax.ntk.memory import budget
 from lplr_jax.parameters import Trainable
-from lplr_jax.proofs.assembly import assembly_bound
+from lplr_jax.proofs.assembly import Proof, bound_or_reason, check_proof
 from lplr_jax.proofs.rounding import AssemblyBound
 from lplr_jax.types import ApplyFn, Params
 
@@ -44,6 +44,7 @@ def empirical_ntk_min_eig(
     trainable: Trainable = None,
     storage: str = "auto",
     cholesky: Cholesky | None = None,
+    proof: str = "auto",
 ) -> linalg.MinEig:
     """Compute λ_min of the full (n c, n c) empirical kernel in float64, whatever the global float64 flag.
 
@@ -60,6 +61,7 @@ def empirical_ntk_min_eig(
             an entry, makes the kernel twice, and its interval is that of `linalg.Blocks`; "auto" is packed where the
             full one does not fit `memory_budget`, or a quarter of the memory if that is None or less.
         cholesky: what factorises the kernel instead of LAPACK, as for `linalg.min_eig`; the kernel is kept whole then.
+        proof: as for `certified_min_eig`.
 
     Returns:
         The eigenvalue, in squared units of the output per squared unit of the parameters, with its interval; see
@@ -76,6 +78,7 @@ def empirical_ntk_min_eig(
     """
     check_settings(apply_fn, kernel=kernel, memory_budget=memory_budget)
     checks.one_of("storage", storage, get_args(Storage))
+    kind = check_proof(proof)
     if storage == "packed" and kernel not in _ENGINE:
         raise ValueError(f'storage="packed" is for kernel="engine"; {kernel!r} gives full kernels, so leave one out')
     if cholesky is not None:
@@ -93,11 +96,17 @@ def empirical_ntk_min_eig(
         if storage == "packed" or (storage == "auto" and kernel in _ENGINE and _too_large(rows, memory_budget)):
             return _certified_packed(apply_fn, at, x, memory_budget)
         theta = np.asarray(at_point(apply_fn, at, kernel=kernel, memory_budget=memory_budget))
-        return _certified(apply_fn, at, x, theta, cholesky=cholesky)
+        return _certified(apply_fn, at, x, theta, cholesky=cholesky, proof=kind)
 
 
 def certified_min_eig(
-    apply_fn: ApplyFn, params: Params, x: Any, theta: Float[np.ndarray, "nc nc"], *, trainable: Trainable = None
+    apply_fn: ApplyFn,
+    params: Params,
+    x: Any,
+    theta: Float[np.ndarray, "nc nc"],
+    *,
+    trainable: Trainable = None,
+    proof: str = "auto",
 ) -> linalg.MinEig:
     """Compute λ_min of an assembled kernel, in an interval that holds that of the exact kernel where one is known.
 
@@ -107,21 +116,26 @@ def certified_min_eig(
         x: inputs with leading axis n.
         theta: its full kernel, (n c, n c), in float64.
         trainable: as for `ntk.empirical_ntk`.
+        proof: which networks are enclosed. Those of dense and convolutional layers, average pooling and softplus, tanh
+            or relu always are, at the cost of a kernel. For any other the Jacobian is evaluated anew with more digits,
+            sample by sample (`proofs.jacobian`): seconds a sample for a residual network of 13 convolutions, tenths of
+            one for a small transformer. "auto" does it where that is about a minute of two cores at most, "always"
+            whatever it takes, "never" not.
 
     Returns:
-        For networks of dense and convolutional layers, average pooling and softplus, tanh or relu, a proved interval
-        for the exact kernel. For any other the interval is about the computed kernel alone: `proved` is False and
-        `reason` says so. Where the function rounds to a narrower type than float64 inside, the interval is widened by
-        an estimate of what that does to the kernel, and `reason` names the operation. With more rows than parameters
-        the exact λ_min is 0, proved, whatever the function.
+        A proved interval for the exact kernel. Where there is no bound on its assembly, the interval is about the
+        computed kernel alone: `proved` is False and `reason` says why. Where the function rounds to a narrower type
+        than float64 inside, the interval is widened by an estimate of what that does to the kernel, and `reason` names
+        the operation. With more rows than parameters the exact λ_min is 0, proved, whatever the function.
     """
+    kind = check_proof(proof)
     n = jax.tree.leaves(x)[0].shape[0]
     if linalg.as_symmetric(theta).shape[0] % n:
         raise ValueError(f"theta must be the full kernel, ({n} c, {n} c) for {n} samples, got shape {theta.shape}")
     with precision_scope("float64"):
         split = cast_parameters(parameters.split(params, trainable), "float64")
         wide = cast_floating(x, "float64")
-        return _certified(apply_fn, Point(split, wide, engine.trace(apply_fn, split, wide)), x, theta)
+        return _certified(apply_fn, Point(split, wide, engine.trace(apply_fn, split, wide)), x, theta, proof=kind)
 
 
 def _too_large(rows: int, memory_budget: int | None) -> bool:
@@ -158,15 +172,15 @@ def _certified(
     theta: Any,
     blocks: linalg.Blocks | None = None,
     cholesky: Cholesky | None = None,
+    proof: Proof = "auto",
 ) -> linalg.MinEig:
     """Compute λ_min of a kernel (n c, n c), an array, or rows of `blocks`, which then take its place."""
     matrix = theta if blocks is None else blocks
-    bound = assembly_bound(apply_fn, at.params, x, theta)
-    if bound is not None or theta.shape[0] > at.params.size:
+    counted = theta.shape[0] > at.params.size
+    bound, why = bound_or_reason(apply_fn, at.params, x, theta, proof="never" if counted else proof)
+    if bound is not None or counted:
         return min_eig_within(theta, bound, at.params.size, blocks, cholesky)
-    reason = "no bound on the assembly of this network's kernel is known, so the interval is about the computed kernel"
-    if blocks is not None:
-        reason += ', or none that can be formed beside a packed one (storage="full" may have it)'
+    reason = f"no bound on the assembly of this kernel is known, so the interval is about the computed kernel: {why}"
     narrow, error = at.traced.narrow, 0.0
     if narrow is not None:
         error = _narrowing_error(narrow, theta)

@@ -23,6 +23,7 @@ from lplr_jax.experiments.parts import (
     DataPart,
     LossPart,
     ProbePart,
+    ProofPart,
     SeedsPart,
     SpectrumPart,
     decisive,
@@ -53,7 +54,7 @@ _MOST = {**MOST, "stages": 10, "blocks": 1_000}
 
 
 @dataclass(frozen=True)
-class CifarConfig(ArmsPart, ArmsFolderPart, DataPart, SpectrumPart, ProbePart, LossPart, SeedsPart):
+class CifarConfig(ArmsPart, ArmsFolderPart, DataPart, SpectrumPart, ProbePart, ProofPart, LossPart, SeedsPart):
     """Everything that decides the numbers of the runs, and where they go."""
 
     PROBES: ClassVar[int] = 10
@@ -126,7 +127,15 @@ class CifarConfig(ArmsPart, ArmsFolderPart, DataPart, SpectrumPart, ProbePart, L
 
 PRESETS: dict[str, CifarConfig] = {
     "smoke": CifarConfig(
-        width=8, epochs=4, batch_size=32, n_train=100, subset_size=10, probe_every=2, spectrum_probes=2, seeds="0,1"
+        width=8,
+        epochs=4,
+        batch_size=32,
+        n_train=100,
+        subset_size=10,
+        probe_every=2,
+        spectrum_probes=2,
+        seeds="0,1",
+        proof="never",
     ),
     "cpu": CifarConfig(),
     "paper": CifarConfig(width=64, epochs=100, batch_size=128, n_train=5000),
@@ -265,6 +274,7 @@ def run(
         spectrum=config.spectrum_probes,
         search=config.search_steps,
         seed=seed,
+        proof=config.proof,
     )
     probe, samples = kernel_probe(whole, measured, steps=probes_at, save_to=probe_dir)
 

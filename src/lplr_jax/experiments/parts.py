@@ -14,6 +14,7 @@ from lplr_jax.checks import integers
 from lplr_jax.losses import LossScale
 from lplr_jax.models import ACTIVATIONS, BIAS_INITS, OUTPUT_INITS
 from lplr_jax.ntk.empirical import check_kernel_name
+from lplr_jax.proofs.assembly import check_proof
 from lplr_jax.runs.problem import MOST, probe_epochs
 
 DECIDES_NOTHING: Mapping[str, bool] = {"decides": False}
@@ -181,6 +182,20 @@ class ProbePart(Part):
         checks.whole("probe_every", self.spacing(), least=1, most=self.epochs, of="epochs")
         probe_epochs(self.epochs, self.spacing())
         check_kernel_name(self.kernel)
+
+
+@dataclass(frozen=True)
+class ProofPart(Part):
+    """Proofs for networks that are not only dense and convolutional."""
+
+    proof: Literal["auto", "always", "never"] = field(default="auto", metadata={KEPT_AS: unless("auto")})
+    """Whether λ_min is proved positive: at the initialisation where that takes about a minute of two cores at most
+    ("auto"), at every probe whatever it takes ("always"), or not ("never")."""
+
+    def check(self) -> None:
+        """Raise ValueError for the first field whose value cannot be run."""
+        super().check()
+        check_proof(self.proof)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from lplr_jax.experiments.next_token import (
     chosen_outputs,
     draw_rows,
 )
-from lplr_jax.experiments.parts import DECIDES_NOTHING, ArmsFolderPart, ProbePart, SeedsPart, decisive
+from lplr_jax.experiments.parts import DECIDES_NOTHING, ArmsFolderPart, ProbePart, ProofPart, SeedsPart, decisive
 from lplr_jax.experiments.spectral_readings import FLOOR, READINGS, pl_ratio
 from lplr_jax.experiments.sweep import ArmsPart
 from lplr_jax.losses import Objective, by_name
@@ -51,7 +51,7 @@ ROWS_SEED = 0
 
 
 @dataclass(frozen=True)
-class TransformerConfig(ArmsPart, ArmsFolderPart, ProbePart, SeedsPart):
+class TransformerConfig(ArmsPart, ArmsFolderPart, ProbePart, ProofPart, SeedsPart):
     """Everything that decides the numbers of the runs, and where they go."""
 
     PROBES: ClassVar[int] = 8
@@ -127,7 +127,7 @@ class TransformerConfig(ArmsPart, ArmsFolderPart, ProbePart, SeedsPart):
 PRESETS: dict[str, TransformerConfig] = {
     "smoke": TransformerConfig(
         width=16, layers=1, heads=2, length=16, n_train=16, epochs=40, probe_every=20, subset_size=64,
-        hessian_probes=0, seeds="0",
+        hessian_probes=0, seeds="0", proof="never",
     ),
     "default": TransformerConfig(),
     "paper": TransformerConfig(
@@ -276,6 +276,7 @@ def run(
         hessian_precision="float32",
         hessian_of=(objective, *batch),
         second_opinion=config.second_opinion,
+        proof=config.proof,
         spectrum_epochs=frozenset(probes_at),
         save_to=probe_dir,
     )

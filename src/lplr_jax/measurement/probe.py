@@ -31,7 +31,7 @@ from lplr_jax.measurement.peer import peer_difference, peer_samples
 from lplr_jax.measurement.rivals import critical_step, kernel_rivals
 from lplr_jax.ntk.empirical import Precision, empirical_ntk
 from lplr_jax.parameters import count_parameters
-from lplr_jax.proofs.assembly import dense_network
+from lplr_jax.proofs.assembly import Proof, assembly_bound, dense_network
 from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST
 from lplr_jax.types import Params
 
@@ -93,6 +93,7 @@ class KernelProbe:
         learning_rate: float = math.nan,
         hessian_of: tuple[Objective, Any, Any] | None = None,
         second_opinion: bool = True,
+        proof: Proof = "never",
     ) -> None:
         """Set up.
 
@@ -114,7 +115,10 @@ class KernelProbe:
             hessian_of: function of the same θ, inputs and targets whose Hessian is measured; None for that of the
                 kernel.
             second_opinion: whether the first and the last kernel are held against those of another implementation.
+            proof: whether λ_min of networks that are not only dense and convolutional is proved: "auto" at step 0
+                where that takes a minute at most, "always" at every probe, "never".
         """
+        self._proof: Proof = proof
         self._peer = second_opinion
         self._curved_by = hessian_of or (objective, x, y)
         self._learning_rate, self._encloses = learning_rate, isinstance(objective.loss, Squared)
@@ -175,6 +179,8 @@ class KernelProbe:
         point = diagnostics.evaluate_point(apply_fn, params, self._x, self._y, loss=self._objective.loss)
         network = dense_network(apply_fn, params, self._x)
         bound = None if network is None or not (found := network.assembly(theta)).finite else found
+        if network is None and (self._proof == "always" or epoch == 0):
+            bound = assembly_bound(apply_fn, params, self._x, theta, proof=self._proof)
         values = kernel_values(apply_fn, params, self._x, theta, point, bound=bound)
         if network is not None and bound is not None and self._encloses:
             values |= enclose(

@@ -1,24 +1,27 @@
 """A proved bound on the distance between a computed kernel and the exact kernel of a network.
 
-`assembly_bound` is the entrance for every network. A chain of dense layers is evaluated by `dense`; a network that is
-more than that, convolutional above all, goes to `assembly_conv`. This module reads programs.
+`bound_or_reason` is the entrance for every network. A chain of dense layers is evaluated by `dense`; feed-forward
+convolutional networks go to `assembly_conv`, which both bound float64's own rounding at the cost of a kernel; any other
+network goes to `jacobian`, which evaluates its derivative with more digits. This module reads programs.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from lplr_jax import parameters
+from lplr_jax import checks, parameters
 from lplr_jax.ntk import engine
 from lplr_jax.ntk.jaxpr import Op, Program, flatten
 from lplr_jax.parameters import Parameters, Static, Trainable, is_array
 from lplr_jax.proofs.assembly_conv import conv_bound
 from lplr_jax.proofs.dense import DenseLayer, DenseNetwork, evaluate
+from lplr_jax.proofs.fixed import UndecidedError
+from lplr_jax.proofs.jacobian import MOST_WORK, enclosed_bound
 from lplr_jax.proofs.rounding import (
     ASSUMPTIONS,
     IDENTITY,
@@ -33,7 +36,10 @@ from lplr_jax.types import ApplyFn, Params
 __all__ = [
     "ASSUMPTIONS",
     "AssemblyBound",
+    "Proof",
     "assembly_bound",
+    "bound_or_reason",
+    "check_proof",
     "dense_layers",
     "dense_network",
     "spectral_norm_bound",
@@ -53,37 +59,81 @@ class _Layer:
         return DenseLayer(leaves[self.weight], bias, self.activation)
 
 
+Proof = Literal["auto", "always", "never"]
+"""Whether a bound that takes work of its own is made: where that is about a minute at most, in any case, in none."""
+
+
+def check_proof(proof: Any) -> Proof:
+    """Return a value of `Proof`.
+
+    Raises:
+        ValueError: for any other.
+    """
+    found: Any = checks.one_of("proof", proof, get_args(Proof))
+    return found
+
+
 def assembly_bound(
-    apply_fn: ApplyFn, params: Params, x: Any, theta: Any, *, trainable: Trainable = None
+    apply_fn: ApplyFn, params: Params, x: Any, theta: Any, *, trainable: Trainable = None, proof: Proof = "auto"
 ) -> AssemblyBound | None:
-    """Bound the distance between a computed kernel and the exact kernel of a network.
+    """Bound the distance between a computed kernel and the exact one; None for no bound. See `bound_or_reason`."""
+    return bound_or_reason(apply_fn, params, x, theta, trainable=trainable, proof=proof)[0]
+
+
+def bound_or_reason(
+    apply_fn: ApplyFn, params: Params, x: Any, theta: Any, *, trainable: Trainable = None, proof: Proof = "auto"
+) -> tuple[AssemblyBound | None, str]:
+    """Bound the distance between a computed kernel and the exact kernel of a network, or say why there is no bound.
 
     Args:
         apply_fn: pure function (params, x) -> (n, c) or (n,).
         params: pytree of parameters; the kernel is that of the values of θ in float64.
-        x: inputs (n, ...), taken in float64.
+        x: inputs (n, ...), floats taken in float64.
         theta: the computed full kernel, (n c, n c), sample-major, in float64; of a `linalg.Blocks` its `matrix()`,
             where layers are dense alone.
         trainable: as for `ntk.empirical_ntk`.
+        proof: "never" leaves it at networks of dense and convolutional layers, biases, moves and sums of entries,
+            scaling by a constant, sums of branches, softplus, tanh and relu; "auto" encloses the Jacobian of any other
+            where that is about a minute of two cores at most; "always" whatever it takes.
 
     Returns:
-        The bound; None where the program has a step without one (anything but dense and convolutional layers, biases,
-        moves and sums of entries, scaling by a constant, sums of branches, softplus, tanh and relu), where a relu is
-        within rounding of its kink, or where a number overflows.
+        The bound and "", or None and a reason: a relu within rounding of its kink, a step that has no rule, a number
+        that overflows, more work or memory than there is.
     """
     read = _trace(apply_fn, params, x, trainable)
-    if read is None:
-        return None
-    program, leaves, inputs, _ = read
-    layers = _read_layers(program)
-    with np.errstate(all="ignore"):  # a number that overflows gives no bound, below
-        if layers is None:
-            # That comparison forms a second full kernel, for which a packed one leaves no room.
-            bound = conv_bound(program, leaves, inputs, theta) if isinstance(theta, np.ndarray) else None
-        else:
-            network = evaluate([layer.of(leaves) for layer in layers], inputs)
-            bound = None if network is None else network.assembly(theta)
-    return bound if bound is not None and bound.finite else None
+    bound = None
+    if read is not None:
+        program, leaves, inputs, _ = read
+        layers = _read_layers(program)
+        with np.errstate(all="ignore"):  # a number that overflows gives no bound, below
+            if layers is None:
+                # That comparison forms a second full kernel, for which a packed one leaves no room.
+                bound = conv_bound(program, leaves, inputs, theta) if isinstance(theta, np.ndarray) else None
+            else:
+                network = evaluate([layer.of(leaves) for layer in layers], inputs)
+                bound = None if network is None else network.assembly(theta)
+    if bound is not None and bound.finite:
+        return bound, ""
+    if proof == "never":
+        return None, 'its layers are not only dense and convolutional, and proof="never"'
+    if not isinstance(theta, np.ndarray):
+        return None, 'none can be formed beside a packed kernel (storage="full" may have it)'
+    try:
+        with jax.enable_x64(True):
+            split = parameters.split(params, trainable)
+            wide, inputs = split.cast(_in_float64), jax.tree.map(_in_float64, x)
+            if engine.trace(apply_fn, wide, inputs).narrow is not None:
+                return None, "the function rounds inside"
+            if _numbers_count(apply_fn, wide, inputs):
+                return None, "whole numbers among the parameters enter the outputs"
+            limit = MOST_WORK if proof == "auto" else math.inf
+            return enclosed_bound(apply_fn, wide, inputs, theta, most_work=limit), ""
+    except UndecidedError as error:
+        return None, str(error)
+
+
+def _in_float64(a: Any) -> Any:
+    return np.asarray(a, np.float64) if jax.numpy.issubdtype(jax.numpy.result_type(a), jax.numpy.floating) else a
 
 
 def dense_network(apply_fn: ApplyFn, params: Params, x: Any, *, trainable: Trainable = None) -> DenseNetwork | None:
@@ -127,7 +177,7 @@ def _trace(
         return None
     split = parameters.split(params, trainable)
     with jax.enable_x64(True):
-        wide = split.cast(lambda a: np.asarray(a, np.float64) if jax.numpy.issubdtype(a.dtype, np.floating) else a)
+        wide = split.cast(_in_float64)
         inputs = np.asarray(x, np.float64)
         traced = engine.trace(apply_fn, wide, inputs)
         if _numbers_count(apply_fn, wide, inputs):
@@ -140,7 +190,7 @@ def _trace(
     return program, wide.values, inputs.reshape(inputs.shape[0], -1), traced.c
 
 
-def _numbers_count(apply_fn: ApplyFn, wide: Parameters, x: np.ndarray) -> bool:
+def _numbers_count(apply_fn: ApplyFn, wide: Parameters, x: Any) -> bool:
     """Return whether integers that the tree carries along enter the outputs as numbers."""
     held = [leaf is not None and isinstance(leaf.value, int) for leaf in wide.static]
     if not any(held):
@@ -155,7 +205,9 @@ def _numbers_count(apply_fn: ApplyFn, wide: Parameters, x: np.ndarray) -> bool:
     try:
         # An array does not promote as weakly as the number that it stands for.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            closed = jax.make_jaxpr(outputs)([np.asarray(number) for number in numbers], list(wide.arrays), x[:1])
+            closed = jax.make_jaxpr(outputs)(
+                [np.asarray(number) for number in numbers], list(wide.arrays), jax.tree.map(lambda a: a[:1], x)
+            )
     except Exception:  # used as a size or in a branch: a setting of the program
         return False
     program = flatten(closed, len(numbers))

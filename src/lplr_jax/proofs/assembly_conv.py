@@ -64,7 +64,7 @@ def conv_bound(program: Program, leaves: list[np.ndarray], x: np.ndarray, theta:
     if steps is None:
         return None
     values = forward(program, steps, x)
-    return None if values is None else _compare(backward(program, steps, values), theta)
+    return None if values is None else compare(backward(program, steps, values), theta)
 
 
 def forward(program: Program, steps: list[Step], x: np.ndarray) -> dict[int, Rows] | None:
@@ -101,8 +101,11 @@ def backward(program: Program, steps: list[Step], values: dict[int, Rows]) -> It
                 cotangents[slot] = cotangents[slot].plus(pulled) if slot in cotangents else pulled
 
 
-def _compare(parts: Iterator[Part], theta: np.ndarray) -> AssemblyBound:
-    """Return both errors: of K̂, from its row errors; of the kernel, against the one formed here."""
+def compare(parts: Iterator[Part], theta: np.ndarray) -> AssemblyBound:
+    """Return both errors of a kernel whose factor K̂ is known in parts.
+
+    That of K̂ follows from its row errors; that of the kernel from the one formed here.
+    """
     rows = theta.shape[0]
     formed = np.zeros(theta.shape)
     squared_distance, additions, largest = 0.0, 0, 1.0

@@ -20,6 +20,7 @@ from lplr_jax.measurement.probe import KernelProbe
 from lplr_jax.ntk.checks import sample_values
 from lplr_jax.ntk.empirical import Precision, check_kernel_name
 from lplr_jax.ntk.memory import bytes_of, total_memory
+from lplr_jax.proofs.assembly import Proof, check_proof
 from lplr_jax.types import ApplyFn, Params
 
 MOST_PROBES = 10_000
@@ -252,6 +253,9 @@ class Probes:
         seed: of random subsets and of the search.
         certify_floor: seconds of two cores for a network of zero loss near the last step, and its certificate; 0 for
             none. Squared loss and a kernel of all samples alone.
+        proof: whether λ_min is proved for networks that are not only dense and convolutional, which takes seconds a
+            sample (`diagnostics.certified_min_eig`): "auto" at step 0, where that is about a minute at most; "always"
+            at every probe, whatever it takes; "never" not.
 
     Raises:
         ValueError: for a number out of range.
@@ -268,6 +272,7 @@ class Probes:
     hessian_precision: Precision = field(default="float64", kw_only=True)
     seed: int = field(default=0, kw_only=True)
     certify_floor: float = field(default=0.0, kw_only=True)
+    proof: Proof = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.every is not None and self.at is not None:
@@ -285,6 +290,7 @@ class Probes:
         if self.spectrum != "all":
             checks.whole('spectrum (a number of probes, or "all")', self.spectrum, least=0)
         check_kernel_name(self.kernel)
+        check_proof(self.proof)
 
     def plain(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
@@ -398,6 +404,7 @@ def kernel_probe(
         save_to=save_to,
         batches=batches if subset is None else None,
         certify_floor=probes.certify_floor if subset is None else 0.0,
+        proof=probes.proof,
         learning_rate=learning_rate if subset is None else math.nan,
     )
     return probe, said

@@ -1,0 +1,195 @@
+"""The Jacobian of any network in an enclosure, and with it a bound on the distance between a kernel and the exact one.
+
+For one sample at a time, the traced derivative of its outputs by θ, forward and backward pass in one program, is
+evaluated in fixed-point numbers (`interpreter`): K̂ is what comes out, rounded to float64, and the error of each entry
+is known. The digits are raised until the error is far below what float64 itself would lose: a deep network may
+multiply errors a hundredfold in every layer, and again on the way back; more digits outrun it, whatever the layers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from lplr_jax import programs
+from lplr_jax.ntk.memory import budget
+from lplr_jax.parameters import Parameters
+from lplr_jax.proofs import interpreter
+from lplr_jax.proofs.assembly_conv import compare
+from lplr_jax.proofs.assembly_steps import Part
+from lplr_jax.proofs.fixed import Fixed, UndecidedError
+from lplr_jax.proofs.rounding import INFLATE, UNDERFLOW, AssemblyBound
+from lplr_jax.types import ApplyFn
+
+ASSUMPTIONS = (
+    "sums and products of whole numbers below 2⁵³ are exact in float64, in BLAS too",
+    "the network is the one read off its program, and its derivative the one that JAX traces",
+)
+DIGITS = (6, 8, 10, 12, 15, 20, 28)
+"""Digits of 20 bits that are tried in turn."""
+MOST_WORK = 1.2e11
+"""Work beyond which no bound is made unless it is asked for. Calibrated: a minute of two cores."""
+_bounds = programs.Kept(8)
+_FINE = 2.0**-30
+"""Error of the Jacobian of a sample, relative to it, at which no more digits are asked for."""
+_MID = 2.0**-49
+"""Relative error of `Fixed.mid`."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the Jacobian that belong to one sample.
+
+    Attributes:
+        leaves: for each leaf of θ the rows (c, p_l) in float64.
+        errors: for each leaf the bounds of the 2-norms of their errors, (c,).
+        digits: how many were used.
+    """
+
+    leaves: list[np.ndarray]
+    errors: list[np.ndarray]
+    digits: int
+
+
+def enclosed_bound(
+    apply_fn: ApplyFn, wide: Parameters, x: Any, theta: Float[np.ndarray, "nc nc"], *, most_work: float = MOST_WORK
+) -> AssemblyBound:
+    """Bound the distance between a computed kernel and the exact one.
+
+    Args:
+        apply_fn: pure function (params, x) -> (n, c) or (n,), of each sample alone.
+        wide: its parameters in float64.
+        x: inputs, pytree of arrays (n, ...), floats in float64.
+        theta: the computed kernel, (n c, n c).
+        most_work: `work` that may be spent.
+
+    Returns:
+        The bound.
+
+    Raises:
+        UndecidedError: where there is none, with the reason: a primitive without a rule, a kink within reach of the
+            error, a number out of range, too much work or memory.
+    """
+    inputs = [np.asarray(a) for a in jax.tree.leaves(x)]
+    n, rows, p = inputs[0].shape[0], theta.shape[0], sum(value.size for value in wide.values)
+    held = 16 * rows * p
+    if held > budget(None):
+        raise UndecidedError(f"the Jacobian of {rows} rows and {p} parameters takes {held / 1e9:.1f} GB")
+    closed = traced(apply_fn, wide, x)
+    missing = sorted(set(interpreter.primitives(closed)) - interpreter.RULES)
+    if missing:
+        raise UndecidedError(f"{', '.join(missing)} has no rule")
+    needed = n * work(closed.jaxpr)
+    if needed > most_work:
+        raise UndecidedError(
+            f'a proof takes about {needed / 2e9:.0f} seconds of two cores, and proof="always" asks for it'
+        )
+    factor = [np.empty((rows, value.size)) for value in wide.values]
+    errors = [np.empty(rows) for _ in wide.values]
+    # Runs that differ in how they train begin at one point.
+    name = (programs.key(closed, rules=False), *map(programs.digest, (*closed.consts, *wide.arrays, *inputs, theta)))
+    if name in _bounds:
+        return _bounds[name]
+    digits = DIGITS[0]
+    for i in range(n):
+        found = sample_rows(closed, wide.arrays, [a[i : i + 1] for a in inputs], digits)
+        digits, c = found.digits, rows // n
+        for leaf, part in enumerate(found.leaves):
+            factor[leaf][i * c : (i + 1) * c] = part
+            errors[leaf][i * c : (i + 1) * c] = found.errors[leaf]
+    parts = (
+        Part(leaf, errors[leaf], lambda leaf=leaf: iter([(np.arange(factor[leaf].shape[1]), factor[leaf])]))
+        for leaf in range(len(factor))
+    )
+    bound = compare(parts, theta)
+    if not bound.finite:
+        raise UndecidedError("a number overflows")
+    bound = AssemblyBound(bound.assembly_error, bound.factor_error, ASSUMPTIONS)
+    _bounds.put(name, bound)
+    return bound
+
+
+_COSTLY = frozenset({"exp", "log", "log1p", "expm1", "tanh", "logistic", "erf", "erfc", "sin", "cos", "pow"})
+_PRODUCTS = frozenset({"mul", "div", "square", "integer_pow", "sqrt", "rsqrt"})
+
+
+def work(jaxpr: Any) -> float:
+    """Return about how many nanoseconds of a core a jaxpr takes: entries and multiply-adds by what was measured."""
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        size = sum(math.prod(getattr(var.aval, "shape", ())) for var in eqn.outvars)
+        name = eqn.primitive.name
+        repeats = eqn.params["length"] if name == "scan" else 1
+        total += repeats * sum(work(getattr(body, "jaxpr", body)) for body in jex.jaxprs_in_params(eqn.params))
+        total += 3e5 + size * (8000 if name in _COSTLY else 150 if name in _PRODUCTS else 20)
+        if name in ("dot_general", "conv_general_dilated"):
+            total += 4.0 * size * _terms(eqn)
+    return total
+
+
+def _terms(eqn: Any) -> int:
+    """Return the products of an entry of a contraction."""
+    shape = eqn.invars[1].aval.shape
+    if eqn.primitive.name == "dot_general":
+        (_, axes), _ = eqn.params["dimension_numbers"]
+        return math.prod(shape[axis] for axis in axes)
+    return math.prod(shape[axis] for axis in eqn.params["dimension_numbers"].rhs_spec[1:])
+
+
+def traced(apply_fn: ApplyFn, wide: Parameters, x: Any) -> jex.ClosedJaxpr:
+    """Trace the Jacobian of one sample: from the array leaves and a sample (leading axis 1) to rows (c, *leaf)."""
+    specs = [jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in wide.arrays]
+    samples, xdef = jax.tree.flatten(x)
+    xs = [jax.ShapeDtypeStruct((1, *np.shape(a)[1:]), jnp.result_type(a)) for a in samples]
+
+    def rows(arrays: list[Any], inputs: list[Any]) -> Any:
+        def outputs(theta: list[Any]) -> Any:
+            every = list(arrays)
+            for i, leaf in zip(wide.theta, theta, strict=True):
+                every[i] = leaf
+            return jnp.reshape(apply_fn(wide.join(every), jax.tree.unflatten(xdef, inputs)), -1)
+
+        out, pull = jax.vjp(outputs, [arrays[i] for i in wide.theta])
+        return jax.vmap(pull)(jnp.eye(out.size, dtype=out.dtype))[0]
+
+    with jax.default_matmul_precision("highest"):
+        return jax.make_jaxpr(rows)(specs, xs)
+
+
+def sample_rows(closed: jex.ClosedJaxpr, arrays: Sequence[Any], x: Sequence[Any], least: int = DIGITS[0]) -> Rows:
+    """Return the Jacobian of one sample, with as many digits as it takes, `least` or more.
+
+    Raises:
+        UndecidedError: if no digits are enough, or a primitive has no rule.
+    """
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    digits = least
+    for digits in (tried for tried in DIGITS if tried >= least):
+        try:
+            with jax.enable_x64(True), np.errstate(all="ignore"):
+                args = [interpreter.value(a, digits) for a in (*arrays, *x)]
+                found = [_row(out) for out in interpreter.run(closed, args, digits, [True] * len(closed.jaxpr.outvars))]
+        except UndecidedError:
+            if digits == DIGITS[-1]:
+                raise
+            continue
+        size = sum(float(np.square(rows).sum()) for rows, _ in found)
+        error = sum(float(np.square(errors).sum()) for _, errors in found)
+        if error <= _FINE**2 * size or digits == DIGITS[-1]:
+            break
+    return Rows([rows for rows, _ in found], [errors for _, errors in found], digits)
+
+
+def _row(out: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows (c, p_l) in float64 and the 2-norms of their errors."""
+    assert isinstance(out, Fixed)
+    c = out.shape[0]
+    middle = out.mid.reshape(c, -1)
+    entries = out.error.reshape(c, -1) + np.abs(middle) * _MID
+    return middle, np.sqrt(np.einsum("ij,ij->i", entries, entries)) * INFLATE + UNDERFLOW
