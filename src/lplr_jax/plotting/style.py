@@ -23,6 +23,8 @@ TITLE_LETTERS = 13
 """Letters of a title that fit into an inch."""
 DPI = 200
 """Pixels of an inch in a PNG."""
+_NO_LOOK = frozenset({"backend", "backend_fallback", "interactive", "toolbar", "timezone", "date.epoch"})
+"""Settings of matplotlib that are not of how a figure looks."""
 LONGEST = 120
 """Letters of one text from a record that a title shows."""
 LONGEST_NAME = 40
@@ -32,8 +34,9 @@ LONGEST_NAME = 40
 @contextmanager
 def styled() -> Iterator[None]:
     """Context with the look of these figures alone; what the user set of matplotlib is put back, and not looked at."""
-    with mpl.rc_context():
-        mpl.rcdefaults()
+    # As `rcdefaults`, which reads all styles that matplotlib has.
+    defaults = {name: value for name, value in mpl.rcParamsDefault.items() if name not in _NO_LOOK}
+    with mpl.rc_context(defaults):
         mpl.rc_file(STYLE, use_default_template=False)
         yield
 
