@@ -50,6 +50,11 @@ EXACT = {
     "split": (lambda x: jnp.split(x, [1, 4], axis=1), whole(2, 6)),
     "sums": (lambda x: (x.sum(), x.sum(0), x.mean(1), jnp.cumsum(x, 1)), whole(3, 4)),
     "largest": (lambda x: (x.max(), x.max(1), jnp.minimum(x, 2.0), jnp.clip(x, -3, 4)), whole(5, 7)),
+    "products, least": (lambda x: (x[:, :3].prod(1), x.min(0)), whole(5, 7)),
+    "masks of whole numbers": (
+        lambda x: jnp.where((jnp.arange(7) % 2 == 0) & ~(jnp.arange(7) > 4) | (jnp.argmax(jnp.arange(7)) > 9), x, 0.0),
+        whole(5, 7),
+    ),
     "where": (lambda x: jnp.where(x > 2, x, jnp.where(x == 0, 5.0, -x)), whole(5, 7)),
     "abs, sign, power": (lambda x: jnp.abs(x) * jnp.sign(x) + x**3 + jnp.square(x), whole(9)),
     "matrix products": (lambda x, y: (x @ y, jnp.einsum("ij,kj->ki", x, x)), whole(3, 5), whole(5, 4)),
@@ -139,6 +144,8 @@ SMOOTH = {
     "silu, softplus": lambda x: jax.nn.silu(x) + jax.nn.softplus(x) + jax.nn.mish(x),
     "elu, selu": lambda x: jax.nn.elu(x) - jax.nn.selu(x),
     "sigmoid, tanh": lambda x: jax.nn.sigmoid(x) * jnp.tanh(x),
+    "hyperbolic, powers of 2": lambda x: jnp.sinh(x) - jnp.cosh(x) + jnp.exp2(x) + jnp.tan(x / 4),
+    "logsumexp": lambda x: x * jax.nn.logsumexp(x),
     "sines": lambda x: jnp.sin(3 * x) + jnp.cos(x**2),
     "powers": lambda x: jnp.abs(x) ** 1.5 + 1 / (1 + x**2) + jnp.sqrt(1 + x**2),
 }

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from lplr_jax import layouts
+from lplr_jax.ntk.loops import operand_counts
 from lplr_jax.proofs import elementary as el
 from lplr_jax.proofs import fixed as fx
 from lplr_jax.proofs.fixed import Fixed, UndecidedError
@@ -100,15 +101,12 @@ def _last_steps(jaxpr: Any, ends: Sequence[bool]) -> frozenset[Any]:
 def _apply(eqn: Any, ins: list[Value], places: int, ends: Sequence[bool]) -> Sequence[Value]:
     name, settings = eqn.primitive.name, eqn.params
     if name in _CALLS:
-        body = settings.get("jaxpr", settings.get("call_jaxpr"))
-        if isinstance(body, jex.ClosedJaxpr):
-            return run(body, ins, places, ends)
-        return _run(body, (), ins, places, ends)
+        return run(_closed(settings.get("jaxpr", settings.get("call_jaxpr"))), ins, places, ends)
     if name == "scan":
         return _scan(settings, ins, places, ends)
     if name == "cond":
         branch = settings["branches"][int(np.clip(_exact(ins[0]), 0, len(settings["branches"]) - 1))]
-        return run(branch, ins[1:], places, ends)
+        return run(_closed(branch), ins[1:], places, ends)
     floats = any(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
     if not any(isinstance(x, Fixed) for x in ins) and (not floats or name in ("iota", "convert_element_type")):
         if floats and any(np.abs(np.asarray(x, np.float64)).max(initial=0.0) > 2.0**53 for x in ins):
@@ -133,6 +131,10 @@ def _apply(eqn: Any, ins: list[Value], places: int, ends: Sequence[bool]) -> Seq
     return found if isinstance(found, list) else [found]
 
 
+def _closed(body: Any) -> jex.ClosedJaxpr:
+    return body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, ())
+
+
 def _exact(x: Value) -> np.ndarray:
     if isinstance(x, Fixed):
         raise UndecidedError("a number that decides which way a program goes is a float")
@@ -140,14 +142,14 @@ def _exact(x: Value) -> np.ndarray:
 
 
 def _scan(settings: dict[str, Any], ins: list[Value], places: int, ends: Sequence[bool]) -> list[Value]:
-    fixed_count, carried = settings["num_consts"], settings["num_carry"]
+    fixed_count, carried = operand_counts(settings)
     consts, carry, rows = ins[:fixed_count], ins[fixed_count : fixed_count + carried], ins[fixed_count + carried :]
     steps = range(settings["length"])
     inside = [end and i >= carried for i, end in enumerate(ends)]
     found: list[list[Value]] = []
     for t in reversed(steps) if settings["reverse"] else steps:
         here = [_moved(row, lambda a, t=t: a[t]) for row in rows]
-        outs = run(settings["jaxpr"], [*consts, *carry, *here], places, inside)
+        outs = run(_closed(settings["jaxpr"]), [*consts, *carry, *here], places, inside)
         carry = outs[:carried]
         found.append(outs[carried:])
     if settings["reverse"]:
@@ -263,6 +265,14 @@ def _largest(a: Fixed) -> Fixed:
 
 def _reduce_max(settings: dict[str, Any], ins: list[Any], _: int) -> Fixed:
     return _largest(_last(ins[0], settings["axes"]))
+
+
+def _reduce_prod(settings: dict[str, Any], ins: list[Any], _: int) -> Fixed:
+    a = _last(ins[0], settings["axes"])
+    found = a.map(lambda x: x[..., 0])
+    for i in range(1, a.shape[-1]):
+        found = fx.mul(found, a.map(lambda x, i=i: x[..., i]))
+    return found
 
 
 def _window_index(settings: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
@@ -490,11 +500,14 @@ _RULES: dict[str, Rule] = {
     "rev": _move(lambda settings, a: np.flip(a, settings["dimensions"])),
     "optimization_barrier": lambda _settings, ins, _places: list(ins),
     "sharding_constraint": lambda _settings, ins, _places: ins[0],
+    "name": lambda _settings, ins, _places: ins[0],
     "stop_gradient": lambda _settings, ins, _places: ins[0],
     "split": _split,
     "concatenate": _concatenate,
     "reduce_sum": _reduce_sum,
     "reduce_max": _reduce_max,
+    "reduce_min": lambda settings, ins, places: fx.neg(_reduce_max(settings, [fx.neg(ins[0])], places)),
+    "reduce_prod": _reduce_prod,
     "reduce_window_max": _reduce_window_max,
     "select_and_scatter_add": _select_and_scatter_add,
     "dot_general": _dot_general,
@@ -509,6 +522,7 @@ _RULES: dict[str, Rule] = {
     "clamp": _clamp,
     "neg": _entry(fx.neg),
     "square": _entry(lambda a: fx.mul(a, a)),
+    "one_minus_square": _entry(lambda a: fx.sub(fx.fixed(1.0, a.places), fx.mul(a, a))),
     "integer_pow": _integer_power,
     "pow": _power,
     "sqrt": _entry(el.sqrt),
@@ -517,6 +531,10 @@ _RULES: dict[str, Rule] = {
     "log": _entry(el.log),
     "log1p": _entry(el.log1p),
     "expm1": _entry(el.expm1),
+    "exp2": _entry(lambda a: el.exp(fx.mul(a, el.ln2(a.places)))),
+    "sinh": _entry(lambda a: el.scaled(fx.sub(el.exp(a), el.exp(fx.neg(a))), 0.5)),
+    "cosh": _entry(lambda a: el.scaled(fx.add(el.exp(a), el.exp(fx.neg(a))), 0.5)),
+    "tan": _entry(lambda a: el.div(el.sin(a), el.cos(a))),
     "tanh": _entry(el.tanh),
     "logistic": _entry(el.logistic),
     "erf": _entry(el.erf),
@@ -541,14 +559,15 @@ _TAKE_ANY = frozenset(
     {"gt", "ge", "lt", "le", "eq", "ne", "select_n", "convert_element_type"}
     | {"broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "slice", "rev"}
 )
-RULES = frozenset(_RULES) | _BY_DIGIT | _CALLS | {"scan", "cond", "iota"}
-"""Primitives that have a rule."""
+_KNOWN = frozenset(_RULES) | _BY_DIGIT | _CALLS | {"scan", "cond", "iota"}
 
 
-def primitives(closed: jex.ClosedJaxpr) -> Iterator[str]:
-    """Yield the names of the primitives of a jaxpr, those in bodies included."""
-    for eqn in closed.jaxpr.eqns:
-        yield eqn.primitive.name
-        for body in jex.jaxprs_in_params(eqn.params):
-            inner = body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, ())
-            yield from primitives(inner)
+def without_rule(jaxpr: Any) -> Iterator[str]:
+    """Yield the names of the primitives of a jaxpr, those in bodies included, that take floats and have no rule."""
+    for eqn in jaxpr.eqns:
+        floats = any(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in (*eqn.invars, *eqn.outvars))
+        if floats and eqn.primitive.name not in _KNOWN:
+            yield eqn.primitive.name
+        elif eqn.primitive.name in _KNOWN:
+            for body in jex.jaxprs_in_params(eqn.params):
+                yield from without_rule(getattr(body, "jaxpr", body))

@@ -82,7 +82,7 @@ def enclosed_bound(
     if held > budget(None):
         raise UndecidedError(f"the Jacobian of {rows} rows and {p} parameters takes {held / 1e9:.1f} GB")
     closed = traced(apply_fn, wide, x)
-    missing = sorted(set(interpreter.primitives(closed)) - interpreter.RULES)
+    missing = sorted(set(interpreter.without_rule(closed.jaxpr)))
     if missing:
         raise UndecidedError(f"{', '.join(missing)} has no rule")
     needed = n * work(closed.jaxpr)
