@@ -6,7 +6,7 @@ and a number out of range are undecided. Loops of a fixed length are run step by
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.extend.core as jex
 import jax.numpy as jnp
@@ -49,42 +49,59 @@ def value(array: Any, places: int) -> Value:
     return wide if (np.isposinf(wide) | np.isnan(wide)).any() else fx.fixed(wide, places)
 
 
-def run(closed: jex.ClosedJaxpr, args: Sequence[Value], places: int, ends: Sequence[bool] | None = None) -> list[Value]:
-    """Evaluate a jaxpr.
+class Want(NamedTuple):
+    """What is wanted of results: whether they are needed, and whether nothing is made of them but sums."""
+
+    needed: Sequence[bool]
+    ends: Sequence[bool]
+
+
+def run(closed: jex.ClosedJaxpr, args: Sequence[Value], places: int, want: Want | None = None) -> list[Any]:
+    """Evaluate a jaxpr; what no result that is needed depends on is left out.
 
     Args:
         closed: of float64 arrays, whole numbers and truth values.
         args: its arguments.
         places: digits of its constants, and so of what is made of them.
-        ends: which results only sums are made of, None for none; products that enter nothing else take few digits.
+        want: of its results; products that enter nothing but ends take few digits. None for all, and no ends.
+
+    Returns:
+        The results, None for one that is not needed.
 
     Raises:
         UndecidedError: for a primitive without a rule, or a result that has no bound.
     """
-    consts = [value(const, places) for const in closed.consts]
-    return _run(closed.jaxpr, consts, args, places, ends)
-
-
-def _run(
-    jaxpr: Any, consts: Sequence[Value], args: Sequence[Value], places: int, ends: Sequence[bool] | None
-) -> list[Value]:
-    env: dict[Any, Value] = dict(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
+    jaxpr, count = closed.jaxpr, len(closed.jaxpr.outvars)
+    want = Want([True] * count, [False] * count) if want is None else want
+    env: dict[Any, Any] = dict(zip(jaxpr.invars, args, strict=True))
+    env.update((var, value(const, places)) for var, const in zip(jaxpr.constvars, closed.consts, strict=True))
     last = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.invars if not isinstance(var, jex.Literal)}
     kept = {var for var in jaxpr.outvars if not isinstance(var, jex.Literal)}
-    last_steps = _last_steps(jaxpr, ends) if ends is not None and any(ends) else frozenset()
+    last_steps = _last_steps(jaxpr, want.ends) if any(want.ends) else frozenset()
+    live = _live(jaxpr, want.needed)
 
     def read(var: Any) -> Value:
         return value(var.val, places) if isinstance(var, jex.Literal) else env[var]
 
     for i, eqn in enumerate(jaxpr.eqns):
-        ends_here = [var in last_steps for var in eqn.outvars]
-        outs = _apply(eqn, [read(var) for var in eqn.invars], places, ends_here)
+        here = Want([var in live for var in eqn.outvars], [var in last_steps for var in eqn.outvars])
+        if not any(here.needed):
+            continue
+        outs = _apply(eqn, [read(var) for var in eqn.invars], places, here)
         env.update(zip(eqn.outvars, outs, strict=True))
         for var in {var for var in eqn.invars if not isinstance(var, jex.Literal)} - kept:
             if last[var] == i:
                 env.pop(var, None)
-    return [read(var) for var in jaxpr.outvars]
+    return [read(var) if needed else None for var, needed in zip(jaxpr.outvars, want.needed, strict=True)]
+
+
+def _live(jaxpr: Any, needed: Sequence[bool]) -> set[Any]:
+    """Return the variables that results which are needed depend on."""
+    found = {var for var, one in zip(jaxpr.outvars, needed, strict=True) if one and not isinstance(var, jex.Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        if found.intersection(eqn.outvars):
+            found.update(var for var in eqn.invars if not isinstance(var, jex.Literal))
+    return found
 
 
 def _last_steps(jaxpr: Any, ends: Sequence[bool]) -> frozenset[Any]:
@@ -98,15 +115,15 @@ def _last_steps(jaxpr: Any, ends: Sequence[bool]) -> frozenset[Any]:
     return frozenset(found - others)
 
 
-def _apply(eqn: Any, ins: list[Value], places: int, ends: Sequence[bool]) -> Sequence[Value]:
+def _apply(eqn: Any, ins: list[Any], places: int, want: Want) -> Sequence[Any]:
     name, settings = eqn.primitive.name, eqn.params
     if name in _CALLS:
-        return run(_closed(settings.get("jaxpr", settings.get("call_jaxpr"))), ins, places, ends)
+        return run(_closed(settings.get("jaxpr", settings.get("call_jaxpr"))), ins, places, want)
     if name == "scan":
-        return _scan(settings, ins, places, ends)
+        return _scan(settings, ins, places, want)
     if name == "cond":
         branch = settings["branches"][int(np.clip(_exact(ins[0]), 0, len(settings["branches"]) - 1))]
-        return run(_closed(branch), ins[1:], places, ends)
+        return run(_closed(branch), ins[1:], places, want)
     floats = any(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
     if not any(isinstance(x, Fixed) for x in ins) and (not floats or name in ("iota", "convert_element_type")):
         if floats and any(np.abs(np.asarray(x, np.float64)).max(initial=0.0) > 2.0**53 for x in ins):
@@ -125,7 +142,7 @@ def _apply(eqn: Any, ins: list[Value], places: int, ends: Sequence[bool]) -> Seq
         raise UndecidedError(f"{name} has no rule")
     if name not in _TAKE_ANY and any(not isinstance(x, Fixed) and np.issubdtype(x.dtype, np.floating) for x in ins):
         raise UndecidedError(f"{name} takes a number that is not finite")
-    if all(ends) and name in ("dot_general", "conv_general_dilated"):
+    if all(want.ends) and name in ("dot_general", "conv_general_dilated"):
         ins = [fx.with_places(x, min(_FEW, x.places)) if isinstance(x, Fixed) else x for x in ins]
     found = rule(settings, ins, places)
     return found if isinstance(found, list) else [found]
@@ -141,11 +158,14 @@ def _exact(x: Value) -> np.ndarray:
     return x
 
 
-def _scan(settings: dict[str, Any], ins: list[Value], places: int, ends: Sequence[bool]) -> list[Value]:
+def _scan(settings: dict[str, Any], ins: list[Any], places: int, want: Want) -> list[Any]:
     fixed_count, carried = operand_counts(settings)
     consts, carry, rows = ins[:fixed_count], ins[fixed_count : fixed_count + carried], ins[fixed_count + carried :]
     steps = range(settings["length"])
-    inside = [end and i >= carried for i, end in enumerate(ends)]
+    inside = Want(
+        [needed or i < carried for i, needed in enumerate(want.needed)],
+        [end and i >= carried for i, end in enumerate(want.ends)],
+    )
     found: list[list[Value]] = []
     for t in reversed(steps) if settings["reverse"] else steps:
         here = [_moved(row, lambda a, t=t: a[t]) for row in rows]
@@ -156,7 +176,8 @@ def _scan(settings: dict[str, Any], ins: list[Value], places: int, ends: Sequenc
         found.reverse()
     if not found:
         raise UndecidedError("a loop of no steps has no rule")
-    return [*carry, *(_joined(list(parts), np.stack) for parts in zip(*found, strict=True))]
+    stacked = [None if parts[0] is None else _joined(list(parts), np.stack) for parts in zip(*found, strict=True)]
+    return [*carry, *stacked]
 
 
 def _joined(parts: list[Value], join: Callable[[list[np.ndarray]], np.ndarray]) -> Value:

@@ -169,12 +169,13 @@ def sample_rows(closed: jex.ClosedJaxpr, arrays: Sequence[Any], x: Sequence[Any]
         UndecidedError: if no digits are enough, or a primitive has no rule.
     """
     found: list[tuple[np.ndarray, np.ndarray]] = []
+    everything = interpreter.Want(*[[True] * len(closed.jaxpr.outvars)] * 2)
     digits = least
     for digits in (tried for tried in DIGITS if tried >= least):
         try:
             with jax.enable_x64(True), np.errstate(all="ignore"):
                 args = [interpreter.value(a, digits) for a in (*arrays, *x)]
-                found = [_row(out) for out in interpreter.run(closed, args, digits, [True] * len(closed.jaxpr.outvars))]
+                found = [_row(out) for out in interpreter.run(closed, args, digits, everything)]
         except UndecidedError:
             if digits == DIGITS[-1]:
                 raise
