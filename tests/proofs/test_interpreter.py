@@ -146,6 +146,7 @@ SMOOTH = {
     "sigmoid, tanh": lambda x: jax.nn.sigmoid(x) * jnp.tanh(x),
     "hyperbolic, powers of 2": lambda x: jnp.sinh(x) - jnp.cosh(x) + jnp.exp2(x) + jnp.tan(x / 4),
     "logsumexp": lambda x: x * jax.nn.logsumexp(x),
+    "largest of each": lambda x: x.max(axis=1, keepdims=True) * x.max(axis=0, keepdims=True) * jnp.max(x),
     "sines": lambda x: jnp.sin(3 * x) + jnp.cos(x**2),
     "powers": lambda x: jnp.abs(x) ** 1.5 + 1 / (1 + x**2) + jnp.sqrt(1 + x**2),
 }
@@ -173,6 +174,7 @@ UNDECIDED = {
     "divisor may be zero": lambda x: 1.0 / (x - 1.0),
     "not float64": lambda x: x.astype(jnp.float32) * 2.0,
     "becomes a whole number": lambda x: x.astype(jnp.int32),
+    "largest of several numbers is not certain": lambda x: jax.grad(lambda x: jnp.max(x))(x),
     "largest of a window is not certain": lambda x: jax.grad(lambda x: nn.max_pool(x[None, :, None], (2,)).sum())(x),
 }
 

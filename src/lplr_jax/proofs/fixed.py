@@ -53,6 +53,8 @@ class Fixed:
         places: most digits that results have.
         far: entries of which is known only that they are below -1e24; None for none.
         larger_of: the two arrays whose entrywise maximum this is, where it is one.
+        largest_of: the array whose maxima along some axes this holds, and those axes; laid out so that it broadcasts
+            against the array once they are kept.
     """
 
     digits: np.ndarray
@@ -61,6 +63,7 @@ class Fixed:
     places: int
     far: np.ndarray | None = None
     larger_of: "tuple[Fixed, Fixed] | None" = None
+    largest_of: "tuple[Fixed, tuple[int, ...]] | None" = None
 
     @property
     def shape(self) -> tuple[int, ...]:

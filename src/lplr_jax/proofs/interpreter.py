@@ -6,6 +6,7 @@ and a number out of range are undecided. Loops of a fixed length are run step by
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax.extend.core as jex
@@ -285,7 +286,40 @@ def _largest(a: Fixed) -> Fixed:
 
 
 def _reduce_max(settings: dict[str, Any], ins: list[Any], _: int) -> Fixed:
-    return _largest(_last(ins[0], settings["axes"]))
+    axes = tuple(settings["axes"])
+    return replace(_largest(_last(ins[0], axes)), largest_of=(ins[0], axes))
+
+
+def _kept_shape(of: tuple[Fixed, tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(1 if axis in of[1] else size for axis, size in enumerate(of[0].shape))
+
+
+def _reshaped(settings: dict[str, Any], ins: list[Any], _: int) -> Value:
+    (x,), moved = ins, _moved(ins[0], lambda a: _reshape(settings, a))
+    of = x.largest_of if isinstance(x, Fixed) else None
+    # With the axes that were reduced kept at size one, and only so, maxima lie beside what they are of.
+    if of is not None and isinstance(moved, Fixed) and moved.shape == _kept_shape(of) and x.shape != moved.shape:
+        return replace(moved, largest_of=of) if settings.get("dimensions") is None else moved
+    return moved
+
+
+def _is_largest(a: Fixed, b: Fixed) -> np.ndarray | None:
+    """Return the sign of a - b, b the maxima of a with their axes kept and broadcast; None where b is something else.
+
+    Raises:
+        UndecidedError: where a second number is within its error of the largest.
+    """
+    of = b.largest_of
+    if of is None or of[0] is not a or b.shape != _kept_shape(of):
+        return None
+    gap = fx.sub(Fixed(a.digits, a.high, a.radius, a.places), Fixed(b.digits, b.high, b.radius, b.places))
+    less = gap.mid < -gap.error * 1.001
+    if a.far is not None:
+        less |= a.far
+    # The one that is not certainly less is the largest; of several none is known to be.
+    if (np.sum(~less, axis=of[1]) != 1).any():
+        raise UndecidedError("the largest of several numbers is not certain")
+    return np.where(less, -1.0, 0.0)
 
 
 def _reduce_prod(settings: dict[str, Any], ins: list[Any], _: int) -> Fixed:
@@ -481,6 +515,8 @@ def _compare(of_sign: Callable[[np.ndarray], np.ndarray]) -> Rule:
         a, b = ins
         if a is b:
             return of_sign(np.zeros(a.shape))
+        if isinstance(a, Fixed) and isinstance(b, Fixed) and (sign := _is_largest(a, b)) is not None:
+            return of_sign(sign)
         for one, other, sign in ((a, b, -1.0), (b, a, 1.0)):
             if not isinstance(other, Fixed) and np.isposinf(other).all() and isinstance(one, Fixed):
                 return of_sign(np.full(np.broadcast_shapes(a.shape, b.shape), sign))
@@ -513,7 +549,7 @@ def _pair(function: Callable[[Fixed, Fixed], Fixed]) -> Rule:
 
 _RULES: dict[str, Rule] = {
     "broadcast_in_dim": _move(_broadcast),
-    "reshape": _move(_reshape),
+    "reshape": _reshaped,
     "transpose": _move(lambda settings, a: a.transpose(settings["permutation"])),
     "squeeze": _move(lambda settings, a: a.squeeze(tuple(settings["dimensions"]))),
     "expand_dims": _move(lambda settings, a: np.expand_dims(a, tuple(settings["dimensions"]))),
