@@ -28,8 +28,10 @@ def kernel_of(apply_fn, params, x, which):
     return sum(leaf @ leaf.T for leaf in leaves)
 
 
-@pytest.mark.parametrize("activation", ["softplus", "tanh", "relu"])
-@pytest.mark.parametrize(("width", "outputs", "n"), [(16, 1, 9), (16, 3, 9), (40, 2, 25), (8, 2, 30)])
+@pytest.mark.parametrize(
+    ("width", "outputs", "n", "activation"),
+    [(16, 1, 9, "softplus"), (16, 3, 9, "tanh"), (40, 2, 25, "relu"), (8, 2, 30, "softplus")],
+)
 def test_each_layer_and_their_sum_are_below(width, outputs, n, activation):
     apply_fn, params, x = problem(width, outputs, n, activation=activation)
     bounds = diagnostics.layer_lower_bounds(apply_fn, params, x)
