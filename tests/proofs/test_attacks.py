@@ -329,7 +329,7 @@ def attack(seed, kind):
     with jax.enable_x64(True):
         split = parameters.split(params)
         closed = jacobian.traced(apply_fn, split, x)
-        c = closed.out_avals[0].shape[0]
+        c = closed.out_avals[0].shape[1]
         exact = []
         with mpmath.workdps(DIGITS):
             for i in range(len(x)):

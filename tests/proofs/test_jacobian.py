@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mpmath import mp
 
-from lplr_jax import Probes, Problem, diagnostics, linalg, parameters, train, verify
+from lplr_jax import Probes, Problem, diagnostics, linalg, parameters, programs, train, verify
 from lplr_jax.models import ResNet, Transformer
 from lplr_jax.ntk.empirical import empirical_ntk
 from lplr_jax.proofs import jacobian
@@ -326,6 +326,33 @@ def test_a_proof_that_takes_long_is_made_on_demand(monkeypatch):
     assert "never" in bound_or_reason(apply_fn, params, X, theta, proof="never")[1]
     with pytest.raises(ValueError, match=r"proof must be one of .*got 'maybe'"):
         diagnostics.empirical_ntk_min_eig(apply_fn, params, X, proof="maybe")
+
+
+def test_samples_go_together_or_one_by_one(monkeypatch):
+    apply_fn, params = equinox_network()
+    x = normal(7, 3)
+    theta = np.asarray(empirical_ntk(apply_fn, params, x))
+    found = []
+    for most in (1, 3, 64):
+        monkeypatch.setattr(jacobian, "_MOST", most)
+        monkeypatch.setattr(jacobian, "_bounds", programs.Kept(8))
+        found.append(assembly_bound(apply_fn, params, x, theta))
+    for bound in found:
+        assert bound.assembly_error == pytest.approx(found[0].assembly_error, rel=1e-6)
+        assert bound.factor_error <= 1e-8 * np.sqrt(np.trace(theta))
+
+
+def test_a_branch_that_not_all_samples_take_is_evaluated_one_by_one():
+    def apply_fn(p, x):
+        def one(row):
+            inverse = lambda z: 1.0 / z  # noqa: E731
+            return jnp.tanh(jax.lax.cond(row[0] > 0, inverse, lambda z: z, row[0]) * p)
+
+        return jax.vmap(one)(x) if x.shape[0] > 1 else one(x[0])[None]
+
+    x = np.array([[2.0], [0.0], [-1.0]])
+    theta = np.asarray(empirical_ntk(apply_fn, normal(2), x))
+    assert assembly_bound(apply_fn, normal(2), x, theta) is not None
 
 
 def test_a_jacobian_beyond_the_memory_is_said(monkeypatch):

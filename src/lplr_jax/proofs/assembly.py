@@ -119,7 +119,7 @@ def bound_or_reason(
     if not isinstance(theta, np.ndarray):
         return None, 'none can be formed beside a packed kernel (storage="full" may have it)'
     try:
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), np.errstate(all="ignore"):
             split = parameters.split(params, trainable)
             wide, inputs = split.cast(_in_float64), jax.tree.map(_in_float64, x)
             if engine.trace(apply_fn, wide, inputs).narrow is not None:

@@ -1,6 +1,6 @@
 """The Jacobian of any network in an enclosure, and with it a bound on the distance between a kernel and the exact one.
 
-For one sample at a time, the traced derivative of its outputs by θ, forward and backward pass in one program, is
+For a few samples at a time, the traced derivative of their outputs by θ, forward and backward pass in one program, is
 evaluated in fixed-point numbers (`interpreter`): K̂ is what comes out, rounded to float64, and the error of each entry
 is known. The digits are raised until the error is far below what float64 itself would lose: a deep network may
 multiply errors a hundredfold in every layer, and again on the way back; more digits outrun it, whatever the layers.
@@ -36,7 +36,11 @@ DIGITS = (6, 8, 10, 12, 15, 20, 28)
 MOST_WORK = 1.2e11
 """Work beyond which no bound is made unless it is asked for. Calibrated: a minute of two cores."""
 _bounds = programs.Kept(8)
-_FINE = 2.0**-30
+_ENTRIES = 2**16
+"""Entries of the largest array up to which samples go together: fewer calls, while arrays stay in a cache."""
+_MOST = 64
+"""Most samples that go together."""
+_FINE = 2.0**-28
 """Error of the Jacobian of a sample, relative to it, at which no more digits are asked for."""
 _MID = 2.0**-49
 """Relative error of `Fixed.mid`."""
@@ -44,11 +48,11 @@ _MID = 2.0**-49
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of the Jacobian that belong to one sample.
+    """Rows of the Jacobian that belong to some samples.
 
     Attributes:
-        leaves: for each leaf of θ the rows (c, p_l) in float64.
-        errors: for each leaf the bounds of the 2-norms of their errors, (c,).
+        leaves: for each leaf of θ the rows (k c, p_l) in float64.
+        errors: for each leaf the bounds of the 2-norms of their errors, (k c,).
         digits: how many were used.
     """
 
@@ -85,7 +89,9 @@ def enclosed_bound(
     missing = sorted(set(interpreter.without_rule(closed.jaxpr)))
     if missing:
         raise UndecidedError(f"{', '.join(missing)} has no rule")
-    needed = n * work(closed.jaxpr)
+    together = min(n, max(1, min(_MOST, _ENTRIES // largest(closed.jaxpr))))
+    several = traced(apply_fn, wide, x, together)
+    needed = math.ceil(n / together) * work(several.jaxpr)
     if needed > most_work:
         raise UndecidedError(
             f'a proof takes about {needed / 2e9:.0f} seconds of two cores, and proof="always" asks for it'
@@ -96,13 +102,23 @@ def enclosed_bound(
     name = (programs.key(closed, rules=False), *map(programs.digest, (*closed.consts, *wide.arrays, *inputs, theta)))
     if name in _bounds:
         return _bounds[name]
-    digits = DIGITS[0]
-    for i in range(n):
-        found = sample_rows(closed, wide.arrays, [a[i : i + 1] for a in inputs], digits)
-        digits, c = found.digits, rows // n
+    digits, c, start = DIGITS[0], rows // n, 0
+    while start < n:
+        # The last few are filled up with the last of them, which is then left out.
+        here = [a[np.minimum(np.arange(start, start + together), n - 1)] for a in inputs]
+        try:
+            found = sample_rows(several, wide.arrays, here, digits)
+        except UndecidedError:
+            if together == 1:
+                raise
+            # A branch that one sample does not take is taken where samples go together.
+            together, several = 1, closed
+            continue
+        digits, count = found.digits, min(together, n - start)
         for leaf, part in enumerate(found.leaves):
-            factor[leaf][i * c : (i + 1) * c] = part
-            errors[leaf][i * c : (i + 1) * c] = found.errors[leaf]
+            factor[leaf][start * c : (start + count) * c] = part[: count * c]
+            errors[leaf][start * c : (start + count) * c] = found.errors[leaf][: count * c]
+        start += count
     parts = (
         Part(leaf, errors[leaf], lambda leaf=leaf: iter([(np.arange(factor[leaf].shape[1]), factor[leaf])]))
         for leaf in range(len(factor))
@@ -133,6 +149,13 @@ def work(jaxpr: Any) -> float:
     return total
 
 
+def largest(jaxpr: Any) -> int:
+    """Return the entries of the largest array of a jaxpr."""
+    sizes = [math.prod(getattr(var.aval, "shape", ())) for eqn in jaxpr.eqns for var in eqn.outvars]
+    inside = [largest(getattr(body, "jaxpr", body)) for eqn in jaxpr.eqns for body in jex.jaxprs_in_params(eqn.params)]
+    return max([1, *sizes, *inside])
+
+
 def _terms(eqn: Any) -> int:
     """Return the products of an entry of a contraction."""
     shape = eqn.invars[1].aval.shape
@@ -142,28 +165,33 @@ def _terms(eqn: Any) -> int:
     return math.prod(shape[axis] for axis in eqn.params["dimension_numbers"].rhs_spec[1:])
 
 
-def traced(apply_fn: ApplyFn, wide: Parameters, x: Any) -> jex.ClosedJaxpr:
-    """Trace the Jacobian of one sample: from the array leaves and a sample (leading axis 1) to rows (c, *leaf)."""
+def traced(apply_fn: ApplyFn, wide: Parameters, x: Any, together: int = 1) -> jex.ClosedJaxpr:
+    """Trace the Jacobian of some samples: from the array leaves and samples (k, ...) to rows (k, c, *leaf)."""
     specs = [jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in wide.arrays]
     samples, xdef = jax.tree.flatten(x)
-    xs = [jax.ShapeDtypeStruct((1, *np.shape(a)[1:]), jnp.result_type(a)) for a in samples]
+    xs = [jax.ShapeDtypeStruct((together, *np.shape(a)[1:]), jnp.result_type(a)) for a in samples]
 
     def rows(arrays: list[Any], inputs: list[Any]) -> Any:
         def outputs(theta: list[Any]) -> Any:
             every = list(arrays)
             for i, leaf in zip(wide.theta, theta, strict=True):
                 every[i] = leaf
-            return jnp.reshape(apply_fn(wide.join(every), jax.tree.unflatten(xdef, inputs)), -1)
+            one = jax.tree.unflatten(xdef, [a[None] for a in inputs])
+            return jnp.reshape(apply_fn(wide.join(every), one), -1)
 
         out, pull = jax.vjp(outputs, [arrays[i] for i in wide.theta])
         return jax.vmap(pull)(jnp.eye(out.size, dtype=out.dtype))[0]
 
     with jax.default_matmul_precision("highest"):
-        return jax.make_jaxpr(rows)(specs, xs)
+        if together == 1:
+            return jax.make_jaxpr(lambda arrays, inputs: [a[None] for a in rows(arrays, [a[0] for a in inputs])])(
+                specs, xs
+            )
+        return jax.make_jaxpr(jax.vmap(rows, in_axes=(None, 0)))(specs, xs)
 
 
 def sample_rows(closed: jex.ClosedJaxpr, arrays: Sequence[Any], x: Sequence[Any], least: int = DIGITS[0]) -> Rows:
-    """Return the Jacobian of one sample, with as many digits as it takes, `least` or more.
+    """Return the Jacobian of the samples that were traced, with as many digits as it takes, `least` or more.
 
     Raises:
         UndecidedError: if no digits are enough, or a primitive has no rule.
@@ -188,9 +216,9 @@ def sample_rows(closed: jex.ClosedJaxpr, arrays: Sequence[Any], x: Sequence[Any]
 
 
 def _row(out: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows (c, p_l) in float64 and the 2-norms of their errors."""
+    """Return rows (k c, p_l) in float64 and the 2-norms of their errors."""
     assert isinstance(out, Fixed)
-    c = out.shape[0]
-    middle = out.mid.reshape(c, -1)
-    entries = out.error.reshape(c, -1) + np.abs(middle) * _MID
+    rows = math.prod(out.shape[:2])
+    middle = out.mid.reshape(rows, -1)
+    entries = out.error.reshape(rows, -1) + np.abs(middle) * _MID
     return middle, np.sqrt(np.einsum("ij,ij->i", entries, entries)) * INFLATE + UNDERFLOW
