@@ -95,6 +95,35 @@ def test_an_optimiser_is_told_by_what_it_does():
     assert len(set(digests)) == 4
 
 
+IDENTITY = """
+    import equinox as eqx, jax, jax.numpy as jnp, optax
+    from collections.abc import Callable
+    from lplr_jax import Problem
+    from lplr_jax.runs.loop import optimizer_digest
+
+    class Net(eqx.Module):
+        w: jax.Array
+        act: Callable = eqx.field(static=True)
+
+    class Other:
+        pass
+
+    net = Net(jnp.ones((3, 1)), lambda z: jnp.tanh(z))
+    params = {"net": net, "act": lambda z: z, "other": Other(), "key": jax.random.key(0)}
+    problem = Problem(lambda p, x: p["net"].act(x @ p["net"].w), params, jnp.ones((2, 3)), jnp.ones((2, 1)))
+    print(problem.digest(), optimizer_digest(optax.noisy_sgd(0.1, key=jax.random.key(0)), problem.reduced.params))
+"""
+
+
+def test_another_process_finds_the_same_identity():
+    """Texts of functions and objects tell where they lie in memory: by it no run would go on in another process."""
+    command = [sys.executable, "-c", textwrap.dedent(IDENTITY)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    said = {subprocess.run(command, env=environment, check=True, capture_output=True).stdout for _ in range(2)}
+    assert len(said) == 1
+    assert b"sha256" in said.pop()
+
+
 def test_the_command_our_loop_and_a_watch_agree():
     """One run three ways: the first two are one program, the third compiles its step by itself."""
     config = mnist.MnistConfig(
