@@ -125,6 +125,16 @@ def test_too_long_a_step_is_promised_nothing():
         assert rate(momentum_run(eta, 0.9)[0]).part("step_size").outcome == outcome
 
 
+@pytest.mark.parametrize("lost", [schema.KERNEL_LOST, schema.HESSIAN_LOST])
+def test_what_rests_on_a_probe_that_was_lost_is_open(lost):
+    record, _ = momentum_run(0.3, 0.5)
+    untrusted = np.array([0, lost, 0])
+    found = rate(Record("ball", {**record.arrays, "probe_untrusted": untrusted}, {}))
+    assert found.outcome == found.part("lyapunov").outcome == "undecided"
+    assert found.part("heavy_ball").outcome == "not refuted"
+    assert "could not be trusted (epoch 30" in found.part("lyapunov").note
+
+
 def test_planted_a_kernel_that_is_too_good_or_a_loss_that_stalls_refutes_it():
     """The least mode is of λ = 0.01 where the probes say 1: V falls by less than is promised; likewise at one step."""
     slow, _ = momentum_run(0.3, 0.5, eigenvalues=np.array([0.01, 1.0, 2.0]))
