@@ -48,13 +48,15 @@ class KeptKernels(Mapping[int, np.ndarray]):
             f"the kernels of {len(self._kernels)} probes take {held / 2**30:.1f} GiB of the "
             f"{self._most_bytes / 2**30:.1f} that may be kept in memory"
         )
+        on_disk, folder = None, Path()
         try:
             folder = Path(tempfile.gettempdir())
             why = f"{folder} has no room for more"
             # Half of what is free is for others, who may take it all the same.
-            on_disk = _on_disk(theta, folder) if theta.nbytes <= shutil.disk_usage(folder).free // 2 else None
+            if theta.nbytes <= shutil.disk_usage(folder).free // 2:
+                on_disk = _on_disk(theta, folder)
         except OSError as error:
-            on_disk, why = None, f"no temporary file can be written ({error.strerror or error})"
+            why = f"no temporary file can be written ({error.strerror or error})"
         if on_disk is None:
             self._tell(
                 logging.WARNING,
