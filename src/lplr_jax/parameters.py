@@ -20,7 +20,7 @@ import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey, keystr
 
 from lplr_jax import checks
-from lplr_jax.types import Params
+from lplr_jax.types import ApplyFn, Params
 
 Trainable = Any
 """A pytree of booleans, whole or a prefix of the parameters, or a function from the path of a leaf to one."""
@@ -206,12 +206,33 @@ def count_parameters(params: Params, trainable: Trainable = None) -> int:
     return split(params, trainable).size
 
 
+def still(params: Params) -> Params:
+    """Return a tree whose arrays of NumPy are copies, as their owner may move them in place."""
+    return jax.tree.map(lambda leaf: np.array(leaf) if isinstance(leaf, np.ndarray) else leaf, params)
+
+
 def strong(params: Params) -> Params:
     """Return a tree whose array leaves compute in the type that they are stored in.
 
     JAX lets an array made of a Python number alone, such as `jnp.full(3, 0.1)`, give way to any other floating type.
     """
     return jax.tree.map(lambda leaf: leaf.astype(leaf.dtype) if getattr(leaf, "weak_type", False) else leaf, params)
+
+
+def theta_alone(apply_fn: ApplyFn, params: Params) -> tuple[ApplyFn, Params]:
+    """Return a function of a list of the arrays of θ, and that list, where a tree carries other leaves along.
+
+    What is carried along is held as it is in `params`. Where all leaves are arrays of θ, both are returned as they are.
+    """
+    parts = split(params)
+    leaves = jax.tree.leaves(params)
+    if len(parts.theta) == len(leaves) and all(map(is_array, leaves)):
+        return apply_fn, params
+
+    def of_theta(theta: Sequence[Any], x: Any) -> Any:
+        return apply_fn(parts.with_theta(theta, parts.carried), x)
+
+    return of_theta, strong([jnp.asarray(leaf) for leaf in parts.values])
 
 
 def on_theta(function: Callable[..., Any], params: Parameters) -> Callable[..., Any]:

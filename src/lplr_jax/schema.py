@@ -66,6 +66,21 @@ SCHEMA: dict[str, Entry] = {
         "step_size",
         NON_NEGATIVE,
     ),
+    "batch_grad_sq_norm": Entry(
+        ("epoch",), "L² / parameter²", "‖g_B‖², g_B the gradient of the batch that the step takes", NON_NEGATIVE
+    ),
+    "batch_step_size": Entry(
+        ("epoch",), "parameter² / L", "⟨θ_t - θ_{t+1}, g_B⟩ / ‖g_B‖²; NaN where the step was not seen"
+    ),
+    "batch_step_deviation": Entry(
+        ("epoch",),
+        "1",
+        "‖θ_t - θ_{t+1} - batch_step_size g_B‖ / ‖θ_t - θ_{t+1}‖: 0 for a step of stochastic gradient descent",
+        NON_NEGATIVE,
+    ),
+    "batch_step_rounding": Entry(
+        ("epoch",), "1", "what rounding of the parameters alone may leave of batch_step_deviation", NON_NEGATIVE
+    ),
     "probe_epoch": Entry(("probe",), "steps", "step number of each kernel probe, one of `epoch`", PLACE),
     "probe_loss": Entry(("probe",), LOSS, "L(θ_t) evaluated in float64"),
     "probe_grad_sq_norm": Entry(("probe",), "L² / parameter²", "‖∇L(θ_t)‖² evaluated in float64", NON_NEGATIVE),
@@ -381,6 +396,10 @@ SINCE_2 = frozenset(
         "batch_size",
         "batches_independent",
         "batches_fixed",
+        "batch_grad_sq_norm",
+        "batch_step_size",
+        "batch_step_deviation",
+        "batch_step_rounding",
         "probe_accuracy",
         "block_grad_sq_norm",
         "block_kernel_max",
@@ -391,6 +410,10 @@ SINCE_2 = frozenset(
 
 PATH_SHARE = 0.5
 """Share of what is left of `path_budget` that one step may use up."""
+
+
+INTERVAL_LEVEL = 0.05
+"""Probability with which one interval of `batch_decrease` fails to hold the mean, at most."""
 
 
 LOSS_SCALED_DECREASE = 2 - 1 / math.log(2)

@@ -158,6 +158,26 @@ def test_a_process_that_is_killed_ends_the_other_within_a_minute(tmp_path, mode,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "zero", "one"),
+    [
+        (
+            "cannot write",
+            "ProcessLostError: process 1 cannot write to",
+            "PermissionError: [Errno 13] Permission denied",
+        ),
+        ("folders differ", "ValueError: process 0 does not see in", "ValueError: process 0 does not see in"),
+    ],
+)
+def test_a_folder_that_is_not_one_for_all_is_told_at_once(tmp_path, mode, zero, one):
+    """Such a process could say nothing of its failure, and the other would wait for its rows."""
+    assert all(ended(start(tmp_path, mode), 90))
+    assert said(tmp_path, 0)["raised"].startswith(zero)
+    assert said(tmp_path, 1)["raised"].startswith(one)
+    assert not list(tmp_path.glob("parts*/*"))
+
+
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_told_in_both(tmp_path):
     codes = ended(start(tmp_path, "writing fails"), 90)
     assert all(codes)

@@ -36,6 +36,14 @@ def main(address, process, folder, mode):
         engine.strips = die
     if mode == "certificate dies" and me == 0:
         processes._certify = die
+    if mode == "cannot write" and me == 1:
+
+        def refused(*_):
+            raise PermissionError(13, "Permission denied")
+
+        parts.say = refused
+    if mode == "folders differ":
+        parts.SEEN_SECONDS, folder = 1.0, f"{folder}-{me}"
     if mode == "writing fails" and me == 1:
 
         def full(places, process, strips):

@@ -55,6 +55,14 @@ def run_local(tmp_path, monkeypatch):
 def test_options_of_jobs():
     assert cluster.options_of("") == {}
     assert cluster.options_of("timeout_min=30, slurm_partition=gpu") == {"timeout_min": 30, "slurm_partition": "gpu"}
+    kinds = "mem_gb=1.5,stderr_to_stdout=true,local_setup=module load cuda,slurm_time=1:00:00,slurm_nodes=1"
+    assert cluster.options_of(kinds) == {
+        **{"mem_gb": 1.5, "stderr_to_stdout": True, "local_setup": ["module load cuda"]},
+        **{"slurm_time": "1:00:00", "slurm_nodes": 1},
+    }
+    for text in ("tasks_per_node=2", "tasks_per_node=0", "nodes=0", "slurm_ntasks_per_node=4", "timeout_min=0"):
+        with pytest.raises(ValueError, match=f"job_options: {text.partition('=')[0]} must be"):
+            cluster.options_of(text)
     for text in ("gpu", "a b=1", "timeout_min="):
         with pytest.raises(ValueError, match="job_options must be name=value with commas"):
             cluster.options_of(text)
@@ -66,6 +74,17 @@ def test_jobs_run_and_the_worst_exit_code_is_returned(run_local):
     assert code == 6
     assert [line.partition(":")[0] for line in said] == ["a", "b", "a", "b"]
     assert said[2:] == ["a: done", "b: ended with exit code 6"]
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        ("import os, signal, sys; os.kill(os.getpid(), {'a': signal.SIGKILL, 'b': 0}[sys.argv[-1]])", IO_FAILED),
+        ("import sys; sys.exit({'a': 6, 'b': 5}[sys.argv[-1]])", 6),
+    ],
+)
+def test_the_worst_of_all_is_returned_and_what_a_signal_ended_has_failed(run_local, script, code):
+    assert run_local(script)[0] == code
 
 
 def test_an_arm_that_is_preempted_saves_and_goes_on(tmp_path):
@@ -101,6 +120,8 @@ def test_a_job_that_fails_is_told():
     [
         (["--cluster", "slurm"], "submitit does not take these jobs: Could not detect"),
         (["--cluster", "local", "--job-options", "timeout_minutes=3"], "submitit does not take these jobs"),
+        (["--cluster", "local", "--job-options", "timeout_min=soon"], "submitit does not take these jobs: Parameter"),
+        (["--cluster", "local", "--job-options", "tasks_per_node=2"], "an arm is one process"),
         (["--cluster", "local", "--job-options", "gpu"], "job_options must be name=value with commas"),
         (["--job-options", "timeout_min=3"], "job_options are for --cluster slurm or local"),
     ],

@@ -1,10 +1,12 @@
 """Kernels of probes that are kept in memory, on disk, or not at all."""
 
+import errno
 import logging
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lplr_jax.measurement import kept
 from lplr_jax.runs.problem import Probes, Problem, kernel_probe
@@ -48,4 +50,19 @@ def test_kernels_beyond_memory_and_disk_are_left_out(monkeypatch, caplog):
     closing, on_disk, messages = _closing_with(monkeypatch, caplog, most_bytes=room, free=room - 1)
     assert on_disk == [False, False]
     assert sum("left out" in message for message in messages) == 1
+    assert np.isfinite(closing["param_pair_distance"]).sum() == 4
+
+
+@pytest.mark.parametrize("fails", ["file", "folder"])
+def test_a_disk_that_fills_up_meanwhile_ends_no_run(monkeypatch, caplog, fails):
+    """What is free as it is looked up may be taken as the file is written; TMPDIR may be gone, or not be written to."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    name = {"file": "TemporaryFile", "folder": "gettempdir"}[fails]
+    monkeypatch.setattr(kept.tempfile, name, full)
+    closing, on_disk, messages = _closing_with(monkeypatch, caplog, most_bytes=2 * 8 * N * N, free=2**40)
+    assert on_disk == [False, False]
+    assert sum("No space left on device" in message for message in messages) == 1
     assert np.isfinite(closing["param_pair_distance"]).sum() == 4

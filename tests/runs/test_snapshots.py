@@ -78,6 +78,19 @@ def test_files_of_every_kind(run, tmp_path):
         np.testing.assert_array_equal(record["ntk_min_eig"], expected["ntk_min_eig"])
 
 
+def test_what_is_carried_along_need_not_be_in_a_file(tmp_path):
+    """Functions are in no file; a counter that is there is not what the network is measured with."""
+    x, y = np.eye(3, dtype=np.float32), np.ones((3, 1), np.float32)
+    params = {"w": jnp.ones((3, 1)), "steps": 0, "act": jnp.tanh}
+    problem = Problem(lambda p, x: p["act"](x @ p["w"]), params, x, y)
+    for step in (0, 4):
+        np.savez(tmp_path / f"at-{step}.npz", w=np.ones((3, 1), np.float32) * (1 - step / 10), steps=np.int64(step))
+    record = measure(problem, tmp_path, probes=FEW)
+    expected = [(np.tanh(1 - step / 10) - 1) ** 2 / 2 for step in (0, 4)]
+    np.testing.assert_allclose(record["loss"], expected, rtol=1e-5)
+    assert float(record["p"]) == 3
+
+
 def test_orbax_folders(run, tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     problem, points, _ = run

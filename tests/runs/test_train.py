@@ -95,6 +95,35 @@ def test_an_optimiser_is_told_by_what_it_does():
     assert len(set(digests)) == 4
 
 
+IDENTITY = """
+    import equinox as eqx, jax, jax.numpy as jnp, optax
+    from collections.abc import Callable
+    from lplr_jax import Problem
+    from lplr_jax.runs.loop import optimizer_digest
+
+    class Net(eqx.Module):
+        w: jax.Array
+        act: Callable = eqx.field(static=True)
+
+    class Other:
+        pass
+
+    net = Net(jnp.ones((3, 1)), lambda z: jnp.tanh(z))
+    params = {"net": net, "act": lambda z: z, "other": Other(), "key": jax.random.key(0)}
+    problem = Problem(lambda p, x: p["net"].act(x @ p["net"].w), params, jnp.ones((2, 3)), jnp.ones((2, 1)))
+    print(problem.digest(), optimizer_digest(optax.noisy_sgd(0.1, key=jax.random.key(0)), problem.reduced.params))
+"""
+
+
+def test_another_process_finds_the_same_identity():
+    """Texts of functions and objects tell where they lie in memory: by it no run would go on in another process."""
+    command = [sys.executable, "-c", textwrap.dedent(IDENTITY)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    said = {subprocess.run(command, env=environment, check=True, capture_output=True).stdout for _ in range(2)}
+    assert len(said) == 1
+    assert b"sha256" in said.pop()
+
+
 def test_the_command_our_loop_and_a_watch_agree():
     """One run three ways: the first two are one program, the third compiles its step by itself."""
     config = mnist.MnistConfig(
@@ -211,7 +240,41 @@ def test_mistakes_in_naming_a_problem(file, monkeypatch, place, words):
         load_problem(place)
 
 
-@pytest.mark.parametrize("text", ["magic:0.1", "sgd", "sgd:x", "sgd:-1", "sgd:0.1,0.9", "sgd:0.1,speed=3", "adam:nan"])
+FAULTY = {
+    "sum(": r"mine.py, line 1: SyntaxError",
+    "1 / 0": r"mine.py, line 1: ZeroDivisionError: division by zero",
+    "def make():\n    return {}['here']": r"mine.py, line 2: KeyError: 'here'",
+    "import absent_from_here": r"mine.py, line 1: ModuleNotFoundError: No module named 'absent_from_here'",
+    "import lplr_jax as lp\nmake = lambda: lp.Problem(None, 1, 2, 3)": r"mine.py, line 2: TypeError: apply_fn must",
+    "raise SystemExit(7)": r"mine.py ends the process as it is executed \(exit code 7\)",
+    "import sys\nsys.path.clear()\nmake = 3": "must be an lplr_jax.Problem or make one, got 3",
+}
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("content", FAULTY)
+def test_an_error_of_the_file_is_told_as_its_own(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(content)
+    for place in ("mine.py:make", f"{tmp_path}/mine.py:make"):
+        with pytest.raises(ValueError, match=FAULTY[content]):
+            load_problem(place)
+
+
+def test_what_the_file_reads_and_is_not_there_is_told_by_its_name(tmp_path):
+    (tmp_path / "mine.py").write_text("open('no-such-data')")
+    with pytest.raises(FileNotFoundError, match="no-such-data"):
+        load_problem(f"{tmp_path}/mine.py:make")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("magic:0.1", "sgd", "sgd:x", "sgd:-1", "sgd:0.1,0.9", "sgd:0.1,speed=3", "adam:nan"),
+        *("sgd:0.1,momentum='a'", "adam:0.1,b1=(1,2)", "sgd:0.1,momentum=0.9,accumulator_dtype='float99'"),
+    ],
+)
 def test_mistakes_in_naming_an_optimiser(text):
     with pytest.raises(ValueError, match="--optimizer"):
         make_optimizer(text)

@@ -23,6 +23,7 @@ from lplr_jax.losses import Squared
 from lplr_jax.runs.entries import series
 from lplr_jax.runs.loop import train
 from lplr_jax.runs.problem import Probes, Problem
+from lplr_jax.runs.snapshots import measure
 from lplr_jax.runs.watch import Watch, watch
 
 N, D, STEPS = 8, 5, 12
@@ -221,6 +222,62 @@ def test_the_last_step_of_a_loop_on_python_numbers_computes_as_the_others_do():
     expected = float(np.sum((x.astype(np.float64) @ np.full((D, 1), 0.1 + 7 / 70) - y) ** 2)) / 2
     # In float32 the sum is off by 1e-8 at the least: 0.2 alone has no float32.
     assert float(look.record["loss"][-1]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_arrays_that_the_loop_moves_in_place_are_those_that_were_handed_over(every):
+    """NumPy's arrays are moved where they are: θ_0, the probes and the last step are what they were at the call."""
+    x, y = data()
+    start = {"a": np.linspace(-1, 1, D, dtype=np.float32)[:, None], "b": np.ones((1, 1), np.float32)}
+
+    def record(in_place):
+        params = jax.tree.map(np.copy, start)
+        problem = Problem(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, x, y)
+        gradient = jax.jit(jax.grad(problem.objective.value))
+        with watch(problem, probes=Probes(at=[0, 4], search=0, hessian=0), every=every) as look:
+            for t in range(8):
+                look(t, params)
+                moves = jax.tree.map(lambda g: np.float32(0.1) * np.asarray(g), gradient(params, x, y))
+                if in_place:
+                    for name, move in moves.items():
+                        params[name] -= move
+                else:
+                    params = {name: params[name] - move for name, move in moves.items()}
+        return look.record
+
+    moved, anew = record(True), record(False)
+    assert moved["probe_epoch"].tolist() == [0, 4, 7]
+    for name in moved.arrays:
+        np.testing.assert_array_equal(moved[name], anew[name], err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["equinox", "tree"])
+def test_functions_among_the_parameters_are_carried_along(kind):
+    """A whole Equinox module, and a tree that holds a function, against the same network of arrays alone."""
+    x, y = data()
+    module = eqx.nn.MLP(D, 1, 6, 1, activation=jnp.tanh, key=jax.random.key(0))
+    arrays, static = eqx.partition(module, eqx.is_inexact_array)
+    if kind == "equinox":
+        params, apply_fn = module, lambda m, x: jax.vmap(m)(x)
+    else:
+        params = {"w": [(layer.weight, layer.bias) for layer in module.layers], "act": jnp.tanh, "name": "two"}
+        apply_fn = lambda p, x: p["act"](x @ p["w"][0][0].T + p["w"][0][1][None]) @ p["w"][1][0].T + p["w"][1][1][None]  # noqa: E731
+    alone = Problem(lambda a, x: jax.vmap(eqx.combine(a, static))(x), arrays, x, y)
+    problem = Problem(apply_fn, params, x, y)
+    assert (problem.p, problem.c) == (alone.p, alone.c)
+    rtol = 1e-5  # two programs of one network in float32
+    want = train(alone, optax.sgd(0.05), steps=6, probes=FEW)
+    np.testing.assert_allclose(train(problem, optax.sgd(0.05), steps=6, probes=FEW)["loss"], want["loss"], rtol=rtol)
+    points, gradient = {}, eqx.filter_grad(lambda p: jnp.mean((apply_fn(p, x) - y) ** 2) / 2)
+    with watch(problem, probes=FEW) as look:
+        for t in range(7):
+            points[t] = params
+            look(t, params)
+            params = eqx.apply_updates(params, jax.tree.map(lambda g: -0.05 * g, gradient(params)))
+    np.testing.assert_allclose(look.record["loss"], want["loss"], rtol=rtol)
+    np.testing.assert_allclose(look.record["step_size"][:-1], 0.05, rtol=1e-3)
+    snapshots = measure(problem, points, probes=FEW)
+    np.testing.assert_array_equal(snapshots["loss"], look.record["loss"])
 
 
 def test_every_kth_step_sees_the_one_after_it():

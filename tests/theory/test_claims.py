@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from controls import by_claim, replaced, scaled, tampered, without
 from test_moving_step import budgeted, with_budget
-from test_other_rates import cosine
+from test_noise import contained, drifting
+from test_other_rates import cosine, momentum_run
 
 from lplr_jax import schema, theory
 from lplr_jax.records import RecordError
 from lplr_jax.theory import claims
+from lplr_jax.theory.claims import noise
 from lplr_jax.theory.claims.example import linear_regression
 from lplr_jax.theory.evidence import Evidence
 from lplr_jax.theory.verdict import MET
@@ -38,9 +40,11 @@ def test_a_claim_is_met_on_its_example(name):
     assert verdict.claim == claim.id == name
     assert verdict.reference == claim.reference
     assert set(claim.needs) <= set(schema.SCHEMA)
-    parts = {part.claim.removeprefix(f"{name}.") for part in verdict.parts}
+    others = [momentum_run(0.3, 0.5)[0], cosine(8)[0]] if name == "linear_rate" else []  # judged by other statements
+    found = [verdict, *(Evidence(record).verdict(name) for record in others)]
+    parts = {part.claim.removeprefix(f"{name}.") for one in found for part in one.parts}
     rests = {*claim.rests_on.every_kernel, *claim.rests_on.kernels, *claim.rests_on.hessians} - {""}
-    assert rests <= parts, "every part that rests on probes is a part of the example"
+    assert rests <= parts, "every part that rests on probes is a part of an example"
 
 
 @pytest.mark.parametrize(
@@ -212,6 +216,15 @@ def rising_to(p):
     return tampered(raised, loss=replaced(float(record["loss"][0]) / p, 1))
 
 
+def far(share):
+    """A drift of probability 1 % where that share of q is given to rounding; C goes with 1/(1 - √(1 - q))."""
+    _, _, values, v, *_ = contained(0, 0.05)
+    q = float(noise.rate(0.05, values[-1] * (1 + 1e-3), values[0], values[-1], v))
+    plain = Evidence(drifting()).verdict("noise").part("containment")
+    ours, other = (1 - np.sqrt(1 - q * (1 - one)) for one in (noise.SHARE, share))
+    return drifting(factor=plain.bound / plain.measured * ours / other)
+
+
 # For each threshold: what to look at, what it is within the threshold and beyond, and records on both sides of it, each
 # by a factor of three.
 THRESHOLDS = {
@@ -255,6 +268,11 @@ THRESHOLDS = {
         part("noise", "supermartingale"),
         ("refuted", "not refuted"),
         [rising_to(p) for p in (3e-3, 3e-2)],
+    ),
+    "claims.noise.SHARE": (
+        part("noise", "containment"),
+        ("not refuted", "refuted"),
+        [far(share) for share in (3e-4, 3e-3)],
     ),
     "method.UNRESOLVED": (kind, ("other", "unseen"), [aside(share) for share in (0.03, 0.3)]),
 }

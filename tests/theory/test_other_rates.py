@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lplr_jax as lp
+from lplr_jax import schema
 from lplr_jax.records import Record
 from lplr_jax.theory.claims import heavy_ball, loss_scaled, moving_step
 from lplr_jax.theory.claims.example import linear_regression
@@ -122,6 +123,16 @@ def test_too_long_a_step_is_promised_nothing():
     # Just within and just beyond 2 (1 - γ), the sharpness having its error of 1e-3.
     for eta, outcome in ((0.0998, "not refuted"), (0.1002, "refuted")):
         assert rate(momentum_run(eta, 0.9)[0]).part("step_size").outcome == outcome
+
+
+@pytest.mark.parametrize("lost", [schema.KERNEL_LOST, schema.HESSIAN_LOST])
+def test_what_rests_on_a_probe_that_was_lost_is_open(lost):
+    record, _ = momentum_run(0.3, 0.5)
+    untrusted = np.array([0, lost, 0])
+    found = rate(Record("ball", {**record.arrays, "probe_untrusted": untrusted}, {}))
+    assert found.outcome == found.part("lyapunov").outcome == "undecided"
+    assert found.part("heavy_ball").outcome == "not refuted"
+    assert "could not be trusted (epoch 30" in found.part("lyapunov").note
 
 
 def test_planted_a_kernel_that_is_too_good_or_a_loss_that_stalls_refutes_it():
@@ -352,3 +363,51 @@ def test_the_rule_itself_is_judged_by_its_own_statement():
     assert found.outcome == "not refuted", found
     assert found.reference == loss_scaled.REFERENCE
     assert record["loss"][-1] < 1e-3 * record["loss"][0]
+
+
+def seen_at(record, places):
+    """The same run of which only some entries were seen."""
+    series = [name for name in record.arrays if schema.SCHEMA[name].dims == ("epoch",)]
+    arrays = dict(record.arrays) | {name: record[name][places] for name in series}
+    return Record("thinned", arrays, {})
+
+
+def leaving(record, at):
+    """The same run, but that nothing is finite from a step on."""
+    names = ("loss", "grad_sq_norm", "drift", "step_size", "step_deviation", "step_rounding")
+    return tampered(record, **{name: replaced(np.nan, slice(at + name.startswith("step"), None)) for name in names})
+
+
+def test_heavy_ball_is_held_for_no_more_than_was_seen():
+    record, _ = momentum_run(0.3, 0.5)
+    few = rate(seen_at(record, np.r_[0:5, 30, 60]))
+    assert few.outcome == "not refuted"
+    assert "over 4 steps" in few.note
+    assert "held to step 4, as the update was seen at 4 of 60 steps" in few.note
+    assert few.step == 4
+    # In the gap another method may have stood still: no loss behind it speaks against the rate.
+    later = rate(tampered(seen_at(record, np.r_[0:5, 30, 60]), loss=replaced(float(record["loss"][4]), slice(5, 7))))
+    assert later.outcome == "not refuted"
+    # V asks for the step before as well: one step of each three neighbours, and the first of all, where d = 0.
+    triples = rate(seen_at(record, np.sort(np.r_[0:60:4, 1:60:4, 2:60:4, 60])))
+    assert "at all 16 steps that were seen" in triples.part("lyapunov").note
+
+
+@pytest.mark.parametrize(
+    ("made", "outcome"),
+    [
+        (lambda: momentum_run(0.3, 0.5)[0], "refuted"),
+        (lambda: cosine(60)[0], "not applicable"),
+        (lambda: separable(steps=60)[0], "not applicable"),
+    ],
+)
+def test_a_run_that_leaves_what_is_finite_keeps_no_rate(made, outcome):
+    """All that was seen before is in order; the step from 39 is seen, and leads to a loss that is no number."""
+    assert rate(made()).outcome == "not refuted"
+    found = rate(leaving(made(), 40))
+    assert found.outcome == outcome
+    assert "the step from epoch 39 leads out of what is finite" in found.note
+
+
+def test_a_share_of_the_last_step_near_one_is_told_from_one():
+    assert "γ = 1 - 1e-06" in rate(momentum_run(9e-7, 0.999999)[0]).note

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -58,7 +58,8 @@ def distributed_ntk_min_eig(
 
     Raises:
         ProcessLostError: if another process failed or is gone.
-        ValueError: as for `empirical_ntk_min_eig`, and for arguments that differ between processes.
+        ValueError: as for `empirical_ntk_min_eig`, for arguments that differ between processes, and for a folder that
+            is not one for all.
         OSError: if rows cannot be written, or are not read as they were written.
     """
     check_settings(apply_fn, memory_budget=memory_budget)
@@ -75,6 +76,8 @@ def distributed_ntk_min_eig(
         with _together():
             job, most = _agree(at, memory_budget)
         places = parts.Places(place, job, jax.process_count())
+        with _together():
+            _meet(places, me)
         try:
             mesh = Mesh(np.asarray(jax.devices()), ("rows",))
             with _together():
@@ -93,6 +96,8 @@ def distributed_ntk_min_eig(
                 parts.remove(places)
         told = parts.hear(places.result())
     if "failed" in told:
+        if not keep:  # process 0 may have been gone before these rows were there
+            parts.remove(places)
         raise ProcessLostError(f"process 0 failed: {told['failed']}")
     return linalg.MinEig(**{**told, "assumptions": tuple(told["assumptions"])})
 
@@ -126,6 +131,38 @@ def _agree(at: Point, memory_budget: int | None) -> tuple[str, int]:
             "be given the same"
         )
     return f"{every[0, 1]:08x}", int((every[:, 2] * 2**31 + every[:, 3]).min())
+
+
+def _meet(places: parts.Places, me: int) -> None:
+    """Have every process write to the folder, and see what the others wrote, before anything is computed.
+
+    A process that cannot write could not say later that it failed either, and the others would wait for it.
+    """
+    try:
+        try:
+            parts.say(places.here(me), {})
+            failed = None
+        except OSError as error:
+            failed = error
+        mute = np.flatnonzero(_of_all(failed is not None))
+        if failed is not None:
+            raise failed
+        if mute.size:
+            raise ProcessLostError(f"process {mute[0]} cannot write to {places.folder}; its own output says why")
+        blind = np.flatnonzero(_of_all(bool(parts.unseen(places))))
+        if blind.size:
+            raise ValueError(
+                f"process {blind[0]} does not see in {places.folder} what the others write there; it must be one "
+                "folder for all processes"
+            )
+    finally:
+        with suppress(OSError):
+            places.here(me).unlink()
+
+
+def _of_all(flag: bool) -> np.ndarray:
+    """Return the flags of all processes, in order, in every process."""
+    return np.asarray(multihost_utils.process_allgather(np.array([flag], np.uint32))).reshape(-1)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Arms of a sweep as jobs of a scheduler, through submitit: preempted ones save their state, and are queued again."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lplr_jax import checks
-from lplr_jax.reports.exit_codes import DIVERGED, INCONSISTENT, INTERRUPTED, IO_FAILED, OK
+from lplr_jax.reports.exit_codes import DIVERGED, INCONSISTENT, INTERRUPTED, IO_FAILED, OK, of_process
 from lplr_jax.runs.session import Say
 
 CLUSTERS = ("here", "slurm", "local")
@@ -67,17 +68,21 @@ class ArmJob:
         return {"command": self.command, "_process": None}
 
 
-def options_of(text: str) -> dict[str, str | int]:
-    """Read name=value pairs with commas; whole numbers become numbers.
+_ONE = ("nodes", "tasks_per_node", "ntasks_per_node", "ntasks")
+_LISTS = ("setup", "srun_args")
+
+
+def options_of(text: str) -> dict[str, Any]:
+    """Read name=value pairs with commas; numbers and true or false become such, commands a list of one.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything else, and for jobs that no arm can be: of no time, or of several processes.
 
     Example:
         >>> options_of("timeout_min=30,slurm_partition=gpu")
         {'timeout_min': 30, 'slurm_partition': 'gpu'}
     """
-    found: dict[str, str | int] = {}
+    found: dict[str, Any] = {}
     for pair in filter(None, text.split(",")):
         name, equals, value = pair.strip().partition("=")
         if not (equals and name.isidentifier() and value):
@@ -85,8 +90,20 @@ def options_of(text: str) -> dict[str, str | int]:
                 f"job_options must be name=value with commas, as in timeout_min=30,slurm_partition=gpu, "
                 f"got {checks.shown(pair)}"
             )
-        found[name] = int(value) if value.isdecimal() else value
+        found[name] = [value] if name.endswith(_LISTS) else _value(value)
+        if name.removeprefix("slurm_") in _ONE and found[name] != 1:
+            raise ValueError(f"job_options: {name} must be 1, got {value}: an arm is one process")
+        if name == "timeout_min" and found[name] == 0:
+            raise ValueError("job_options: timeout_min must be >= 1, got 0")
     return found
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if re.fullmatch(r"\d+", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"\d+\.\d+", text) else text
 
 
 def run_jobs(
@@ -124,7 +141,7 @@ def run_jobs(
                 code = _code_of(job)
                 say(f"{name}: {'done' if code == OK else f'ended with exit code {code}'}")
                 if code not in (OK, DIVERGED, INCONSISTENT):  # those two are told by the whole sweep
-                    worst = code
+                    worst = max(worst, code)
         except KeyboardInterrupt:
             for job in jobs:
                 job.cancel(check=False)  # which has them save their states
@@ -151,7 +168,7 @@ def _executor(cluster: str, folder: Path, settings: dict[str, Any], at_a_time: i
         if at_a_time > 1:
             settings = {"slurm_array_parallelism": at_a_time, **settings}
         executor.update_parameters(**settings)
-    except (NameError, TypeError, ValueError, RuntimeError) as error:
+    except (AssertionError, NameError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"submitit does not take these jobs: {error}") from error
     return executor
 
@@ -161,6 +178,6 @@ def _code_of(job: Any) -> int:
     from submitit.core.utils import FailedJobError, UncompletedJobError
 
     try:
-        return int(job.result())
+        return of_process(int(job.result()))
     except (FailedJobError, UncompletedJobError):
         return IO_FAILED

@@ -4,9 +4,13 @@ import ast
 import importlib.util
 import math
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import optax
 import tyro
 
@@ -51,7 +55,8 @@ def load_problem(place: str) -> Problem:
         place: FILE.py:NAME, where NAME is a `Problem`, or a function without arguments that makes one.
 
     Raises:
-        ValueError: if there is no such file or name, or what it names is no problem.
+        ValueError: if there is no such file or name, what it names is no problem, or the file fails as it is executed.
+        OSError: if what the file reads cannot be read.
     """
     file, _, name = place.rpartition(":")
     path = Path(file)
@@ -67,18 +72,41 @@ def load_problem(place: str) -> Problem:
     sys.modules[spec.name] = module  # where dataclasses and pickles look for it
     sys.path.insert(0, str(path.resolve().parent))  # what lies beside the file can be imported, as by `python FILE`
     try:
-        spec.loader.exec_module(module)
+        with _theirs(path):
+            spec.loader.exec_module(module)
         if not hasattr(module, name):
             there = ", ".join(key for key, value in vars(module).items() if isinstance(value, Problem)) or "none"
             raise ValueError(f"{path} defines no {name}; problems there: {there}")
         found = getattr(module, name)
         if callable(found) and not isinstance(found, Problem):
-            found = found()
+            with _theirs(path):
+                found = found()
     finally:
-        sys.path.remove(str(path.resolve().parent))
+        with suppress(ValueError):  # the file may have put its own in its place
+            sys.path.remove(str(path.resolve().parent))
     if not isinstance(found, Problem):
         raise ValueError(f"{name} of {path} must be an lplr_jax.Problem or make one, got {checks.shown(found)}")
     return found
+
+
+@contextmanager
+def _theirs(path: Path) -> Iterator[None]:
+    """Tell an error of a user's file from one of ours, by the line of the file that it came from."""
+    try:
+        yield
+    except SystemExit as error:
+        raise ValueError(
+            f"{path} ends the process as it is executed (exit code {error.code}); put what it runs as a program behind "
+            'if __name__ == "__main__"'
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+        line = lines[-1] if lines else getattr(error, "lineno", None)
+        where = str(path) if line is None else f"{path}, line {line}"
+        raise ValueError(f"{where}: {type(error).__name__}: {error} (--debug shows where from)") from error
 
 
 def make_optimizer(text: str) -> tuple[optax.GradientTransformation, float]:
@@ -108,9 +136,12 @@ def make_optimizer(text: str) -> tuple[optax.GradientTransformation, float]:
     if not isinstance(rate, int | float) or isinstance(rate, bool) or not (rate > 0 and math.isfinite(rate)):
         raise ValueError(f"--optimizer {text!r} wants a step size > 0 after the name, as in sgd:0.05")
     try:
-        return getattr(optax, name)(**settings), float(rate)
-    except TypeError as error:
+        made = getattr(optax, name)(**settings)
+        with jax.numpy_dtype_promotion("standard"):  # optax's moments rely on it
+            jax.eval_shape(lambda one: made.update(one, made.init(one), one), jax.ShapeDtypeStruct((2,), "float32"))
+    except Exception as error:  # whatever a setting of another kind meets
         raise ValueError(f"--optimizer {text!r}: {error}") from error
+    return made, float(rate)
 
 
 def run(

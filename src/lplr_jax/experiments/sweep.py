@@ -15,7 +15,7 @@ import jax
 from lplr_jax import checks
 from lplr_jax.experiments import cluster
 from lplr_jax.experiments.parts import DECIDES_NOTHING, Part
-from lplr_jax.reports.exit_codes import DIVERGED, INCONSISTENT, OK
+from lplr_jax.reports.exit_codes import DIVERGED, INCONSISTENT, OK, of_process
 from lplr_jax.runs.session import Say
 
 NONE = "none"
@@ -106,7 +106,7 @@ def run_jobs(argv: Sequence[str], names: Sequence[str], *, jobs: int, say: Say) 
                 name, process = running.pop(slot)
                 say(f"{name}: {'done' if process.returncode == OK else f'ended with exit code {process.returncode}'}")
                 if process.returncode not in (OK, DIVERGED, INCONSISTENT):  # those two are told by the whole sweep
-                    worst = process.returncode
+                    worst = max(worst, of_process(process.returncode))
             for slot in range(jobs):
                 if waiting and slot not in running:
                     name = waiting.pop(0)

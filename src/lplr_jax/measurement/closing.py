@@ -19,7 +19,7 @@ from lplr_jax.measurement.gradients import flat_parameters, gradient_at, output_
 from lplr_jax.measurement.kernel import max_eig_upper
 from lplr_jax.measurement.search import pair_shifts, search_ball
 from lplr_jax.measurement.spacing import loss_eps, parameter_spacing, probe_eps
-from lplr_jax.parameters import count_parameters
+from lplr_jax.parameters import count_parameters, split, theta_alone
 from lplr_jax.proofs.affine import is_affine
 from lplr_jax.proofs.ball import anchor, certified_radius
 from lplr_jax.types import Params
@@ -47,7 +47,8 @@ def closing_arrays(
         objective: what was minimised.
         x: inputs (n, ...).
         y: targets (n, c), or (n,) for (n, 1).
-        points: parameters of the probes by step number, on the host; probes without are NaN in the pairs.
+        points: parameters of the probes by step number, on the host; probes without are NaN in the pairs. What they
+            carry beside θ is held as it is in the first.
         kernels: full kernels at the same step numbers.
         arrays: what the run measured so far, by record name.
         search_steps: steps of the power iteration for L_Θ; 0 for no search.
@@ -62,6 +63,11 @@ def closing_arrays(
     known = [epoch for epoch in epochs if epoch in points]
     if not known:
         return {}
+    points = {epoch: points[epoch] for epoch in known}
+    apply_fn, theta = theta_alone(objective.apply_fn, points[known[0]])
+    if theta is not points[known[0]]:
+        objective = Objective(apply_fn, objective.loss)
+        points = {epoch: [np.asarray(leaf) for leaf in split(point).values] for epoch, point in points.items()}
     initial = points[known[0]]
     result: dict[str, np.ndarray] = {
         "affine_in_parameters": np.asarray(int(is_affine(objective.apply_fn, initial, x))),

@@ -44,22 +44,28 @@ class KeptKernels(Mapping[int, np.ndarray]):
         if held + theta.nbytes <= self._most_bytes:
             self._kernels[step] = theta
             return True
-        folder = Path(tempfile.gettempdir())
-        # Half of what is free is for others.
-        if theta.nbytes > shutil.disk_usage(folder).free // 2:
+        full = (
+            f"the kernels of {len(self._kernels)} probes take {held / 2**30:.1f} GiB of the "
+            f"{self._most_bytes / 2**30:.1f} that may be kept in memory"
+        )
+        on_disk, folder = None, Path()
+        try:
+            folder = Path(tempfile.gettempdir())
+            why = f"{folder} has no room for more"
+            # Half of what is free is for others, who may take it all the same.
+            if theta.nbytes <= shutil.disk_usage(folder).free // 2:
+                on_disk = _on_disk(theta, folder)
+        except OSError as error:
+            why = f"no temporary file can be written ({error.strerror or error})"
+        if on_disk is None:
             self._tell(
                 logging.WARNING,
-                f"epoch {step}: the kernels of {len(self._kernels)} probes take {held / 2**30:.1f} GiB of the "
-                f"{self._most_bytes / 2**30:.1f} that may be kept in memory, and {folder} has no room for more, so the "
-                "pairs of later probes are left out; fewer probes, a subset, or TMPDIR on a larger disk keep all pairs",
+                f"epoch {step}: {full}, and {why}, so the pairs of later probes are left out; fewer probes, a subset, "
+                "or TMPDIR on a larger disk keep all pairs",
             )
             return False
-        self._tell(
-            logging.INFO,
-            f"epoch {step}: the kernels of {len(self._kernels)} probes take {held / 2**30:.1f} GiB of the "
-            f"{self._most_bytes / 2**30:.1f} that may be kept in memory; later ones go to {folder}",
-        )
-        self._kernels[step] = _on_disk(theta, folder)
+        self._tell(logging.INFO, f"epoch {step}: {full}; later ones go to {folder}")
+        self._kernels[step] = on_disk
         return True
 
     def _tell(self, level: int, message: str) -> None:

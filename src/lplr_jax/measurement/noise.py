@@ -19,6 +19,7 @@ import scipy.linalg
 from jaxtyping import Float, Int
 
 from lplr_jax.losses import Objective
+from lplr_jax.schema import INTERVAL_LEVEL
 from lplr_jax.types import Params
 
 DRAWS = 64
@@ -27,8 +28,6 @@ ALWAYS = ("sample_grad_sq_norm", "sample_kernel_max", "batch_decrease", "batch_d
 """Names in the record of what is measured of mini-batches."""
 OF_BLOCKS = ("block_grad_sq_norm", "block_kernel_max")
 """Names of what is measured as well where they are the blocks of a partition."""
-LEVEL = 0.05
-"""The interval of the average fails to hold it with at most this probability."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def batch_decrease(objective: Objective, params: Params, x: Any, y: Any, batches
     if every:
         return {"batch_decrease": float(falls.mean()), "batch_decrease_error": 0.0}
     count, spread = remainders.size, float(np.ptp(remainders))
-    log = math.log(4 / LEVEL)
+    log = math.log(4 / INTERVAL_LEVEL)
     off = math.sqrt(2 * float(remainders.var(ddof=1)) * log / count) + 7 * spread * log / (3 * (count - 1))
     return {"batch_decrease": float(remainders.mean()) - eta * float(slope), "batch_decrease_error": off}
 

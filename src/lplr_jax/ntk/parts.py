@@ -19,6 +19,8 @@ from lplr_jax.files import atomic_write
 
 _ROWS = 256
 _PAUSE_SECONDS = 0.1
+SEEN_SECONDS = 60.0
+"""Seconds until a file of one process must be there for another: network file systems remember a folder so long."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class Places:
         """Return what a process writes when its rows are whole, or when it failed."""
         return self.folder / f"{self.job}-process-{process}.json"
 
+    def here(self, process: int) -> Path:
+        """Return what a process writes to be seen by the others before there is anything to write."""
+        return self.folder / f"{self.job}-here-{process}.json"
+
     def result(self) -> Path:
         """Return what process 0 writes when all is done."""
         return self.folder / f"{self.job}-result.json"
@@ -85,6 +91,16 @@ def say(path: Path, what: dict[str, Any]) -> None:
     """Write a file of JSON, whole or not at all."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(what), encoding="utf-8")
+
+
+def unseen(places: Places) -> list[int]:
+    """Return which processes have written nothing that is seen here, after waiting for it."""
+    until = time.monotonic() + SEEN_SECONDS
+    while missing := [one for one in range(places.processes) if not places.here(one).exists()]:
+        if time.monotonic() > until:
+            break
+        time.sleep(_PAUSE_SECONDS)
+    return missing
 
 
 def hear(path: Path) -> dict[str, Any]:

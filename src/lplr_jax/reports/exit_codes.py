@@ -7,6 +7,11 @@ from lplr_jax.runs.errors import DirectoryInUseError
 OK, UNMET, BAD_INPUT, INCONSISTENT, DIVERGED, IO_FAILED, IN_USE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 
 
+def of_process(code: int) -> int:
+    """Return the exit code of a command that ran in a process of its own: what a signal ended has failed."""
+    return code if code >= 0 else IO_FAILED
+
+
 def _sentence(error: BaseException) -> str:
     """Return what an error says as one line that a terminal can show; a KeyError's text is its argument."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

@@ -24,7 +24,7 @@ from lplr_jax.runs import folder as run_folder
 from lplr_jax.runs import interrupt
 from lplr_jax.runs.checkpoint import Checkpoints
 from lplr_jax.runs.environment import command_line, describe_environment, peak_memory_bytes
-from lplr_jax.runs.problem import MOST, Probes, Problem, kernel_probe
+from lplr_jax.runs.problem import MOST, Probes, Problem, kernel_probe, key_data, without_places
 from lplr_jax.runs.recorder import Closing, Probe, Recorder
 from lplr_jax.runs.session import Observer, Say
 from lplr_jax.theory import Verdict
@@ -371,9 +371,9 @@ def optimizer_digest(optimizer: optax.GradientTransformation, params: Params) ->
         losses = {"losses_fn": lambda q: jnp.zeros(1)} if optimizer.losses else {}
         update = lambda g, s, q: optimizer.update(g, s, q, grad=g, **seen, **losses)  # noqa: E731
     closed = jax.make_jaxpr(update)(params, state, params)
-    text = hashlib.sha256(f"{closed.jaxpr}".encode())
+    text = hashlib.sha256(without_places(f"{closed.jaxpr}").encode())
     for leaf in [*jax.tree.leaves(state), *closed.consts]:
-        text.update(np.asarray(leaf).tobytes())
+        text.update(np.asarray(key_data(leaf)).tobytes())
     return f"sha256:{text.hexdigest()}"
 
 

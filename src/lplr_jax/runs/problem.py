@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -115,7 +116,7 @@ class Problem:
         checks.instance("loss", self.loss, Loss, 'such as losses.Squared("mean") or losses.Logistic()')
         checks.name("name", self.name)
         parameters.split(self.params)  # says what cannot be trained
-        object.__setattr__(self, "params", parameters.strong(self.params))
+        object.__setattr__(self, "params", parameters.still(parameters.strong(self.params)))
         leaves = [leaf for leaf in jax.tree.leaves(self.x) if hasattr(leaf, "shape")]
         lengths = {leaf.shape[0] if leaf.shape else None for leaf in leaves}
         if len(lengths) != 1 or None in lengths:
@@ -128,8 +129,9 @@ class Problem:
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.x):
             if getattr(leaf, "is_fully_addressable", True):  # what other processes hold is not looked at
                 sample_values(f"x{jax.tree_util.keystr(path)}", leaf)
-        outputs = jax.eval_shape(self.apply_fn, self.params, self.x)
-        value = jax.eval_shape(self.objective.value, self.params, self.x, self.y)  # says what does not fit
+        outputs = self._outputs
+        of_theta = self.reduced  # JAX traces arrays alone, and params may carry functions along
+        value = jax.eval_shape(of_theta.objective.value, of_theta.params, self.x, self.y)  # says what does not fit
         self.loss.targets(self.y, outputs.shape, outputs.dtype)  # and which targets the loss is not defined for
         if value.shape:
             raise ValueError(f"the loss must be one number, got shape {value.shape}")
@@ -164,17 +166,10 @@ class Problem:
     @cached_property
     def reduced(self) -> "Problem":
         """The same problem in θ alone, a list of arrays, where `params` carry other leaves along; else itself."""
-        parts = parameters.split(self.params)
-        leaves = jax.tree.leaves(self.params)
-        if len(parts.theta) == len(leaves) and all(map(parameters.is_array, leaves)):
+        apply_fn, theta = parameters.theta_alone(self.apply_fn, self.params)
+        if theta is self.params:
             return self
-
-        def apply_fn(theta: Sequence[Any], x: Any) -> Any:
-            return self.apply_fn(parts.with_theta(theta, parts.carried), x)
-
-        return Problem(
-            apply_fn, [jnp.asarray(leaf) for leaf in parts.values], *self.data, loss=self.loss, name=self.name
-        )
+        return Problem.tree_unflatten((apply_fn, self.loss, self.name), (theta, *self.data))
 
     def theta(self, params: Params) -> Params:
         """Return what the parameters of `reduced` are in a tree of this problem's structure."""
@@ -188,8 +183,13 @@ class Problem:
     @cached_property
     def c(self) -> int:
         """Outputs per sample."""
-        outputs = jax.eval_shape(self.apply_fn, self.params, self.x)
-        return int(outputs.shape[1]) if len(outputs.shape) > 1 else 1
+        shape = self._outputs.shape
+        return int(shape[1]) if len(shape) > 1 else 1
+
+    @property
+    def _outputs(self) -> jax.ShapeDtypeStruct:
+        """Shape and type of the outputs."""
+        return jax.eval_shape(self.reduced.apply_fn, self.reduced.params, self.x)
 
     @cached_property
     def p(self) -> int:
@@ -222,12 +222,26 @@ class Problem:
         }
 
 
+_PLACE = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+def without_places(text: str) -> str:
+    """Return a text without where objects lie in memory, of which no two processes agree."""
+    return _PLACE.sub("", text)
+
+
+def key_data(leaf: Any) -> Any:
+    """Return the numbers of a random key, and any other leaf as it is."""
+    is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
+
+
 def _digest(tree: Any) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        array = np.ascontiguousarray(leaf) if hasattr(leaf, "dtype") else np.frombuffer(repr(leaf).encode(), np.uint8)
+        leaf = key_data(leaf)
+        text = np.frombuffer(without_places(repr(leaf)).encode(), np.uint8) if not hasattr(leaf, "dtype") else leaf
+        array = np.ascontiguousarray(text)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return f"sha256:{digest.hexdigest()}"

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from lplr_jax import archives, checks
+from lplr_jax.parameters import split
 from lplr_jax.records import Record
 from lplr_jax.runs.problem import Probes, Problem
 from lplr_jax.runs.session import Observer
@@ -63,7 +64,8 @@ def measure(
     if isinstance(snapshots, Mapping):
         for step in snapshots:
             checks.whole("step", step, least=0)
-        ordered = [(int(step), params) for step, params in sorted(snapshots.items())]
+        # A module may well be callable itself.
+        ordered = [(int(step), lambda params=params: params) for step, params in sorted(snapshots.items())]
     else:
         ordered = list(_from_files(problem.params, snapshots, key))
     if not ordered:
@@ -72,7 +74,7 @@ def measure(
     wanted = replace(probes, at=steps) if probes.every is None and probes.at is None else probes
     with Watch(problem, probes=wanted, out=out, force=force, observer=observer, last=steps[-1]) as watching:
         for step, params in ordered:
-            watching(step, params() if callable(params) else params)
+            watching(step, params())
     return watching.record
 
 
@@ -149,7 +151,10 @@ def read(path: Path, like: Params, *, key: str | None = None) -> Params:
         if not arrays:
             raise ValueError(f"{path} holds nothing under {key!r}")
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    return jax.tree.unflatten(structure, [_leaf(path, arrays, at, leaf) for at, leaf in leaves])
+    # What is carried along, such as a function, may be in no file, and stays as it is.
+    trains = [one.is_theta for one in split(like).leaves]
+    found = zip(leaves, trains, strict=True)
+    return jax.tree.unflatten(structure, [_leaf(path, arrays, *one) if theta else one[1] for one, theta in found])
 
 
 def _leaf(path: Path, arrays: Mapping[str, np.ndarray], at: Any, leaf: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 
 from lplr_jax import checks
 from lplr_jax.measurement.gradients import loss_and_gradient
-from lplr_jax.parameters import strong
+from lplr_jax.parameters import still, strong
 from lplr_jax.records import Record
 from lplr_jax.runs import entries, handed_over, interrupt
 from lplr_jax.runs import folder as run_folder
@@ -153,13 +153,15 @@ class Watch:
             raise ValueError(f"steps must ascend: got step {step} after step {self._last}")
         probing = self._is_probe(step)
         if not (probing or step % self._every == 0 or self._follows(step) or self._recorder is None):
-            self._latest, self._last = (step, params), step  # no copy: this must cost next to nothing
+            # This must cost next to nothing, so arrays of JAX are not copied, which nobody can move in place.
+            self._latest, self._last = (step, still(params)), step
             return
         step = checks.whole("step", step, least=0)
         handed_over.check(step, params, self._form)
         if (loss is None) != (grads is None):
             raise TypeError("loss and grads belong together: hand over both, or neither")
-        params = self._whole.theta(params)
+        # JAX may read an array of NumPy after this call, when the loop has moved it.
+        params, loss, grads = self._whole.theta(still(params)), still(loss), still(grads)
         grads = None if grads is None else handed_over.gradient(grads, self._initial, self._whole)
         if self._recorder is None:
             self._begin(step, params)

@@ -16,7 +16,7 @@ from lplr_jax.curves.pairs import UNIT_32, UNIT_64, Ratio, kernel_error, pair_ra
 from lplr_jax.curves.summary import Summary, summarise
 from lplr_jax.records import Record, RecordError
 from lplr_jax.schema import HESSIAN_LOST, KERNEL_LOST, SCHEMA
-from lplr_jax.theory.method import Method, measure
+from lplr_jax.theory.method import Method, measure, measure_batches
 from lplr_jax.theory.spectra import Spectra, read_spectra
 from lplr_jax.theory.verdict import Verdict
 
@@ -179,6 +179,11 @@ class Evidence:
     def method(self) -> Method:
         """The method of the run, as its steps show it."""
         return measure(self)
+
+    @cached_property
+    def batch_method(self) -> Method:
+        """The method of mini-batch steps, as they lie to the gradients of their batches."""
+        return measure_batches(self)
 
     def has(self, name: str) -> bool:
         """Whether the record holds at least one number under this name."""

@@ -3,6 +3,9 @@
 Write Δ = θ_t - θ_{t+1} and G for the recorded gradient. If the update is Δ = η G' + e, where G' is another evaluation
 of the same gradient, ‖G' - G‖ <= 2 ε, and e the rounding of θ_{t+1}, then `step_deviation` = ‖Δ - η_t G‖ / ‖Δ‖ is at
 most `step_rounding` + 2 ε / ‖G‖, and η_t is off by as much, to first order. Two inner products of p terms add 2 √p u.
+
+Of mini-batches the same is read off the steps and the gradient g_B that each was taken on: whether they are those of
+stochastic gradient descent, and of which η.
 """
 
 from dataclasses import dataclass
@@ -66,14 +69,34 @@ class Method:
 
 def measure(evidence: "Evidence") -> Method:
     """Read the method of a run off `step_size`, `step_deviation`, `step_rounding` of its record."""
-    size, deviation, rounding = (evidence.series(f"step_{name}") for name in ("size", "deviation", "rounding"))
+    return _read(evidence, "step", evidence.series("grad_sq_norm"), evidence.gradient_error, "∇L")
+
+
+def measure_batches(evidence: "Evidence") -> Method:
+    """Read the method of mini-batch steps off the same measures against the gradient of each step's own batch.
+
+    Its rounding is that of the full gradient times √(n/b), as if all samples were alike.
+    """
+    share = np.sqrt(evidence.number("n") / evidence.number("batch_size"))
+    return _read(evidence, "batch_step", evidence.series("batch_grad_sq_norm"), share * evidence.gradient_error, "g_B")
+
+
+def _read(
+    evidence: "Evidence",
+    names: str,
+    squared: Float[np.ndarray, " t"],
+    error: Float[np.ndarray, " t"],
+    word: str,
+) -> Method:
+    """Read a method off the measures that begin with `names`, against gradients of known squares and errors."""
+    size, deviation, rounding = (evidence.series(f"{names}_{name}") for name in ("size", "deviation", "rounding"))
     follows = np.diff(evidence.record["epoch"][: evidence.end + 1], append=-1)[: evidence.end] == 1
     total = evidence.total + (evidence.diverged_at is not None)
     seen = follows & evidence.seen & np.isfinite(size) & ~np.isnan(rounding)
-    length = np.sqrt(evidence.series("grad_sq_norm"))
+    length = np.sqrt(squared)
     sums = 2 * np.sqrt(evidence.number("p")) * evidence.unit
     with np.errstate(divide="ignore", invalid="ignore"):
-        gradient = 2 * evidence.gradient_error / length + sums
+        gradient = 2 * error / length + sums
     allowed = rounding + gradient
     resolved = seen & (allowed < UNRESOLVED) & np.isfinite(deviation)
 
@@ -94,19 +117,19 @@ def measure(evidence: "Evidence") -> Method:
     aside = resolved & (deviation > allowed)
     if aside.any():
         worst, step = at(aside, deviation)
-        return method("other", f"the update is not along -∇L: deviation {worst:.2g} at step {step}")
+        return method("other", f"the update is not along -{word}: deviation {worst:.2g} at step {step}")
     if (resolved & (size <= 0)).any():
         worst, step = at(resolved & (size <= 0), -size)
-        return method("other", f"the update is along +∇L: η = {-worst:.3g} at step {step}")
+        return method("other", f"the update is along +{word}: η = {-worst:.3g} at step {step}")
     still = seen & np.isinf(rounding) & ~_spent(evidence, np.where(resolved, size, 0.0) * length)
     stays = _stays(still, resolved, size, length, rounding, gradient)
     if stays.any():
         _, step = at(stays, length)
-        return method("other", f"θ does not move at step {step}, where ∇L is not 0")
+        return method("other", f"θ does not move at step {step}, where {word} is not 0")
     places = np.flatnonzero(resolved)
     low, high = size[places] * (1 - allowed[places]), size[places] / (1 - allowed[places])
     if low.max() <= high.min():
-        return method("gradient descent", "every resolved step is -η ∇L with one η", fixed=True)
+        return method("gradient descent", f"every resolved step is -η {word} with one η", fixed=True)
     first, last = sorted((int(places[np.argmax(low)]), int(places[np.argmin(high)])))
     moved = f"η moved from {size[first]:.4g} at step {evidence.steps[first]} to "
     return method("gradient descent", f"{moved}{size[last]:.4g} at step {evidence.steps[last]}")

@@ -147,15 +147,10 @@ def train_batches(
     whole_key = jax.random.wrap_key_data(state.key)
     body = _batch_step(data, objective=objective, optimizer=optimizer)
     if sampling != "reshuffle":
-        blocks = partition_of(state.key, n, batch_size) if sampling == "partition" else None
+        rows_of = _rows_of(state.key, n, batch_size, sampling)
 
         def drawn(carry: tuple[Params, optax.OptState], step: Array) -> tuple[tuple[Params, optax.OptState], None]:
-            key = jax.random.fold_in(whole_key, step)
-            if blocks is None:
-                rows = jax.random.choice(key, n, (batch_size,), replace=False)
-            else:
-                rows = blocks[jax.random.randint(key, (), 0, count)]
-            return body(carry, (rows, jnp.ones(batch_size, jnp.float32)))
+            return body(carry, (rows_of(step), jnp.ones(batch_size, jnp.float32)))
 
         places = state.step + jnp.arange(steps, dtype=state.step.dtype)
         (params, opt_state), _ = jax.lax.scan(drawn, (state.params, state.opt_state), places)
@@ -169,29 +164,64 @@ def train_batches(
     return State(params, opt_state, state.key, state.step + steps)
 
 
+def _rows_of(
+    key: Int[Array, "..."], n: int, size: int, sampling: Sampling
+) -> Callable[[Int[Array, ""]], Int[Array, " b"]]:
+    """Return the function from a step to the samples of its batch, for batches that are drawn anew."""
+    blocks = partition_of(key, n, size) if sampling == "partition" else None
+
+    def rows(step: Int[Array, ""]) -> Int[Array, " b"]:
+        own = jax.random.fold_in(jax.random.wrap_key_data(key), step)
+        if blocks is None:
+            return jax.random.choice(own, n, (size,), replace=False)
+        return blocks[jax.random.randint(own, (), 0, blocks.shape[0])]
+
+    return rows
+
+
+@partial(jax.jit, static_argnames=("objective", "batch_size", "sampling"))
+def next_gradient(
+    state: State, data: tuple[Any, Any], *, objective: Objective, batch_size: int, sampling: Sampling
+) -> Params:
+    """Return the gradient of the batch that the next step of `train_batches` takes, for batches that are drawn anew."""
+    n = data[1].shape[0]
+    batch = _rows_of(state.key, n, batch_size, sampling)(state.step), jnp.ones(batch_size, jnp.float32)
+    return _batch_gradient(data, objective=objective)(state.params, batch)[0][1]
+
+
+def _batch_gradient(data: tuple[Any, Any], *, objective: Objective) -> Callable[..., Any]:
+    """Return the function from parameters and a batch, rows and weights, to value and gradient, and its arguments."""
+    x, y = data
+    gradient_of = plain_convolutions(jax.value_and_grad(partial(objective.batch_value, n=y.shape[0])))
+
+    def of(params: Params, batch: tuple[Array, Array]) -> Any:
+        rows, weights = batch
+        given = jax.tree.map(lambda a: a[rows], x), y[rows], weights.astype(y.dtype)
+        with jax.default_matmul_precision("highest"):
+            return gradient_of(params, *given), given
+
+    return of
+
+
 def _batch_step(
     data: tuple[Any, Any], *, objective: Objective, optimizer: optax.GradientTransformation
 ) -> Callable[[tuple[Params, optax.OptState], tuple[Array, Array]], tuple[tuple[Params, optax.OptState], None]]:
     """Return the body of a scan over batches: rows of the data, and their weights."""
-    x, y = data
-    value_of = partial(objective.batch_value, n=y.shape[0])
-    gradient_of = plain_convolutions(jax.value_and_grad(value_of))
+    value_of = partial(objective.batch_value, n=data[1].shape[0])
+    gradient_of = _batch_gradient(data, objective=objective)
 
     def body(
         carry: tuple[Params, optax.OptState], batch: tuple[Array, Array]
     ) -> tuple[tuple[Params, optax.OptState], None]:
-        rows, weights = batch
-        inputs, targets, weights = jax.tree.map(lambda a: a[rows], x), y[rows], weights.astype(y.dtype)
-        with jax.default_matmul_precision("highest"):
-            value, gradient = gradient_of(carry[0], inputs, targets, weights)
+        (value, gradient), given = gradient_of(carry[0], batch)
         return descend(
             *carry,
             gradient,
             optimizer,
             value=value,
-            value_fn=lambda q: value_of(q, inputs, targets, weights),
+            value_fn=lambda q: value_of(q, *given),
             # What fills a batch up repeats its first sample, which the mean of the losses can bear.
-            losses_fn=lambda q: objective.loss.per_sample(*objective.rows(q, inputs, targets)),
+            losses_fn=lambda q: objective.loss.per_sample(*objective.rows(q, *given[:2])),
         ), None
 
     return body
@@ -373,8 +403,8 @@ class MiniBatches:
             self.seconds["training"].append(time.perf_counter() - began)
             if known:
                 known = known._replace(**self._step(before, state.params)._asdict())
-            metrics.append(known or Metrics(*(np.full_like(field, np.nan) for field in metrics[0])))
-        return state, Metrics(*(np.stack(fields, axis=-1) for fields in zip(*metrics, strict=True)))
+            metrics.append(known or jax.tree.map(lambda field: np.full_like(field, np.nan), metrics[0]))
+        return state, jax.tree.map(lambda *fields: np.stack(fields, axis=-1), *metrics)
 
     def passes(self) -> Pass:
         """Return the seconds of one pass of each kind, NaN where there was none."""
@@ -404,6 +434,11 @@ class BatchSteps:
             _evaluate_exactly, data=data, initial=initial, objective=objective, micro_batch=micro_batch or min(n, 1024)
         )
         self._measure = jax.jit(measure_step)
+        # What a step of passes that use every sample once is taken on, no statement asks for.
+        self._gradient = None
+        if sampling != "reshuffle":
+            settings = {"objective": objective, "batch_size": batch_size, "sampling": sampling}
+            self._gradient = partial(next_gradient, data=data, **settings)
 
     def measured(self, steps: np.ndarray) -> np.ndarray:
         """Return for steps whether all data is measured there."""
@@ -425,19 +460,32 @@ class BatchSteps:
             The state after them, and the metrics before each, NaN where none were wanted.
         """
         start = int(state.step)
-        columns = np.full((len(Metrics._fields) - 1, steps), np.nan)
+        columns: dict[str, np.ndarray] = {}
         at = start
         while at < start + steps:
             end = min(start + steps, (at // self._count + 1) * self._count)
             if at == start or at % self._count <= 1:
-                metrics, gradient = self._at(state.params)
-                before = jax.tree.map(jnp.copy, state.params)
-                state = self._train(state, steps=1)
-                with jax.enable_x64(True):
-                    measures = jax.device_get(self._measure(before, gradient, state.params))
-                columns[:, at - start] = (*metrics[:3], *measures)
+                state, told = self._seen(state)
+                for name, value in told.items():
+                    columns.setdefault(name, np.full(steps, np.nan))[at - start] = value
                 at += 1
                 continue
             length = 1 << ((end - at).bit_length() - 1)  # powers of two, so that few programs are compiled
             state, at = self._train(state, steps=length), at + length
-        return state, Metrics(*columns)
+        return state, Metrics(**columns)
+
+    def _seen(self, state: State) -> tuple[State, dict[str, Any]]:
+        """Take one step; return the state after it, and what is measured before it and of it."""
+        metrics, gradient = self._at(state.params)
+        own = None if self._gradient is None else self._gradient(state)
+        before = jax.tree.map(jnp.copy, state.params)
+        state = self._train(state, steps=1)
+        told = {name: value for name, value in metrics._asdict().items() if value is not None}
+        with jax.enable_x64(True):
+            told |= jax.device_get(self._measure(before, gradient, state.params))._asdict()
+            if own is not None:
+                own = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), own)
+                found = jax.device_get((self._measure(before, own, state.params), optax.tree.norm(own, squared=True)))
+                told |= {f"batch_{name}": value for name, value in found[0]._asdict().items()}
+                told["batch_grad_sq_norm"] = found[1]
+        return state, told

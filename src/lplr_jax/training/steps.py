@@ -53,6 +53,14 @@ class Metrics(NamedTuple):
     """What rounding of the parameters alone may leave of the deviation; inf where θ did not move."""
     accuracy: Float[Array | np.ndarray, "*steps"] | None = None
     """Share of samples whose largest output is that of their class; of equal sign where there is one output."""
+    batch_grad_sq_norm: Float[Array | np.ndarray, "*steps"] | None = None
+    """‖g_B‖², g_B the gradient of the batch that the step takes."""
+    batch_step_size: Float[Array | np.ndarray, "*steps"] | None = None
+    """⟨θ_t - θ_{t+1}, g_B⟩/‖g_B‖²; NaN where the step is not known, as the two that follow."""
+    batch_step_deviation: Float[Array | np.ndarray, "*steps"] | None = None
+    """`step_deviation` with g_B in the place of ∇L_t: 0 for a step of stochastic gradient descent."""
+    batch_step_rounding: Float[Array | np.ndarray, "*steps"] | None = None
+    """`step_rounding` of it."""
 
 
 EpochMetrics = ExactMetrics = Metrics

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from lplr_jax.theory.claims.held import held
+from lplr_jax.theory.claims.held import diverges, held
 from lplr_jax.theory.evidence import HESSIAN_ERROR, SUMS, Evidence
 from lplr_jax.theory.method import UNRESOLVED
-from lplr_jax.theory.verdict import Outcome, Verdict, at_most, factor, weakest
+from lplr_jax.theory.verdict import MET, Outcome, Verdict, at_most, factor, weakest
 
 REFERENCE = "ours (heavy ball)"
 
@@ -106,9 +106,9 @@ def heavy_ball_rate(
     seen = Verdict(
         "heavy_ball", REFERENCE, "not refuted", measured=ball.low, bound=ball.high, units="1",
         note=f"‖d_(t+1) + η ∇L_t‖ = γ ‖d_t‖ with η = {ball.eta:.4g} and one γ in [{ball.low:.6g}, {ball.high:.6g}] at "
-        f"all {ball.pairs} pairs of steps that rounding leaves resolved",
+        f"all {ball.pairs} pairs of steps that rounding leaves resolved; {evidence.method.coverage}",
     )  # fmt: skip
-    head = f"Theorem 5.7 is about gradient descent with a fixed step; this is heavy ball, γ = {ball.high:.4g}"
+    head = f"Theorem 5.7 is about gradient descent with a fixed step; this is heavy ball, γ = {_near_one(ball.high)}"
     upper, sharp = evidence.number("smoothness_upper"), evidence.probe("sharpness")
     measured = float(np.nanmax(sharp)) * (1 + HESSIAN_ERROR) if np.isfinite(sharp).any() else math.nan
     proved = theorem > 0 and 0 < upper < math.inf
@@ -133,14 +133,23 @@ def heavy_ball_rate(
         words = f"c = {c:.4g}, μ = {mu:.4g} and β = {beta:.4g} in units of L {told}: 1 - cημ = {at_most(rate, 10)}"
         weight = (1 - ball.eta * beta / 2 - ball.high / 2 - c) / ball.eta
         lyapunov = _lyapunov(evidence, ball, weight, rate)
-        at = np.flatnonzero(evidence.seen)
-        curve = float(evidence.series("loss")[0]) * rate ** evidence.steps[at].astype(np.float64)
-        bound = held(evidence, name, curve, at, False, f"L_t <= (1 - cημ)^t L_0; {words}", reference=REFERENCE)
+        # Nobody knows that a step which was not seen was one of this method.
+        last = int(np.sum(evidence.seen_steps == np.arange(evidence.seen_steps.size)))
+        at = np.arange(last + 1)
+        curve = float(evidence.series("loss")[0]) * rate ** at.astype(np.float64)
+        told = f"L_t <= (1 - cημ)^t L_0 over {last} steps; {words}"
+        if last < evidence.method.total:
+            told += f"; held to step {evidence.steps[last]}, as {evidence.method.coverage}"
+        bound = held(evidence, name, curve, at, False, told, reference=REFERENCE)
         parts = (*parts, lyapunov, bound)
         outcome, shown = weakest((lyapunov.outcome, bound.outcome)), bound
-        note = f"{head}; {lyapunov.note if lyapunov.outcome == 'refuted' else bound.note}"
+        note = f"{head}; {bound.note if lyapunov.outcome in MET else lyapunov.note}"
     verdict = shown.standing_for("linear_rate", REFERENCE, outcome, note)
     return verdict.with_parts(*parts, law)
+
+
+def _near_one(gamma: float) -> str:
+    return f"{gamma:.4g}" if gamma < 0.9999 else f"1 - {1 - gamma:.2g}"
 
 
 def _step_size(ball: HeavyBall, beta: float, *, proved: bool) -> Verdict:
@@ -172,11 +181,16 @@ def _lyapunov(evidence: Evidence, ball: HeavyBall, weight: float, rate: float) -
     at = np.flatnonzero(known[:-1] & known[1:] & (np.diff(evidence.steps) == 1))
     over = value[at + 1] - rate * value[at] - off[at + 1] - rate * off[at]
     judged = np.isfinite(over)
+    if (leaves := diverges(evidence)) is not None:
+        outcome: Outcome = "refuted" if leaves.seen else "undecided"
+        return Verdict(
+            "lyapunov", REFERENCE, outcome, measured=math.inf, bound=rate, step=leaves.step, units="1", note=leaves.note
+        )
     if not judged.any():
         return Verdict("lyapunov", REFERENCE, "undecided", note="no two steps in a row can be judged")
     breaks = judged & (over > 0)
     worst = int(np.argmax(np.where(judged, over, -np.inf)))
-    outcome: Outcome = "refuted" if breaks.any() else "not refuted"
+    outcome = "refuted" if breaks.any() else "not refuted"
     told = f"V = L + A ‖d‖², A = {weight:.4g}, falls by 1 - cημ at all {int(judged.sum())} steps that were seen"
     if breaks.any():
         told = f"V = L + A ‖d‖² does not fall by 1 - cημ at {int(breaks.sum())} of {int(judged.sum())} steps"

@@ -1,10 +1,36 @@
 """Losses of a run against a curve that bounds them."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Float, Int
 
 from lplr_jax.theory.evidence import LOSS_UNITS, Evidence
 from lplr_jax.theory.verdict import Outcome, Verdict, factor
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """The step that leads out of what is finite.
+
+    Attributes:
+        step: from where.
+        seen: whether the step itself was.
+        note: both in words.
+    """
+
+    step: int
+    seen: bool
+    note: str
+
+
+def diverges(evidence: Evidence) -> Leaving | None:
+    """Return the step by which a run leaves what is finite, where no bound of its loss holds; None where none does."""
+    if evidence.diverged_at is None or not evidence.end:
+        return None
+    step, seen = int(evidence.steps[-1]), bool(np.isfinite(evidence.series("step_size")[-1]))
+    note = f"the step from epoch {step} leads out of what is finite"
+    return Leaving(step, seen, note if seen else f"the run leaves what is finite by epoch {evidence.diverged_at}")
 
 
 def held(

@@ -247,7 +247,7 @@ LINEAR_RATE = Claim(
     statement="Gradient descent with a fixed step below 1/β that stays in the region converges linearly.",
     latex=r"L(\theta_t) \le (1 - \eta\mu)^t L(\theta_0) \quad \text{where } \mu > 0,\ \eta \le 1/\beta",
     needs=("step_size", "step_deviation", "step_rounding"),
-    rests_on=Rests(kernels=("", "bound_pointwise"), hessians=("", "step_size")),
+    rests_on=Rests(kernels=("", "bound_pointwise", "bound_cosine", "lyapunov"), hessians=("", "step_size", "lyapunov")),
     loss=("squared", *MARGINS),
     otherwise=_otherwise,
     check=linear_rate,

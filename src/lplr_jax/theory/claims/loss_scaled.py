@@ -21,7 +21,7 @@ import numpy as np
 
 from lplr_jax.schema import LOSS_SCALED_DECREASE
 from lplr_jax.theory.claims.decrease import decrease_of
-from lplr_jax.theory.claims.held import held
+from lplr_jax.theory.claims.held import diverges, held
 from lplr_jax.theory.claims.loss_bridge import MARGINS, chain_of, window_of
 from lplr_jax.theory.evidence import Evidence
 from lplr_jax.theory.verdict import Outcome, Verdict, at_least, at_most, factor
@@ -45,6 +45,8 @@ def loss_scaled(evidence: Evidence) -> bool:
 def loss_scaled_rate(evidence: Evidence) -> Verdict:
     """Hold L_{t+1} <= (1 - .2786 γλ_t/(n B_t)) L_t from the first probe on from which no sample is beyond ln 2."""
     head = f"Theorem 5.7 is about the squared loss; {evidence.method.note}; ours: steps that grow as L falls"
+    if leaves := diverges(evidence):
+        return Verdict("linear_rate", REFERENCE, "not applicable", note=f"{head}; {leaves.note}")
     chain = chain_of(evidence)
     window = window_of(evidence, chain, whole=False)
     if isinstance(window, str):
@@ -66,6 +68,8 @@ def loss_scaled_rate(evidence: Evidence) -> Verdict:
     note += (
         f"the steps show it, measured and not proved; L falls by {at_least(float(falls.min()), 3)} of itself or more"
     )
+    if window.stop < evidence.at[-1]:
+        note += f"; held to step {evidence.steps[window.stop]}, as {evidence.method.coverage}"
     bound = held(evidence, "bound_pointwise", curve, at, False, note, reference=REFERENCE)
     parts = (_decrease(evidence, inside), bound)
     return bound.standing_for("linear_rate", REFERENCE, bound.outcome, f"{head}; {note}").with_parts(*parts)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from lplr_jax.schema import PATH_SHARE
 from lplr_jax.theory.claims.decrease import Decrease, decrease_of
-from lplr_jax.theory.claims.held import held
+from lplr_jax.theory.claims.held import diverges, held
 from lplr_jax.theory.evidence import SUMS, Evidence
 from lplr_jax.theory.verdict import Outcome, Verdict, factor
 
@@ -38,7 +38,8 @@ def moving_rate(evidence: Evidence, theorem: float, containment: tuple[Verdict, 
     found, method = decrease_of(evidence), evidence.method
     head = f"Theorem 5.7 is about gradient descent with a fixed step; {method.note}; ours: a product for the power"
     last = int(np.sum(found.at == np.arange(found.at.size)))
-    bounds = () if found.rises.any() else _products(evidence, found, last, theorem)
+    leaves = diverges(evidence)
+    bounds = () if found.rises.any() or leaves else _products(evidence, found, last, theorem)
     budget = _budget(evidence)
     parts = (*budget, *containment, *bounds, *_cosine(evidence, found, bounds), law)
     binds = next((part.note for part in budget if part.outcome != "refuted" and "binds" in part.note), "")
@@ -50,6 +51,8 @@ def moving_rate(evidence: Evidence, theorem: float, containment: tuple[Verdict, 
         rises, first = int(found.rises.sum()), int(evidence.steps[found.at[int(np.argmax(found.rises))]])
         outcome, note = "not applicable", f"{head}; it asks for a_t >= 0, and the loss rises at {rises} steps"
         note += f", first from step {first}"
+    elif leaves:
+        outcome, note = "not applicable", f"{head}; it asks for a_t >= 0, and {leaves.note}"
     elif binds:
         outcome, note = "not applicable", f"{head}; {binds}: the rate theorem is not in force"
     elif not bounds:
