@@ -38,7 +38,7 @@ LONGEST_NAME = 40
 def styled() -> Iterator[None]:
     """Context with the look of these figures alone; what the user set of matplotlib is put back, and not looked at."""
     # As `rcdefaults`, which reads all styles that matplotlib has.
-    defaults = {name: value for name, value in mpl.rcParamsDefault.items() if name not in _NO_LOOK}
+    defaults: Any = {name: value for name, value in mpl.rcParamsDefault.items() if name not in _NO_LOOK}
     with mpl.rc_context(defaults):
         mpl.rc_file(STYLE, use_default_template=False)
         yield
