@@ -216,7 +216,10 @@ def evaluate(closed, args):
     for eqn in closed.jaxpr.eqns:
         ins = [read(var) for var in eqn.invars]
         name, floats = eqn.primitive.name, any(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.invars)
-        if name in CALLS:
+        if name == "custom_jvp_call" and "exp_neg_sq at" in str(eqn.params["call_jaxpr"].jaxpr.debug_info):
+            # JAX's e^(-x²) by the bits of x: the number that is meant.
+            outs = [np.frompyfunc(lambda v: mpmath.exp(-v * v), 1, 1)(ins[0])]
+        elif name in CALLS:
             outs = evaluate(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), ins)
         elif not floats:
             outs = [mpf(out) for out in layouts.bind(eqn, ins)]
