@@ -12,6 +12,7 @@ from builders import make
 from lplr_jax import plotting, theory
 from lplr_jax.plotting.panels import grid, verdict_strip
 from lplr_jax.plotting.style import styled
+from lplr_jax.records import Record
 
 T = 400
 
@@ -350,3 +351,13 @@ def test_text_from_files_draws_no_mathematics_and_steers_nothing(tmp_path):
     assert r"\$w\$\x00" in title
     assert all(len(line) <= 150 for line in title.split("\n"))
     plotting.save(figure, tmp_path / "figure")
+
+
+def test_a_fit_that_leaves_the_floats_is_drawn_as_far_as_it_goes():
+    """A loss that grew by 10³⁰ in 40 steps, drawn over a run of 2,000: 10¹⁵⁰⁰ at its end, were it to go on."""
+    epoch = np.arange(2001)
+    loss = np.where(epoch <= 40, 10.0 ** (np.minimum(epoch, 40) * 0.75), np.nan)
+    arrays = {"loss_scale": 1.0, "learning_rate": 0.1, "n": 2, "c": 1, "p": 3}
+    arrays |= {"epoch": epoch, "loss": loss, "grad_sq_norm": loss, "drift": epoch * 1.0}
+    figure = plotting.four_panel(Record("grows", {name: np.asarray(array) for name, array in arrays.items()}, {}))
+    assert figure.axes

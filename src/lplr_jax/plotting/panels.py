@@ -300,6 +300,10 @@ def _bounds(axes: Axes, record: Record) -> bool:
     return True
 
 
+_ABOVE = 30.0
+"""Logarithm of how far above the largest loss a fit is drawn. Calibrated."""
+
+
 def _gap(axes: Axes, epoch: np.ndarray, gap: np.ndarray, **style: object) -> None:
     axes.plot(epoch, np.where(gap > 0, gap, np.nan), **style)  # pyright: ignore[reportArgumentType]
 
@@ -316,8 +320,11 @@ def _fits(
         return
     centre = np.log(inside[keep]).mean()
     everywhere = np.asarray(epoch[1:], float)
-    exponential = np.exp(centre - decay.rate * (everywhere - t[keep].mean()))
-    power = np.exp(centre - decay.exponent * (np.log(everywhere) - np.log(t[keep]).mean()))
+    exponential = centre - decay.rate * (everywhere - t[keep].mean())
+    power = centre - decay.exponent * (np.log(everywhere) - np.log(t[keep]).mean())
+    # A fit to a loss that grew by orders may lie beyond what is finite at the other end of the run.
+    most = np.log(np.nanmax(gap)) + _ABOVE
+    exponential, power = (np.exp(np.where(line < most, line, np.nan)) for line in (exponential, power))
     axes.plot(everywhere, exponential, color=colour, linestyle="--", linewidth=1, alpha=0.9)
     axes.plot(everywhere, power, color=colour, linestyle=":", linewidth=1.4, alpha=0.9)
 

@@ -201,7 +201,7 @@ class Recorder:
         Args:
             steps: the axis of the series; None for the entries there are. Others are NaN, and count as measured: what
                 a run does not reach, it does not reach since it diverged.
-            probes: the same for the probes.
+            probes: the same for the probes; a run that has no entry where it did not reach has no probe there either.
         """
         there, columns = self.series.arrays()
         if steps is not None and len(steps) != there.size:
@@ -210,6 +210,8 @@ class Recorder:
                 columns[name] = np.full(length, 1.0 if name == "seen" else np.nan)
                 columns[name][at] = values
             there = np.asarray(steps, np.int64)
+        elif probes is not None:
+            probes = [step for step in probes if step in there]
         if "seen" in columns:
             columns["seen"] = columns["seen"].astype(np.int64)
         at_probes = np.asarray(sorted(self.probes) if probes is None else probes, np.int64)

@@ -6,6 +6,7 @@ What is compared are recorded numbers, against the error that rounding may have 
 from collections.abc import Iterator
 
 import numpy as np
+from jaxtyping import Float
 
 from lplr_jax.curves.pairs import UNIT_64
 from lplr_jax.theory.claims.agreement import REFERENCE, agree, of_probes
@@ -104,14 +105,32 @@ def _series(evidence: Evidence) -> Iterator[Verdict | None]:
         return
     kept = evidence.seen[evidence.at]
     epochs, at = evidence.epochs[kept], evidence.at[kept]
+    # The hidden values of large parameters lose digits that outputs do not tell of: as many as θ loses that is rounded.
+    moved, beta = 4 * evidence.unit * _size(evidence)[kept], _curvature(evidence)[kept]
+    gradient, wide_gradient = evidence.series("grad_sq_norm")[at], evidence.probe("probe_grad_sq_norm")[kept]
     loss, wide = evidence.series("loss")[at], evidence.probe("probe_loss")[kept]
-    allowed = 4 * evidence.loss_noise[at] + SUMS * wide
+    hidden = np.nan_to_num(np.sqrt(wide_gradient) * moved + beta * moved**2 / 2)
+    allowed = 4 * evidence.loss_noise[at] + hidden + SUMS * wide
     note = "loss of the training series against the probe in float64"
     yield agree("loss", np.abs(loss - wide), allowed, epochs, units="units of L", note=note)
-    gradient, wide_gradient = evidence.series("grad_sq_norm")[at], evidence.probe("probe_grad_sq_norm")[kept]
-    allowed = evidence.gradient_noise[at] + SUMS * wide_gradient
+    off = evidence.gradient_error[at] + np.nan_to_num(beta * moved)
+    allowed = 2 * np.sqrt(gradient) * off + off**2 + SUMS * wide_gradient
     note = "‖∇L‖² of the training series against the probe in float64"
     yield agree("gradient", np.abs(gradient - wide_gradient), allowed, epochs, units="L² / parameter²", note=note)
+
+
+def _curvature(evidence: Evidence) -> Float[np.ndarray, " k"]:
+    """Return ‖∇²L‖ at every probe; the largest of the others where it was not measured."""
+    ends = np.fmax(np.abs(evidence.probe("sharpness")), np.abs(evidence.probe("curvature_min")))
+    return np.where(np.isfinite(ends), ends, np.max(ends[np.isfinite(ends)], initial=0.0))
+
+
+def _size(evidence: Evidence) -> Float[np.ndarray, " k"]:
+    """Return a bound of ‖θ_t‖ at every probe, by the spacing of θ_0, which is more than ½ eps |θ_0| in every entry."""
+    way = evidence.series("drift")[evidence.at]
+    if "param_pair_distance" in evidence.arrays and evidence.epochs.size and evidence.epochs[0] == 0:
+        way = np.fmin(way, evidence.arrays["param_pair_distance"][0])
+    return evidence.number("parameter_spacing") / evidence.unit + way
 
 
 def _steps(evidence: Evidence) -> Iterator[Verdict | None]:
