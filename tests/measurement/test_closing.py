@@ -50,3 +50,10 @@ def test_what_is_carried_along_changes_nothing(loss):
         assert found.keys() == alone.keys()
         for key, value in alone.items():
             np.testing.assert_allclose(found[key], value, rtol=1e-9, err_msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_point_has_the_verdicts_of_its_parameters_alone(name):
+    alone = theory.verify_point(network, {"v": V, "w": W}, X, Y, loss_scale="mean")
+    found = theory.verify_point(network, {"beside": BESIDE[name](0), "v": V, "w": W}, X, Y, loss_scale="mean")
+    assert [(v.claim, v.outcome) for v in found] == [(v.claim, v.outcome) for v in alone]

@@ -383,6 +383,7 @@ def test_a_wrong_loss_is_told(caplog, wrong, words):
     assert any(words in message for message in caplog.messages), caplog.messages
 
 
+@pytest.mark.usefixtures("without_type_checks")
 def test_what_cannot_be_watched_is_one_sentence():
     x, y = data()
     problem = Problem(lambda w, x: x @ w, jnp.zeros((D, 1), jnp.float32), x, y)
@@ -399,6 +400,9 @@ def test_what_cannot_be_watched_is_one_sentence():
         look(0, problem.params + 1)
     with pytest.raises(ValueError, match="no step was handed over"):
         look.close()
+    for step in ("0", None, 0.0, False, -1, np.nan, 2**53):
+        with pytest.raises(ValueError, match="step must be "):
+            look(step, problem.params)
     look(0, problem.params)
     with pytest.raises(ValueError, match="steps must ascend: got step 0 after step 0"):
         look(0, problem.params)

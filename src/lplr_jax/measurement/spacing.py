@@ -11,6 +11,7 @@ from jaxtyping import Float
 from lplr_jax.losses import Objective
 from lplr_jax.narrowing import narrowing
 from lplr_jax.ntk.empirical import cast_floating, precision_scope
+from lplr_jax.parameters import theta_alone
 from lplr_jax.types import Params
 
 
@@ -39,6 +40,8 @@ def loss_eps(objective: Objective, params: Params, x: Any, y: Any) -> float:
 
     A float64 leaf may well meet a program that computes in float32 or narrower, by a cast or by promotion.
     """
+    apply_fn, params = theta_alone(objective.apply_fn, params)  # JAX traces arrays alone
+    objective = Objective(apply_fn, objective.loss)
     leaves, tree = jax.tree.flatten((params, x, y))
     of_theta = len(jax.tree.leaves(params))
     with jax.numpy_dtype_promotion("standard"):  # it is asked what a program rounds to, not whether it may

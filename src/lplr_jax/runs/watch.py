@@ -28,6 +28,7 @@ from lplr_jax.runs.recorder import Recorder
 from lplr_jax.runs.session import Observer
 from lplr_jax.training import Metrics, StepMeasures
 from lplr_jax.types import Params
+from lplr_jax.values import LARGEST_INTEGER
 
 _LOG = logging.getLogger(__name__)
 
@@ -149,6 +150,8 @@ class Watch:
             raise RuntimeError("the watch is closed; make another one")
         if self._diverged is not None:
             return
+        if type(step) is not int or not 0 <= step < LARGEST_INTEGER:  # ints are let through at once
+            step = checks.whole("step", step, least=0, most=LARGEST_INTEGER - 1)
         if step <= self._last:
             raise ValueError(f"steps must ascend: got step {step} after step {self._last}")
         probing = self._is_probe(step)
@@ -156,7 +159,6 @@ class Watch:
             # This must cost next to nothing, so arrays of JAX are not copied, which nobody can move in place.
             self._latest, self._last = (step, still(params)), step
             return
-        step = checks.whole("step", step, least=0)
         handed_over.check(step, params, self._form)
         if (loss is None) != (grads is None):
             raise TypeError("loss and grads belong together: hand over both, or neither")
