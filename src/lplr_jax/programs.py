@@ -219,9 +219,12 @@ class Kept:
 
     def get(self, name: Hashable, make: Callable[[], Any]) -> Any:
         """Return what was made under this key, made now where nothing was."""
-        if name not in self:
-            self.put(name, make())
-        return self[name]
+        try:
+            return self[name]
+        except KeyError:
+            made = make()
+            self.put(name, made)
+            return made
 
 
 class Found(NamedTuple):
@@ -260,8 +263,12 @@ def name_of(fn: Any, *args: Any) -> Hashable | None:
     if known is None:
         return None
     leaves, tree = jax.tree.flatten(args)
-    shapes = tuple((np.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+    shapes = tuple((np.shape(leaf), _dtype(leaf)) for leaf in leaves)
     return Key((known, shapes, identity(tree), tuple(getattr(jax.config, option) for option in _OPTIONS)))
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else jnp.result_type(leaf)
 
 
 def find(fn: Callable[..., Any], *args: Any, told_by: Any = None) -> Found:

@@ -16,7 +16,8 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from lplr_jax import parameters, programs
 from lplr_jax.checks import shown
 from lplr_jax.linalg import UntrustedError
-from lplr_jax.ntk.coupling import FEW, Coupling, Few, Probe, first_of, is_float
+from lplr_jax.ntk.coupling import FEW, Coupling, Few, Probe, first_of, is_float, on_host
+from lplr_jax.ntk.separation import look
 from lplr_jax.ntk.traced import Traced, trace
 from lplr_jax.parameters import Parameters, is_array
 
@@ -89,7 +90,8 @@ def function(apply_fn: ApplyFn, params: Parameters, x: Any, *, coupling: bool) -
     """Trace a function, and refuse one that is no deterministic function of each sample alone.
 
     Two traces must agree, and two evaluations where the program calls back into Python; outputs must be finite. With
-    `coupling`, on up to four samples: the derivative of the other outputs along a change of one sample must be exactly
+    `coupling`, the program of all samples must show that it treats them apart (`separation`). Where it does not, that
+    is tried, on up to four samples: the derivative of the other outputs along a change of one sample must be exactly
     zero (only zeros enter it, so no rounding can disturb this); and when one sample is replaced by another, or a sample
     stands alone, outputs must stay, up to rounding. Dependence below the rounding level of the outputs is not seen.
 
@@ -109,7 +111,10 @@ def function(apply_fn: ApplyFn, params: Parameters, x: Any, *, coupling: bool) -
     """
     traced = explained(lambda: trace(apply_fn, params, x), x)
     first = first_of(x)
-    name = (traced.key, tuple(programs.digest(value) for value in traced.consts), len(first[0]))
+    seen = look(apply_fn, params, x, traced, FEW)
+    # What the program itself shows need not be tried: that takes longer to compile than the kernel.
+    coupling = coupling and not seen.apart
+    name = (traced.key, tuple(programs.digest(value) for value in traced.consts), seen.key, len(first[0]))
     probe = _probes.get(name, lambda: explained(lambda: Probe(apply_fn, params, x, traced), x))
 
     def evaluate() -> Coupling | np.ndarray:
@@ -232,13 +237,6 @@ def _coupled(how: str) -> str:
         "samples is not defined; evaluate batch normalisation with its running averages (use_running_average=True, "
         "train=False)"
     )
-
-
-def on_host(leaf: Any) -> bool:
-    """Whether an array is NumPy's, or a concrete one of JAX that lies in the host's memory."""
-    if not isinstance(leaf, jax.Array):
-        return True
-    return not isinstance(leaf, jax.core.Tracer) and all(device.platform == "cpu" for device in leaf.devices())
 
 
 def sample_values(name: str, leaf: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -133,7 +134,20 @@ class Few:
 
 def first_of(x: Any) -> list[Any]:
     """The first few samples of every array."""
-    return [leaf[:FEW] if leaf.shape[0] > FEW else leaf for leaf in jax.tree.leaves(x)]
+    return [leaf if leaf.shape[0] <= FEW else _sliced(leaf) for leaf in jax.tree.leaves(x)]
+
+
+def _sliced(leaf: Any) -> Any:
+    # NumPy needs no program to cut what lies on the host.
+    numbers = on_host(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    return (np.asarray(leaf) if numbers else leaf)[:FEW]
+
+
+def on_host(leaf: Any) -> bool:
+    """Whether an array is NumPy's, or a concrete one of JAX that lies in the host's memory."""
+    if not isinstance(leaf, jax.Array):
+        return True
+    return not isinstance(leaf, jax.core.Tracer) and all(device.platform == "cpu" for device in leaf.devices())
 
 
 def _compiled(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ from lplr_jax.ntk.jaxpr import Held, Op, Program, Rewriting
 Box = tuple[tuple[int, int], ...]
 
 # Each entry of the result is made of that entry of the operands, or of scalars.
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     {
         "add",
         "add_any",
@@ -123,7 +123,7 @@ def _boxes(program: Program, op: Op, want: dict[int, Box]) -> tuple[list[Box], B
     (slot,) = op.outs
     result = program.avals[slot].shape
     box, params = want[slot], op.params
-    if op.name in _ELEMENTWISE:
+    if op.name in ELEMENTWISE:
         return [_of_axes(shape, result, box) if shape else () for shape in shapes], box
     if op.name == "broadcast_in_dim" and len(op.ins) == 1:
         axes = params["broadcast_dimensions"]

@@ -95,6 +95,13 @@ def _cast(leaves: Sequence[Any], dtype: Precision | DTypeLike) -> list[Any]:
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             swapped = isinstance(leaf, np.ndarray | np.generic) and not leaf.dtype.isnative
             every[i] = leaf.astype(leaf.dtype.newbyteorder("=")) if swapped else leaf
+        elif (
+            not off_tpu
+            and leaf.dtype == name
+            and isinstance(leaf, jax.Array)
+            and not (leaf.committed or leaf.weak_type)
+        ):
+            continue
         elif off_tpu or checks.on_host(leaf):
             # NumPy casts what lies on the host: a program for every shape would have to be compiled.
             every[i] = np.asarray(leaf).astype(name)
@@ -102,9 +109,15 @@ def _cast(leaves: Sequence[Any], dtype: Precision | DTypeLike) -> list[Any]:
         else:
             every[i] = jnp.asarray(leaf, dtype=name)
     # All at once, as every transfer by itself costs what a small network's kernel does.
-    for i, moved in zip(places, jax.device_put([every[i] for i in places]), strict=True):
-        every[i] = moved
+    moved = jax.device_put([every[i] for i in places]) if places else []
+    for i, leaf in zip(places, moved, strict=True):
+        every[i] = leaf
     return every
+
+
+def _is_cast(leaf: Any, name: str) -> bool:
+    """Whether it is an array of this dtype that goes to any device; a committed one would take all others along."""
+    return isinstance(leaf, jax.Array) and leaf.dtype == name and not (leaf.committed or leaf.weak_type)
 
 
 class Point(NamedTuple):

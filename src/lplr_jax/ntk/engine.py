@@ -96,10 +96,10 @@ def evaluate(
         mesh=sharded.default_mesh(min(n1, n2)) if mesh is None else mesh,
     )
     run = _runs.get(call, lambda: _Run(call, traced))
-    arrays = [jnp.asarray(leaf) for leaf in params.arrays]
-    first = [jnp.asarray(a) for a in first]
-    consts = [jnp.asarray(value) for value in traced.consts]
-    return run(arrays, consts, first, None if x2 is None else [jnp.asarray(a) for a in second])
+    # Asking JAX for an array that is one takes as long as a small kernel.
+    on_device = lambda leaves: [a if isinstance(a, jax.Array) else jnp.asarray(a) for a in leaves]  # noqa: E731
+    arrays, consts = on_device(params.arrays), on_device(traced.consts)
+    return run(arrays, consts, on_device(first), None if x2 is None else on_device(second))
 
 
 def lower_blocks(

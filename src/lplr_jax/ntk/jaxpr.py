@@ -9,13 +9,14 @@ Only `jax.make_jaxpr` and `jax.extend.core` are used.
 
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lplr_jax import layouts, programs
 
@@ -23,6 +24,24 @@ from lplr_jax import layouts, programs
 _TRANSPARENT_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"})
 # Operations that return their operand: where its entries lie is not for a program of one sample to say.
 _IDENTITIES = frozenset({"sharding_constraint"})
+
+
+def _stack(*arrays: Any, axis: int) -> Any:
+    return lax.concatenate([lax.expand_dims(array, (axis,)) for array in arrays], axis)
+
+
+def _unstack(array: Any, *, axis: int) -> list[Any]:
+    return [lax.index_in_dim(array, i, axis, keepdims=False) for i in range(array.shape[axis])]
+
+
+def _tile(array: Any, *, reps: Sequence[int]) -> Any:
+    shape = [size for pair in zip(reps, array.shape, strict=True) for size in pair]
+    array = lax.broadcast_in_dim(array, shape, range(1, 2 * array.ndim, 2))
+    return lax.reshape(array, [one * size for one, size in zip(shape[::2], shape[1::2], strict=True)])
+
+
+# Operations of newer JAX that are others put together.
+_MADE_OF: Mapping[str, Callable[..., Any]] = {"stack": _stack, "unstack": _unstack, "tile": _tile}
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +214,11 @@ def inline(
             continue
         if eqn.primitive.name in _IDENTITIES:
             env.update(zip(eqn.outvars, ins, strict=True))
+            continue
+        if eqn.primitive.name in _MADE_OF:
+            function = partial(_MADE_OF[eqn.primitive.name], **eqn.params)
+            made = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars))
+            env.update(zip(eqn.outvars, inline(made, ins, new, hold, ops), strict=True))
             continue
         outs = [new(var.aval) for var in eqn.outvars]
         env.update(zip(eqn.outvars, outs, strict=True))

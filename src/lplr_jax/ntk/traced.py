@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -46,7 +47,7 @@ class Traced:
         """Arrays that the function captures."""
         return [value for _, value in self.program.consts]
 
-    @property
+    @cached_property
     def unused(self) -> tuple[str, ...]:
         """Paths of the leaves of θ by which the output has no gradient."""
         slots, reached = {self.program.output}, set()

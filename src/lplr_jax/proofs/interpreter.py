@@ -269,6 +269,11 @@ def _split(settings: dict[str, Any], ins: list[Any], _: int) -> list[Value]:
     return [_moved(ins[0], lambda a, i=i: np.split(a, ends, axis=settings["axis"])[i]) for i in range(count)]
 
 
+def _unstack(settings: dict[str, Any], ins: list[Any], _: int) -> list[Value]:
+    axis = settings["axis"]
+    return [_moved(ins[0], lambda a, i=i: np.take(a, i, axis)) for i in range(ins[0].shape[axis])]
+
+
 def _concatenate(settings: dict[str, Any], ins: list[Any], _: int) -> Value:
     return _joined(ins, lambda arrays: np.concatenate(arrays, axis=settings["dimension"]))
 
@@ -573,6 +578,9 @@ _RULES: dict[str, Rule] = {
     "name": lambda _settings, ins, _places: ins[0],
     "stop_gradient": lambda _settings, ins, _places: ins[0],
     "split": _split,
+    "stack": lambda settings, ins, _: _joined(ins, lambda arrays: np.stack(arrays, axis=settings["axis"])),
+    "unstack": _unstack,
+    "tile": _move(lambda settings, a: np.tile(a, settings["reps"])),
     "concatenate": _concatenate,
     "reduce_sum": _reduce_sum,
     "reduce_max": _reduce_max,
