@@ -25,7 +25,7 @@ from lplr_jax.ntk import sharded
 from lplr_jax.ntk.explain import Explanation, LeafExplanation
 from lplr_jax.ntk.memory import Group, budget, bytes_of, even, make_groups, sweep_bytes
 from lplr_jax.ntk.plan import Plan, Workload, make_plan
-from lplr_jax.ntk.result import AHEAD, DeviceResult, HostResult, Span, blocks, cut, result
+from lplr_jax.ntk.result import AHEAD, DeviceResult, HostResult, Span, blocks, cut, result, symmetric
 from lplr_jax.ntk.traced import Traced, trace, widening
 from lplr_jax.parameters import Parameters
 
@@ -328,6 +328,7 @@ class _Run:
         self._features = jax.jit(self.features_of_block, static_argnums=(0, 1))
         self._tile = jax.jit(self.tile, static_argnums=0)
         self._diagonal = jax.jit(self.diagonal, static_argnums=0)
+        self._at_once = jax.jit(self.block)
 
     def __call__(
         self, arrays: list[jax.Array], consts: list[jax.Array], first: list[jax.Array], second: list[jax.Array] | None
@@ -356,6 +357,10 @@ class _Run:
         return self.features(group, arrays, consts, block)
 
     def _run_tiles(self, where: _Where, first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
+        if len(self.groups) == 1 and self.groups[0].at_once and self.groups[0].tile >= max(self.sides):
+            theta = self._at_once(*where, first, second)
+            # By itself: fused with the sum of the terms its transpose takes a second to compile.
+            return theta if second is not None else _symmetric(theta, np.int32(0))
         shape = (self.sides[0] * self.rows, self.sides[-1] * self.rows)
         theta: HostResult | DeviceResult | None = None
         for number, group in enumerate(self.groups):
@@ -363,6 +368,12 @@ class _Run:
                 theta = theta or result(shape, tile)
                 theta.add(tile, self.entries(rows), self.entries(cols), mirror=second is None, first=number == 0)
         return jnp.zeros(shape, self.dtype) if theta is None else theta.finish()
+
+    def block(self, arrays: Any, consts: Any, first: Any, second: Any) -> jax.Array:
+        """Θ where one tile is all of it: for small kernels a second program costs more than it computes."""
+        (group,) = self.groups
+        one = self.features(group, arrays, consts, first)
+        return self.tile(group, one, one if second is None else self.features(group, arrays, consts, second))
 
     def tiles(
         self, group: Group, where: _Where, first: list[jax.Array], second: list[jax.Array] | None
@@ -429,6 +440,7 @@ class _Run:
 
 
 _runs = programs.Kept(32)
+_symmetric = jax.jit(symmetric)
 
 
 def workload(outputs: str, c: int, sides: tuple[int, ...]) -> Workload:

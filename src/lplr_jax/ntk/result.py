@@ -129,7 +129,7 @@ class DeviceResult:
 @partial(jax.jit, static_argnames="kind", donate_argnames="theta")
 def _add(theta: jax.Array, tile: jax.Array, row: Any, own_row: Any, col: Any, own_col: Any, *, kind: str) -> jax.Array:
     own = (index(tile, 0) >= own_row - row) & (index(tile, 1) >= own_col - col)
-    value = jnp.where(own, symmetric(tile) if kind == "diagonal" else tile, jnp.zeros_like(tile))
+    value = jnp.where(own, symmetric(tile, row) if kind == "diagonal" else tile, jnp.zeros_like(tile))
     theta = _add_at(theta, value, row, col)
     return _add_at(theta, value.T, col, row) if kind == "mirrored" else theta
 
@@ -143,9 +143,15 @@ def index(block: jax.Array, axis: int) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, block.shape, axis)
 
 
-def symmetric(block: jax.Array) -> jax.Array:
-    """Return the lower triangle and its mirror image."""
-    return jnp.where(index(block, 0) >= index(block, 1), block, block.T)
+def symmetric(block: jax.Array, start: Any) -> jax.Array:
+    """Return the lower triangle and its mirror image.
+
+    Args:
+        block: A block on the diagonal.
+        start: Its first row, known when the program runs: XLA would work out a mask of constants entry by entry, which
+            takes a second for 65,000 of them.
+    """
+    return jnp.where(index(block, 0) + start >= index(block, 1) + start, block, block.T)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -161,7 +161,7 @@ def _block(run: Any, group: Any, same: bool, empty: jax.Array, one: Any, two: An
         r, c = jnp.asarray(starts)[step]
         value = run.tile(group, _cut(one, r, group.tile), _cut(two, c, group.tile))
         if same:
-            value = jnp.where(r == c, symmetric(value), value)
+            value = jnp.where(r == c, symmetric(value, r), value)
         theta = lax.dynamic_update_slice(theta, value, (r * run.rows, c * run.rows))
         return lax.dynamic_update_slice(theta, value.T, (c * run.rows, r * run.rows)) if same else theta
 
