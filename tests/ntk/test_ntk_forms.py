@@ -146,3 +146,25 @@ def test_several_experts_in_one_product_fall_back():
         return head(jnp.einsum("nk,ntkm->ntm", x, p[ids]))
 
     check(apply_fn, normal(1, 4, 5, 6), normal(2, 4, 5), {"": "embedding"}, ALL)
+
+
+MADE_OF_OTHERS = {
+    "stacked columns": (
+        lambda p, x: jnp.tanh(x @ jnp.stack([p["a"][:, 0], p["b"][:, 1]], axis=1)),
+        {"a": "dense: (h hᵀ) ∘ (δ δᵀ)", "b": "dense: (h hᵀ) ∘ (δ δᵀ)"},
+    ),
+    "unstacked layers": (
+        lambda p, x: sum(jnp.tanh(x @ w) for w in jnp.unstack(p["layers"])),
+        {"layers": "dense: (h hᵀ) ∘ (δ δᵀ)"},
+    ),
+    "tiled": (lambda p, x: jnp.tanh(x @ jnp.tile(p["a"], (1, 2)))[:, ::2], {"a": "matrix product"}),
+}
+
+
+@pytest.mark.parametrize("name", MADE_OF_OTHERS)
+def test_operations_that_are_others_put_together(name):
+    """`stack`, `unstack` and `tile` are operations of their own in newer JAX, and have the rules of what they mean."""
+    apply_fn, rules = MADE_OF_OTHERS[name]
+    shapes = {"a": (3, 4), "b": (3, 4), "layers": (2, 3, 4)}
+    params = {leaf: normal(number, *shapes[leaf]) for number, leaf in enumerate(rules)}
+    check(apply_fn, params, normal(9, 5, 3), {f"['{leaf}']": rule for leaf, rule in rules.items()}, ALL)
