@@ -47,6 +47,7 @@ EXACT = {
     "reshape, transpose, rev": (lambda x: jnp.flip(jnp.transpose(x.reshape(2, 3, 4), (2, 0, 1)), 1), whole(6, 4)),
     "slices": (lambda x: x[1:5:2, ::-1] + x[0, 1], whole(6, 4)),
     "concatenate, pad, stack": (lambda x: jnp.pad(jnp.concatenate([x, 2 * x], 1), ((1, 0), (2, 3))), whole(3, 2)),
+    "tile": (lambda x: jnp.tile(x, (2, 3, 1)) - jnp.tile(x, (1, 1)).sum(), whole(2, 6)),
     "split": (lambda x: jnp.split(x, [1, 4], axis=1), whole(2, 6)),
     "sums": (lambda x: (x.sum(), x.sum(0), x.mean(1), jnp.cumsum(x, 1)), whole(3, 4)),
     "largest": (lambda x: (x.max(), x.max(1), jnp.minimum(x, 2.0), jnp.clip(x, -3, 4)), whole(5, 7)),
@@ -243,3 +244,23 @@ def test_what_has_no_entries_adds_nothing(name):
     (found,) = run(EMPTY[name], x)
     with jax.enable_x64(True):
         np.testing.assert_array_equal(found.mid, np.asarray(EMPTY[name](x)))
+
+
+def test_keys_of_random_numbers_give_whole_numbers():
+    """What draws no float is known exactly: a permutation of features with a fixed key."""
+
+    def function(x):
+        return x[:, jax.random.permutation(jax.random.key(3), 4)] * 2.0
+
+    x = whole(3, 4)
+    (found,) = run(function, x)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(found.mid, np.asarray(function(x)))
+
+
+def test_a_whole_number_that_a_narrow_float_does_not_hold_is_refused():
+    function = lambda x: x * (jnp.arange(2) + 2**24).astype(jnp.float32).astype(x.dtype)  # noqa: E731
+    with pytest.raises(UndecidedError, match="becomes a float that does not hold it"):
+        run(function, np.ones(2))
+    (found,) = run(lambda x: x * (jnp.arange(2) * 0 + 2**24).astype(jnp.float32).astype(x.dtype), np.ones(2))
+    assert found.mid.tolist() == [2.0**24] * 2

@@ -46,7 +46,10 @@ def value(array: Any, places: int) -> Value:
     Raises:
         UndecidedError: for floats that are not finite.
     """
-    if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+    dtype = jnp.result_type(array)
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        return array  # keys of random numbers, of which whole numbers are made
+    if not jnp.issubdtype(dtype, jnp.floating):
         return np.asarray(array)
     wide = np.asarray(array).astype(np.float64)
     # What is compared with ∞ is less, and a NaN may be left unchosen; they are good for nothing else.
@@ -132,10 +135,10 @@ def _apply(eqn: Any, ins: list[Any], places: int, want: Want) -> Sequence[Any]:
         return run(_closed(branch), ins[1:], places, want)
     floats = any(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
     if not any(isinstance(x, Fixed) for x in ins) and (not floats or name in ("iota", "convert_element_type")):
-        if floats and any(np.abs(np.asarray(x, np.float64)).max(initial=0.0) > 2.0**53 for x in ins):
-            raise UndecidedError("a whole number is too large for a float")
         outs = layouts.bind(eqn, ins)
-        return [value(np.asarray(out), places) for out in outs]
+        if floats and name != "iota":
+            _require_exact(ins[0], outs[0])
+        return [value(out, places) for out in outs]
     for var in eqn.outvars:
         if jnp.issubdtype(var.aval.dtype, jnp.inexact) and var.aval.dtype != np.float64:
             raise UndecidedError(f"{name} gives {var.aval.dtype}, not float64")
@@ -154,6 +157,22 @@ def _apply(eqn: Any, ins: list[Any], places: int, want: Want) -> Sequence[Any]:
         ins = [fx.with_places(x, min(_FEW, x.places)) if isinstance(x, Fixed) else x for x in ins]
     found = rule(settings, ins, places)
     return found if isinstance(found, list) else [found]
+
+
+def _require_exact(whole: np.ndarray, number: Any) -> None:
+    """Refuse whole numbers that a float does not hold, in float64 or in what is narrower.
+
+    Raises:
+        UndecidedError: if there is any.
+    """
+    if np.issubdtype(whole.dtype, np.floating):  # with an infinity or a NaN among them
+        wide = np.asarray(number).astype(np.float64)
+        equal = np.array_equal(wide, whole, equal_nan=True)
+    else:
+        wide = np.asarray(number).astype(np.float64)
+        equal = bool((np.abs(wide) <= 2.0**53).all()) and np.array_equal(wide, whole.astype(np.float64))
+    if not equal:
+        raise UndecidedError("a number becomes a float that does not hold it")
 
 
 def _is_empty(eqn: Any) -> bool:
@@ -596,6 +615,7 @@ _RULES: dict[str, Rule] = {
     "name": lambda _settings, ins, _places: ins[0],
     "stop_gradient": lambda _settings, ins, _places: ins[0],
     "split": _split,
+    "tile": _move(lambda settings, a: np.tile(a, settings["reps"])),
     "concatenate": _concatenate,
     "reduce_sum": _reduce_sum,
     "reduce_max": _reduce_max,
