@@ -437,3 +437,20 @@ def test_a_run_proves_where_it_is_asked_to(proof, known):
     assert np.isfinite(record["ntk_assembly_error"]).tolist() == known
     outcome = {verdict.claim: verdict.outcome for verdict in verify(record)}["ntk_positive"]
     assert (outcome == "proved") == known[0]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_layers_without_units_are_no_obstacle(beside):
+    """The kernel is that of what is beside them: x xᵀ of a linear branch, or 1 of a last bias and one sample."""
+
+    def apply_fn(p, x):
+        return jnp.tanh(x @ p[0]) @ p[1] + (x @ p[2] if beside else p[2])
+
+    x = normal(2, 3) if beside else normal(1, 3)
+    params = [np.zeros((3, 0)), np.zeros((0, 1)), np.ones((3, 1)) if beside else np.ones((1, 1))]
+    found = diagnostics.empirical_ntk_min_eig(apply_fn, params, x)
+    assert found.proved
+    exact = np.linalg.svd(x)[1].min() ** 2 if beside else 1.0
+    assert found.lower <= exact * (1 + 1e-14)
+    assert found.upper >= exact * (1 - 1e-14)
+    assert found.upper - found.lower <= 1e-8 * exact
