@@ -376,3 +376,27 @@ def test_a_few_networks_are_held(kind):
 def test_many_networks_are_held(kind):
     decided = [attack(seed, kind) for seed in range(100, 160)]
     assert sum(decided) >= 57  # a kink that is hit exactly, as by |z| at 0, has a slope; few are out of range
+
+
+def test_what_is_far_below_by_rounding_alone_is_not_proved():
+    """Float64 takes e^t for 0 where t = 0: the exact kernel is zero, and the computed one is not."""
+    size, step = 1e26, 2.0**32  # a quarter of a unit in the last place of 10²⁶, a hundred times
+    params = {
+        "head": np.zeros(2),
+        "sum": np.array(size),
+        "steps": np.full(100, step),
+        "start": np.array(-(size + 100 * step)),
+    }
+    assert params["start"] + size == -100 * step
+
+    def apply_fn(p, x):
+        total = p["sum"]
+        for i in range(100):
+            total = total + p["steps"][i]
+        return (x @ p["head"]) * (1 - jnp.exp(p["start"] + total))
+
+    x = np.array([[1.0, 0.0], [0.0, 2.0]])
+    with jax.enable_x64(True):
+        bound, why = bound_or_reason(apply_fn, params, x, np.diag([1.0, 4.0]), proof="always")
+    assert bound is None or bound.kernel_error(np.diag([1.0, 4.0])) >= 4.0
+    assert "a large number is added to one that masks something out" in why

@@ -187,3 +187,48 @@ def test_constants_and_quotients_of_whole_numbers(places):
     ):
         assert holds(found, +truth, ())
         assert found.error <= 2.0 ** (-BITS * (places - 1))
+
+
+def test_a_vanishing_exponential_counts_the_error_of_its_argument():
+    # With 4 places e^z is taken for 0 below -84; z is known to a third.
+    z = fx.widened(fx.fixed([-90.0, 1.0], 4), np.array([1 / 3, 0.0]))
+    found = el.exp(z)
+    assert found.mid[0] == 0.0
+    assert holds(found, mpmath.exp(mpmath.mpf(-90) + mpmath.mpf(float(z.error[0]))), (0,))
+    assert holds(el.logistic(fx.neg(z)), 1 / (1 + mpmath.exp(mpmath.mpf(-90) + mpmath.mpf(1) / 3)), (0,))
+
+
+@pytest.mark.parametrize("least", [1e-60, 3e-150, 1e-240])
+def test_constants_far_below_the_largest_lie_within_their_radius(least):
+    found = fx.fixed([1e250, least, 0.0], 6)
+    assert holds(found, mpmath.mpf(least), (1,))
+    assert found.error[1] <= 1.01 * least
+    assert found.error[2] == 0.0
+
+
+def test_a_tiny_constant_masks_nothing_out():
+    a = fx.fixed([1e-300, 1.0], 4)
+    assert fx.mul(a, a).mid.tolist() == [0.0, 1.0]
+
+
+def test_what_is_far_below_stays_so_or_is_refused():
+    a = fx.fixed([-1e26, 1.0], 4)
+    assert fx.add(a, fx.fixed(1e11, 4)).far.tolist() == [True, False]
+    assert fx.add(a, fx.fixed([1.0, 1e30], 4)).far.tolist() == [True, False]
+    with pytest.raises(UndecidedError, match="large number is added"):
+        fx.add(a, fx.fixed(1e26, 4))
+    # A product may be as far below as a constant that masks something out.
+    deep = fx.mul(fx.fixed(-1e20, 4), fx.fixed([1e10, 1.0], 4))
+    for decide in (fx.maximum, fx.certain_signs):
+        with pytest.raises(UndecidedError, match="may be less than one that masks something out"):
+            decide(a, deep)
+
+
+def test_what_is_left_out_of_a_product_counts_where_it_underflows():
+    # (u (1 + e)) (u (1 - e)) - u u = -u² e², whose digits are left out, and whose place is below float64.
+    u, e = (fx.fixed(np.array(2.0**-power), 28) for power in (470, 400))
+    one = fx.fixed(1.0, 28)
+    parts = [fx.mul(u, fx.add(one, e)), u], [fx.mul(u, fx.sub(one, e)), fx.neg(u)]
+    left, right = (fx.joined(part, np.stack) for part in parts)
+    found = fx.contract(left, right, lambda stack, other: stack @ other, 2)
+    assert found.error > 0.0

@@ -47,6 +47,7 @@ EXACT = {
     "reshape, transpose, rev": (lambda x: jnp.flip(jnp.transpose(x.reshape(2, 3, 4), (2, 0, 1)), 1), whole(6, 4)),
     "slices": (lambda x: x[1:5:2, ::-1] + x[0, 1], whole(6, 4)),
     "concatenate, pad, stack": (lambda x: jnp.pad(jnp.concatenate([x, 2 * x], 1), ((1, 0), (2, 3))), whole(3, 2)),
+    "tile": (lambda x: jnp.tile(x, (2, 3, 1)) - jnp.tile(x, (1, 1)).sum(), whole(2, 6)),
     "split": (lambda x: jnp.split(x, [1, 4], axis=1), whole(2, 6)),
     "sums": (lambda x: (x.sum(), x.sum(0), x.mean(1), jnp.cumsum(x, 1)), whole(3, 4)),
     "largest": (lambda x: (x.max(), x.max(1), jnp.minimum(x, 2.0), jnp.clip(x, -3, 4)), whole(5, 7)),
@@ -186,3 +187,80 @@ def test_what_may_come_out_either_way_is_undecided(text):
         closed = jax.make_jaxpr(UNDECIDED[text])(x)
     with pytest.raises(UndecidedError, match=text):
         interpreter.run(closed, [widened(fixed(x, 6), np.full(4, 1e-9))], 6)
+
+
+def kept_at(x, fill):
+    """An entry within the array and one beyond it, read by an index that only the program knows."""
+    return x.at[jnp.array([1, 9])].get(mode="fill", fill_value=fill)
+
+
+MASK = jnp.array([True, False, True, False])
+
+
+# Not one of these is what it was taken for, digit by digit or without regard to what is only known to be far below.
+REFUSED = {
+    "gather reads beyond an array": lambda x: kept_at(x, 5.0),
+    "gather takes a number that is not finite": lambda x: jnp.array([jnp.inf, 3.0])[jnp.array([1])] * x,
+    "dynamic_slice takes a number": lambda x: lax.dynamic_slice(jnp.array([jnp.inf, 3.0]), (1,), (1,)) * x,
+    "dynamic_update_slice takes a number": lambda x: lax.dynamic_update_slice(jnp.array([jnp.inf, 3.0]), x[:1], (0,)),
+    "scatter takes a number": lambda x: jnp.array([jnp.nan, 3.0]).at[jnp.array([0])].set(x[0]),
+    "masks something out is used as a number": lambda x: jnp.isfinite(jnp.where(MASK, -jnp.inf, x)),
+    "a number that masks something out": lambda x: jnp.cumsum(jnp.where(MASK, -1e30, x)),
+    "a large number is added": lambda x: jnp.where(MASK, -1e26, x) + 1e26 * x,
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_no_digit_tells_is_refused(text):
+    with pytest.raises(UndecidedError, match=text):
+        run(REFUSED[text], np.arange(1.0, 5.0))
+
+
+def test_what_is_masked_out_of_a_window_gets_no_gradient():
+    def gradient(x):
+        def pooled(x):
+            h = jnp.where(MASK, -jnp.inf, x)
+            return lax.reduce_window(h, -jnp.inf, lax.max, (2,), (2,), "VALID").sum()
+
+        return jax.grad(pooled)(x)
+
+    (found,) = run(gradient, np.array([-7.0, -3.0, -2.0, -6.0]))
+    np.testing.assert_array_equal(found.mid, [0.0, 1.0, 0.0, 1.0])
+
+
+EMPTY = {
+    "convolution": lambda x: conv(x.reshape(1, 2, 2, 1), jnp.ones((3, 3, 1, 2)), padding="VALID").sum() + x,
+    "gradient of a convolution": lambda x: jax.grad(
+        lambda x: conv(x.reshape(1, 2, 2, 1), jnp.ones((3, 3, 1, 2)), padding="VALID").sum() + (x**2).sum()
+    )(x),
+    "product": lambda x: jnp.zeros((2, 0)) @ jnp.ones((0, 4)) * x[None] + x[None],
+    "maximum pool": lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (5,), (1,), "VALID").sum() + x,
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_what_has_no_entries_adds_nothing(name):
+    x = np.arange(1.0, 5.0)
+    (found,) = run(EMPTY[name], x)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(found.mid, np.asarray(EMPTY[name](x)))
+
+
+def test_keys_of_random_numbers_give_whole_numbers():
+    """What draws no float is known exactly: a permutation of features with a fixed key."""
+
+    def function(x):
+        return x[:, jax.random.permutation(jax.random.key(3), 4)] * 2.0
+
+    x = whole(3, 4)
+    (found,) = run(function, x)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(found.mid, np.asarray(function(x)))
+
+
+def test_a_whole_number_that_a_narrow_float_does_not_hold_is_refused():
+    function = lambda x: x * (jnp.arange(2) + 2**24).astype(jnp.float32).astype(x.dtype)  # noqa: E731
+    with pytest.raises(UndecidedError, match="becomes a float that does not hold it"):
+        run(function, np.ones(2))
+    (found,) = run(lambda x: x * (jnp.arange(2) * 0 + 2**24).astype(jnp.float32).astype(x.dtype), np.ones(2))
+    assert found.mid.tolist() == [2.0**24] * 2

@@ -328,6 +328,58 @@ def test_a_proof_that_takes_long_is_made_on_demand(monkeypatch):
         diagnostics.empirical_ntk_min_eig(apply_fn, params, X, proof="maybe")
 
 
+def test_more_digits_are_tried_as_far_as_the_work_goes(monkeypatch):
+    """A map that doubles errors at every step: fewer than 15 digits tell nothing of it."""
+
+    def apply_fn(p, x):
+        step = lambda h, _: (3.9 * h * (1 - h), None)  # noqa: E731
+        return jax.lax.scan(step, jax.nn.sigmoid(x @ p), None, length=150)[0]
+
+    params, x = normal(3, 1) / 4, normal(2, 3)
+    with jax.enable_x64(True):
+        theta = np.asarray(empirical_ntk(apply_fn, params, x))
+        most = jacobian.work(jacobian.traced(apply_fn, parameters.split(params), x, 2).jaxpr)
+        tried = []
+        value = jacobian.interpreter.value
+        monkeypatch.setattr(jacobian.interpreter, "value", lambda a, places: tried.append(places) or value(a, places))
+        wide = parameters.split(params)
+        with pytest.raises(UndecidedError, match='overflows; proof="always" tries with more digits than 12'):
+            jacobian.enclosed_bound(apply_fn, wide, x, theta, most_work=1.01 * most)
+        assert sorted(set(tried)) == [6, 8, 10, 12]
+        bound = jacobian.enclosed_bound(apply_fn, wide, x, theta, most_work=np.inf)
+        assert max(tried) > 12
+    assert bound.factor_error < 1e-8 * np.sqrt(np.trace(theta))
+
+
+def test_a_kink_that_more_digits_may_tell_is_said():
+    apply_fn = lambda p, x: jax.nn.relu(jnp.tanh(x @ p) ** 2 - jnp.tanh(x @ p) * jnp.tanh(x @ p))  # noqa: E731
+    with jax.enable_x64(True):
+        wide = parameters.split(normal(3, 2))
+        most = jacobian.work(jacobian.traced(apply_fn, wide, X, 2).jaxpr)
+        with pytest.raises(UndecidedError, match='kink or a jump; proof="always" tries with more digits than 12'):
+            jacobian.enclosed_bound(apply_fn, wide, X, np.eye(4), most_work=1.01 * most)
+
+
+@pytest.mark.parametrize(
+    ("function", "nanoseconds"),
+    [
+        # A function of an entry at 6 digits, on one core: what is asked for is that no more is spent than is counted.
+        (lambda x: jax.scipy.special.erf(x), 20000),
+        (lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (100,), (1,), "SAME"), 10000),
+    ],
+)
+def test_costly_entries_are_counted(function, nanoseconds):
+    with jax.enable_x64(True):
+        counted = jacobian.work(jax.make_jaxpr(function)(np.ones(10**4)).jaxpr)
+    assert counted >= nanoseconds * 10**4
+
+
+def test_a_product_of_many_factors_is_counted_by_its_factors():
+    with jax.enable_x64(True):
+        many, few = (jacobian.work(jax.make_jaxpr(lambda x: jnp.prod(x))(np.ones(n)).jaxpr) for n in (1000, 10))
+    assert many >= 50 * few
+
+
 def test_samples_go_together_or_one_by_one(monkeypatch):
     apply_fn, params = equinox_network()
     x = normal(7, 3)
@@ -385,3 +437,20 @@ def test_a_run_proves_where_it_is_asked_to(proof, known):
     assert np.isfinite(record["ntk_assembly_error"]).tolist() == known
     outcome = {verdict.claim: verdict.outcome for verdict in verify(record)}["ntk_positive"]
     assert (outcome == "proved") == known[0]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_layers_without_units_are_no_obstacle(beside):
+    """The kernel is that of what is beside them: x xᵀ of a linear branch, or 1 of a last bias and one sample."""
+
+    def apply_fn(p, x):
+        return jnp.tanh(x @ p[0]) @ p[1] + (x @ p[2] if beside else p[2])
+
+    x = normal(2, 3) if beside else normal(1, 3)
+    params = [np.zeros((3, 0)), np.zeros((0, 1)), np.ones((3, 1)) if beside else np.ones((1, 1))]
+    found = diagnostics.empirical_ntk_min_eig(apply_fn, params, x)
+    assert found.proved
+    exact = np.linalg.svd(x)[1].min() ** 2 if beside else 1.0
+    assert found.lower <= exact * (1 + 1e-14)
+    assert found.upper >= exact * (1 - 1e-14)
+    assert found.upper - found.lower <= 1e-8 * exact

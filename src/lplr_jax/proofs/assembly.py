@@ -171,7 +171,7 @@ def _trace(
 ) -> tuple[Program, list[np.ndarray], np.ndarray, int] | None:
     """Return the program for one sample, leaves and inputs (n, d) in float64, and c.
 
-    None unless x is one floating array and no array beside θ enters the program.
+    None unless x is one floating array and no array beside θ enters the program, nor any without entries.
     """
     if not (is_array(x) and jax.numpy.issubdtype(x.dtype, np.floating)):
         return None
@@ -183,6 +183,8 @@ def _trace(
         if _numbers_count(apply_fn, wide, inputs):
             return None
     program = traced.program
+    if any(0 in aval.shape for aval in program.avals):
+        return None
     beside = [slot for i, slot in enumerate(program.params) if i not in split.theta]
     if traced.narrow is not None or any(slot in program.uses or slot == program.output for slot in beside):
         return None

@@ -137,8 +137,8 @@ def exp(z: Fixed) -> Fixed:
     """
     places = z.places
     far = np.zeros(z.shape, bool) if z.far is None else z.far
-    middle = np.where(far, 0.0, z.mid)
-    if (middle > 400).any() or (z.error > 0.5).any():
+    middle, error = np.where(far, 0.0, z.mid), z.error
+    if (middle > 400).any() or (error > 0.5).any():
         raise UndecidedError("an exponential overflows, or its argument is not known")
     # Below this, e^z is no more than the last digit of 1.
     low = far | (middle < -0.7 * BITS * (places + 2))
@@ -164,7 +164,7 @@ def exp(z: Fixed) -> Fixed:
     total = mul(total, fixed(2.0**whole, guard))
     if low.any():
         total = choose(low.astype(np.int64), [total, fixed(0.0, guard)])
-        below = np.where(far, 1e-280, np.exp(np.minimum(middle + z.error, 0.0)) * 1.01 + 1e-280)
+        below = np.where(far, 1e-280, np.exp(np.minimum(middle + error, 0.0)) * 1.01 + 1e-280)
         total = widened(total, np.where(low, below, 0.0))
     return with_places(total, places)
 

@@ -32,10 +32,16 @@ _EXACT_TERMS = 2 ** (53 - 2 * (BITS - 1)) - 1
 """Products of digits whose sum, with what is carried to it, is exact in float64."""
 _RANGE = 48
 """Largest place of a digit: 2⁹⁶⁰ and 2⁻⁹⁶⁰ are float64."""
+_SPAN = BITS * 31
+"""Binary digits from the first of the largest constant of an array to the first of one that counts in it."""
 _TINY = 1e-250
 """Constants below this are taken for a zero of that radius: they have no place."""
 _FAR = -1e25
 """Constants below this mask something out: of them only that they are below is kept."""
+_FAR_ROOM = 1e12
+"""Most that is added to what is far below: 10¹² times as much leave it below -1e24."""
+STILL_NEAR = -1e24
+"""What is far below is less than this, so it is certainly less than numbers above."""
 
 
 class UndecidedError(ArithmeticError):
@@ -104,7 +110,7 @@ class Fixed:
         Raises:
             UndecidedError: if there is any.
         """
-        if self.far is not None:
+        if self.far is not None and self.far.any():
             raise UndecidedError("a number that masks something out is used as a number")
         return self
 
@@ -176,11 +182,12 @@ def fixed(value: Any, places: int) -> Fixed:
         raise UndecidedError("a constant is not finite")
     top = float(np.abs(array).max(initial=0.0))
     high = 0 if top == 0 else -(-int(np.frexp(top)[1]) // BITS)
+    # Digits of what is this far below the largest are beyond the range of float64.
+    tiny |= (array != 0) & (np.abs(array) < top * 2.0**-_SPAN)
     if tiny.any():
         found = fixed(np.where(tiny, 0.0, array), places)
-        return Fixed(
-            found.digits, found.high, found.error + np.where(tiny, _TINY, 0.0), places, _either(far, None, far.shape)
-        )
+        error = np.asarray(found.error + np.where(tiny, np.maximum(np.abs(array), _TINY), 0.0))
+        return Fixed(found.digits, found.high, error * _UP, places, far if far.any() else None)
     rest, digits = array * 2.0 ** (-BITS * high), []
     for _ in range(places):
         rest = rest * _BASE
@@ -246,6 +253,9 @@ def add(a: Fixed, b: Fixed) -> Fixed:
     radius = _sum_radius(a.radius, b.radius)
     if radius is not None:
         radius = np.broadcast_to(radius, shape)
+    for one, other in ((a, b), (b, a)):
+        if one.far is not None and (one.far & (other.reach > _FAR_ROOM)).any():
+            raise UndecidedError("a large number is added to one that masks something out")
     return _settled(total, high, radius, max(a.places, b.places), _either(a.far, b.far, shape))
 
 
@@ -300,7 +310,7 @@ def mul(a: Fixed, b: Fixed) -> Fixed:
 def _cut(na: int, nb: int, kept: int, high: int) -> float:
     """Bound the products of digits that are left out: at most na nb of them, each at most 2³⁸ in its place."""
     left_out = na + nb - 1 > kept
-    return na * nb * 2.0 ** (2 * BITS - 2 + BITS * (high - kept - 1)) * _UP if left_out else 0.0
+    return na * nb * 2.0 ** max(2 * BITS - 2 + BITS * (high - kept - 1), -1000) * _UP if left_out else 0.0
 
 
 Stacked = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -366,13 +376,13 @@ def linear(a: Fixed, apply: Callable[[np.ndarray], np.ndarray], terms: int) -> F
     return _settled(np.stack([apply(digit) for digit in a.digits]), a.high, radius, a.places)
 
 
-def joined(parts: Sequence[Fixed], join: Callable[[list[np.ndarray]], np.ndarray]) -> Fixed:
-    """Return several arrays put into one: `join` does it for float64 arrays, each entry taken from one."""
+def joined(parts: Sequence[Fixed], join: Callable[[list[np.ndarray]], np.ndarray], terms: int = 1) -> Fixed:
+    """Return several arrays put into one: `join` does it for float64 arrays, each entry a sum of `terms` at most."""
     stacks, high = aligned(parts)
     digits = np.stack([join([stack[i] for stack in stacks]) for i in range(stacks[0].shape[0])])
     radius = far = None
     if any(part.radius is not None for part in parts):
-        radius = join([part.error for part in parts]) * _UP
+        radius = join([part.error for part in parts]) * (_UP + terms * 2.0**-50)
     if any(part.far is not None for part in parts):
         far = join([np.zeros(part.shape) if part.far is None else part.far.astype(float) for part in parts]) > 0
     return _settled(digits, high, radius, max(part.places for part in parts), far)
@@ -402,11 +412,23 @@ def certain_signs(a: Fixed, b: Fixed) -> np.ndarray:
     far_a, far_b = (np.broadcast_to(False if x.far is None else x.far, x.shape) for x in (a, b))
     if (far_a & far_b).any():
         raise UndecidedError("two numbers that mask something out are compared")
+    _above_far(a, far_b)
+    _above_far(b, far_a)
     gap = sub(*(Fixed(x.digits, x.high, x.radius, x.places) for x in (a, b)))
     unknown = (gap.error > 0) & (np.abs(gap.mid) <= gap.error * _UP * _UP) & ~far_a & ~far_b
     if unknown.any():
         raise UndecidedError("a number lies within its error of a kink or a jump")
     return np.where(far_a, -1.0, np.where(far_b, 1.0, np.sign(gap.mid)))
+
+
+def _above_far(a: Fixed, where: np.ndarray) -> None:
+    """Refuse numbers that are compared with what is far below, and may be as far below.
+
+    Raises:
+        UndecidedError: if there is any.
+    """
+    if where.any() and (where & (a.mid - a.error * _UP < STILL_NEAR)).any():
+        raise UndecidedError("a number may be less than one that masks something out")
 
 
 def maximum(a: Fixed, b: Fixed) -> Fixed:
@@ -417,6 +439,8 @@ def maximum(a: Fixed, b: Fixed) -> Fixed:
     second = signs(gap) < 0
     far_a = np.broadcast_to(False if a.far is None else a.far, shape)
     far_b = np.broadcast_to(False if b.far is None else b.far, shape)
+    _above_far(x, far_b & ~far_a)
+    _above_far(y, far_a & ~far_b)
     # What is far below is less than anything else.
     second = np.where(far_a, True, np.where(far_b, False, second))
     found = choose(second.astype(np.int64), [x, y])

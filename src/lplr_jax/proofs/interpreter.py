@@ -46,7 +46,10 @@ def value(array: Any, places: int) -> Value:
     Raises:
         UndecidedError: for floats that are not finite.
     """
-    if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+    dtype = jnp.result_type(array)
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        return array  # keys of random numbers, of which whole numbers are made
+    if not jnp.issubdtype(dtype, jnp.floating):
         return np.asarray(array)
     wide = np.asarray(array).astype(np.float64)
     # What is compared with ∞ is less, and a NaN may be left unchosen; they are good for nothing else.
@@ -132,15 +135,17 @@ def _apply(eqn: Any, ins: list[Any], places: int, want: Want) -> Sequence[Any]:
         return run(_closed(branch), ins[1:], places, want)
     floats = any(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
     if not any(isinstance(x, Fixed) for x in ins) and (not floats or name in ("iota", "convert_element_type")):
-        if floats and any(np.abs(np.asarray(x, np.float64)).max(initial=0.0) > 2.0**53 for x in ins):
-            raise UndecidedError("a whole number is too large for a float")
         outs = layouts.bind(eqn, ins)
-        return [value(np.asarray(out), places) for out in outs]
+        if floats and name != "iota":
+            _require_exact(ins[0], outs[0])
+        return [value(out, places) for out in outs]
     for var in eqn.outvars:
         if jnp.issubdtype(var.aval.dtype, jnp.inexact) and var.aval.dtype != np.float64:
             raise UndecidedError(f"{name} gives {var.aval.dtype}, not float64")
     if "_" in str(settings.get("precision") or ""):  # an algorithm by name, such as BF16_BF16_F32
         raise UndecidedError(f"{name} rounds its operands")
+    if floats and _is_empty(eqn):
+        return [fx.fixed(np.zeros(var.aval.shape), places) for var in eqn.outvars]
     if name in _BY_DIGIT:
         return [_by_digit(eqn, ins)]
     rule = _RULES.get(name)
@@ -152,6 +157,30 @@ def _apply(eqn: Any, ins: list[Any], places: int, want: Want) -> Sequence[Any]:
         ins = [fx.with_places(x, min(_FEW, x.places)) if isinstance(x, Fixed) else x for x in ins]
     found = rule(settings, ins, places)
     return found if isinstance(found, list) else [found]
+
+
+def _require_exact(whole: np.ndarray, number: Any) -> None:
+    """Refuse whole numbers that a float does not hold, in float64 or in what is narrower.
+
+    Raises:
+        UndecidedError: if there is any.
+    """
+    if np.issubdtype(whole.dtype, np.floating):  # with an infinity or a NaN among them
+        wide = np.asarray(number).astype(np.float64)
+        equal = np.array_equal(wide, whole, equal_nan=True)
+    else:
+        wide = np.asarray(number).astype(np.float64)
+        equal = bool((np.abs(wide) <= 2.0**53).all()) and np.array_equal(wide, whole.astype(np.float64))
+    if not equal:
+        raise UndecidedError("a number becomes a float that does not hold it")
+
+
+def _is_empty(eqn: Any) -> bool:
+    """Return whether the one result of an equation has no entries, or is made of sums of no products."""
+    (out, *others) = eqn.outvars
+    products = eqn.primitive.name in ("dot_general", "conv_general_dilated")
+    looked_at = (out, *eqn.invars) if products else (out,)
+    return not others and any(math.prod(var.aval.shape) == 0 for var in looked_at)
 
 
 def _is_gaussian(eqn: Any) -> bool:
@@ -223,10 +252,20 @@ _BY_DIGIT = frozenset(
         "copy_p",
     }
 )
+_DIGIT_SUMS = frozenset({"scatter-add", "scatter_add", "cumsum", "reduce_window_sum"})
 
 
 def _by_digit(eqn: Any, ins: list[Value]) -> Fixed:
     floats = [x for x in ins if isinstance(x, Fixed)]
+    sums = eqn.primitive.name in _DIGIT_SUMS
+    if any(not isinstance(x, Fixed) and np.issubdtype(x.dtype, np.floating) for x in ins):
+        # It would count in every digit.
+        raise UndecidedError(f"{eqn.primitive.name} takes a number that is not finite")
+    if sums:
+        floats = [x.near() for x in floats]
+    if eqn.params.get("fill_value"):
+        # So would what is read beyond the array: made NaN, it is refused.
+        eqn = eqn.replace(params={**eqn.params, "fill_value": math.nan})
 
     def apply(arrays: list[np.ndarray]) -> np.ndarray:
         left = iter(arrays)
@@ -238,7 +277,7 @@ def _by_digit(eqn: Any, ins: list[Value]) -> Fixed:
     terms = max(math.prod(x.shape) for x in floats)
     if terms > 2 ** (53 - fx.BITS):
         raise UndecidedError(f"a sum of up to {terms} numbers is too long to be exact")
-    return fx.joined(floats, apply)
+    return fx.joined(floats, apply, terms + 1 if sums else 1)
 
 
 def _move(move: Callable[[dict[str, Any], np.ndarray], np.ndarray]) -> Rule:
@@ -382,14 +421,17 @@ def _select_and_scatter_add(settings: dict[str, Any], ins: list[Any], _: int) ->
         raise UndecidedError("a selection by anything but >= has no rule")
     index = _window_index(settings, operand.shape)
     held = _windows(operand, index)
-    middle = np.where(index < 0, -np.inf, held.mid)
+    below = np.zeros(index.shape, bool) if held.far is None else held.far
+    middle = np.where(below, -np.inf, held.mid)
     # The first of equal ones is taken.
     first = np.argmax(middle, axis=-1)[..., None]
-    taken = held.map(lambda x: np.take_along_axis(x, first, axis=-1))
+    taken = held.map(lambda x: np.take_along_axis(x, first, axis=-1)).near()
+    if (below & (taken.mid - taken.error * 1.001 < fx.STILL_NEAR)).any():
+        raise UndecidedError("a number may be less than one that masks something out")
     gap = fx.sub(Fixed(taken.digits, taken.high, taken.radius, taken.places), el.exactly_near(held))
     same = np.arange(middle.shape[-1]) == first
     equal = (gap.mid == 0) & (gap.error == 0)
-    if not (same | equal | (index < 0) | (gap.mid > gap.error * 1.001)).all():
+    if not (same | equal | below | (gap.mid > gap.error * 1.001)).all():
         raise UndecidedError("the largest of a window is not certain")
     place = np.take_along_axis(index, first, axis=-1).reshape(-1)
 
@@ -622,7 +664,7 @@ _RULES: dict[str, Rule] = {
     "abs": _absolute,
     "sign": lambda _settings, ins, places: fx.fixed(fx.certain_signs(ins[0], fx.fixed(0.0, places)), places),
     "select_n": _select,
-    "is_finite": lambda _settings, ins, _places: np.ones(ins[0].shape, bool),
+    "is_finite": lambda _settings, ins, _places: np.ones(ins[0].near().shape, bool),
     "gt": _compare(lambda sign: sign > 0),
     "ge": _compare(lambda sign: sign >= 0),
     "lt": _compare(lambda sign: sign < 0),

@@ -7,7 +7,7 @@ multiply errors a hundredfold in every layer, and again on the way back; more di
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,10 @@ DIGITS = (6, 8, 10, 12, 15, 20, 28)
 """Digits of 20 bits that are tried in turn."""
 MOST_WORK = 1.2e11
 """Work beyond which no bound is made unless it is asked for. Calibrated: a minute of two cores."""
+_USUAL = 15
+"""Digits that `work` is about: most networks take fewer, and those that take more cost more."""
+_LENIENCE = 2.0
+"""Times `most_work` that tries with more and more digits may come to."""
 _bounds = programs.Kept(8)
 _ENTRIES = 2**16
 """Entries of the largest array up to which samples go together: fewer calls, while arrays stay in a cache."""
@@ -99,19 +103,33 @@ def enclosed_bound(
     factor = [np.empty((rows, value.size)) for value in wide.values]
     errors = [np.empty(rows) for _ in wide.values]
     # Runs that differ in how they train begin at one point.
-    name = (programs.key(closed, rules=False), *map(programs.digest, (*closed.consts, *wide.arrays, *inputs, theta)))
+    name = (
+        programs.key(closed, rules=False),
+        most_work,
+        *map(programs.digest, (*closed.consts, *wide.arrays, *inputs, theta)),
+    )
     if name in _bounds:
         return _bounds[name]
-    digits, c, start = DIGITS[0], rows // n, 0
+    digits, c, start, spent = DIGITS[0], rows // n, 0, 0.0
+
+    def pay(tried: int) -> bool:
+        nonlocal spent
+        price = work(several.jaxpr) * (tried / _USUAL) ** 1.7
+        left = math.ceil((n - start) / together)
+        if tried > digits and spent + left * price > _LENIENCE * most_work:
+            return False
+        spent += price
+        return True
+
     while start < n:
         # The last few are filled up with the last of them, which is then left out.
         here = [a[np.minimum(np.arange(start, start + together), n - 1)] for a in inputs]
         try:
-            found = sample_rows(several, wide.arrays, here, digits)
+            found = sample_rows(several, wide.arrays, here, digits, pay)
         except UndecidedError:
-            if together == 1:
-                raise
             # A branch that one sample does not take is taken where samples go together.
+            if together == 1 or spent + (n - start) * work(closed.jaxpr) > _LENIENCE * most_work:
+                raise
             together, several = 1, closed
             continue
         digits, count = found.digits, min(together, n - start)
@@ -131,8 +149,16 @@ def enclosed_bound(
     return bound
 
 
-_COSTLY = frozenset({"exp", "log", "log1p", "expm1", "tanh", "logistic", "erf", "erfc", "sin", "cos", "pow"})
-_PRODUCTS = frozenset({"mul", "div", "square", "integer_pow", "sqrt", "rsqrt"})
+_ENTRY = {
+    **dict.fromkeys(("exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "sin", "cos"), 8000.0),
+    **dict.fromkeys(("pow", "tan", "sinh", "cosh"), 20000.0),
+    **dict.fromkeys(("erf", "erfc"), 25000.0),
+    **dict.fromkeys(("mul", "div", "square", "integer_pow", "sqrt", "rsqrt", "max", "min", "clamp"), 150.0),
+}
+"""Nanoseconds of an entry, 20 for any other."""
+_COMPARISONS = frozenset({"reduce_max", "reduce_min", "reduce_window_max", "select_and_scatter_add"})
+_CALL = 3e5
+"""Nanoseconds of an equation without entries."""
 
 
 def work(jaxpr: Any) -> float:
@@ -143,7 +169,13 @@ def work(jaxpr: Any) -> float:
         name = eqn.primitive.name
         repeats = eqn.params["length"] if name == "scan" else 1
         total += repeats * sum(work(getattr(body, "jaxpr", body)) for body in jex.jaxprs_in_params(eqn.params))
-        total += 3e5 + size * (8000 if name in _COSTLY else 150 if name in _PRODUCTS else 20)
+        total += _CALL + size * _ENTRY.get(name, 20.0)
+        if name in _COMPARISONS:
+            window = math.prod(eqn.params.get("window_dimensions", (1,)))
+            total += 150.0 * window * max(math.prod(var.aval.shape) for var in (*eqn.invars, *eqn.outvars))
+        if name == "reduce_prod":  # factor by factor
+            (entries,) = eqn.invars
+            total += (_CALL + 150.0 * size) * math.prod(entries.aval.shape) / max(size, 1)
         if name in ("dot_general", "conv_general_dilated"):
             total += 4.0 * size * _terms(eqn)
     return total
@@ -190,24 +222,45 @@ def traced(apply_fn: ApplyFn, wide: Parameters, x: Any, together: int = 1) -> je
         return jax.make_jaxpr(jax.vmap(rows, in_axes=(None, 0)))(specs, xs)
 
 
-def sample_rows(closed: jex.ClosedJaxpr, arrays: Sequence[Any], x: Sequence[Any], least: int = DIGITS[0]) -> Rows:
+def sample_rows(
+    closed: jex.ClosedJaxpr,
+    arrays: Sequence[Any],
+    x: Sequence[Any],
+    least: int = DIGITS[0],
+    pay: Callable[[int], bool] = lambda _: True,
+) -> Rows:
     """Return the Jacobian of the samples that were traced, with as many digits as it takes, `least` or more.
+
+    Args:
+        closed: what `traced` returned.
+        arrays: the array leaves.
+        x: the samples.
+        least: digits of the first try.
+        pay: asked before each try with so many digits whether it is to be made; the first one always is.
 
     Raises:
         UndecidedError: if no digits are enough, or a primitive has no rule.
     """
     found: list[tuple[np.ndarray, np.ndarray]] = []
+    undecided: UndecidedError | None = None
     everything = interpreter.Want(*[[True] * len(closed.jaxpr.outvars)] * 2)
     digits = least
-    for digits in (tried for tried in DIGITS if tried >= least):
+    for tried in (tried for tried in DIGITS if tried >= least):
+        if not pay(tried):
+            if undecided is not None:
+                raise UndecidedError(f'{undecided}; proof="always" tries with more digits than {digits}') from undecided
+            break
+        digits = tried
         try:
             with jax.enable_x64(True), np.errstate(all="ignore"):
                 args = [interpreter.value(a, digits) for a in (*arrays, *x)]
                 found = [_row(out) for out in interpreter.run(closed, args, digits, everything)]
-        except UndecidedError:
+        except UndecidedError as error:
             if digits == DIGITS[-1]:
                 raise
+            undecided = error
             continue
+        undecided = None
         size = sum(float(np.square(rows).sum()) for rows, _ in found)
         error = sum(float(np.square(errors).sum()) for _, errors in found)
         if error <= _FINE**2 * size or digits == DIGITS[-1]:
