@@ -13,7 +13,9 @@ import jax
 import jax.core
 import numpy as np
 
-_LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib")})
+_PATHS = {sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib")}
+# An environment may be reached through a link, and code knows itself by either path.
+_LIBRARIES = tuple(_PATHS | {str(Path(path).resolve()) for path in _PATHS})
 _OWN = str(Path(__file__).parent)
 # Names through which code reads what no fingerprint sees.
 _DOORS = frozenset(

@@ -168,3 +168,16 @@ def test_operations_that_are_others_put_together(name):
     shapes = {"a": (3, 4), "b": (3, 4), "layers": (2, 3, 4)}
     params = {leaf: normal(number, *shapes[leaf]) for number, leaf in enumerate(rules)}
     check(apply_fn, params, normal(9, 5, 3), {f"['{leaf}']": rule for leaf, rule in rules.items()}, ALL)
+
+
+def test_a_window_that_fits_nowhere():
+    """A convolution without positions has no share in Θ, and what reads it has the entries that are left."""
+
+    def apply_fn(p, x):
+        numbers = ("NWC", "WIO", "NWC")
+        nowhere = jnp.tanh(lax.conv_general_dilated(x, p["filter"], (1,), "VALID", dimension_numbers=numbers))
+        rest = nowhere.reshape(x.shape[0], 0) @ p["none"]
+        return jnp.tanh(x.reshape(x.shape[0], 6) @ p["w"]) + rest
+
+    params = {"filter": normal(1, 5, 2, 3), "none": normal(2, 0, 2), "w": normal(3, 6, 2)}
+    check(apply_fn, params, normal(4, 4, 3, 2), {"['filter']": "none", "['w']": "dense"}, ALL)

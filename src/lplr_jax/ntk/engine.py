@@ -358,9 +358,8 @@ class _Run:
 
     def _run_tiles(self, where: _Where, first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
         if len(self.groups) == 1 and self.groups[0].at_once and self.groups[0].tile >= max(self.sides):
-            theta = self._at_once(*where, first, second)
-            # By itself: fused with the sum of the terms its transpose takes a second to compile.
-            return theta if second is not None else _symmetric(theta, np.int32(0))
+            whole = self._at_once(*where, first, second)
+            return whole if second is not None else _symmetric(whole, np.int32(0))
         shape = (self.sides[0] * self.rows, self.sides[-1] * self.rows)
         theta: HostResult | DeviceResult | None = None
         for number, group in enumerate(self.groups):

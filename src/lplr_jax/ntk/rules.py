@@ -17,6 +17,7 @@ A feature is a pytree of arrays with the sample as leading axis. Every term has 
 - `temporaries(outputs)`: array elements that one pair of samples needs while a block is formed.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +39,7 @@ def gram(first: jax.Array, second: jax.Array) -> jax.Array:
 
 def _rows(array: jax.Array, count: int) -> jax.Array:
     """Merge the leading `count` axes, and all others."""
-    leading = 1
-    for size in array.shape[:count]:
-        leading *= size
-    return array.reshape(leading, -1)
+    return array.reshape(math.prod(array.shape[:count]), math.prod(array.shape[count:]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +54,7 @@ class Rows:
         parts = [make(env, deltas, gradients) for make in self.gradient_of]
         # A function may compute with leaves of several widths.
         wide = programs.widest(*(part.dtype for part in parts))
-        parts = [part.reshape(part.shape[0], -1).astype(wide) for part in parts]
+        parts = [_rows(part, 1).astype(wide) for part in parts]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
     def full(self, first: jax.Array, second: jax.Array) -> jax.Array:
@@ -93,7 +91,7 @@ class Outer:
         """Operands (k,) and the cotangent (c, m) of one sample."""
         del gradients
         delta = self.delta_of(deltas)
-        return tuple(make(env).reshape(-1) for make in self.operands), delta.reshape(delta.shape[0], -1)
+        return tuple(make(env).reshape(-1) for make in self.operands), _rows(delta, 1)
 
     def full(self, first: Any, second: Any) -> jax.Array:
         """(Σ h hᵀ + 1) ∘ (δ δᵀ) for all pairs of outputs."""
@@ -191,7 +189,7 @@ class Positions:
     def full(self, first: Any, second: Any) -> jax.Array:
         """Σ over positions for all pairs of outputs."""
         total = self._over_batches(first, second, trace=False)
-        return total.reshape(total.shape[0] * total.shape[1], -1)
+        return _rows(total, 2)
 
     def trace(self, first: Any, second: Any) -> jax.Array:
         """Σ over positions, outputs contracted."""

@@ -272,8 +272,8 @@ def _has_no_rule(program: Program, op: Op, at: int) -> str:
 
 
 def _is_constant(program: Program, op: Op) -> bool:
-    """Whether the result has no derivative: comparisons, roundings to integers, `stop_gradient`."""
-    if op.name == "stop_gradient":
+    """Whether the result has no derivative: comparisons, whole numbers, `stop_gradient`, or no entries."""
+    if op.name == "stop_gradient" or all(0 in program.avals[slot].shape for slot in op.outs):
         return True
     return not any(jnp.issubdtype(program.avals[slot].dtype, jnp.inexact) for slot in op.outs)
 
