@@ -219,12 +219,9 @@ class Kept:
 
     def get(self, name: Hashable, make: Callable[[], Any]) -> Any:
         """Return what was made under this key, made now where nothing was."""
-        try:
-            return self[name]
-        except KeyError:
-            made = make()
-            self.put(name, made)
-            return made
+        if name not in self:
+            self.put(name, make())
+        return self[name]
 
 
 class Found(NamedTuple):

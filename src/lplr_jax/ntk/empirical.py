@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from lplr_jax import parameters, programs
 from lplr_jax.checks import function, instance, one_of, whole
 from lplr_jax.ntk import checks, engine, neural_tangents
+from lplr_jax.ntk.coupling import on_host
 from lplr_jax.ntk.explain import Explanation
 from lplr_jax.parameters import Parameters, Trainable
 from lplr_jax.types import ApplyFn, Params
@@ -95,14 +96,9 @@ def _cast(leaves: Sequence[Any], dtype: Precision | DTypeLike) -> list[Any]:
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             swapped = isinstance(leaf, np.ndarray | np.generic) and not leaf.dtype.isnative
             every[i] = leaf.astype(leaf.dtype.newbyteorder("=")) if swapped else leaf
-        elif (
-            not off_tpu
-            and leaf.dtype == name
-            and isinstance(leaf, jax.Array)
-            and not (leaf.committed or leaf.weak_type)
-        ):
+        elif not off_tpu and _is_cast(leaf, name):
             continue
-        elif off_tpu or checks.on_host(leaf):
+        elif off_tpu or on_host(leaf):
             # NumPy casts what lies on the host: a program for every shape would have to be compiled.
             every[i] = np.asarray(leaf).astype(name)
             places.append(i)

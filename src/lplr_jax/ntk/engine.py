@@ -8,7 +8,7 @@ are mirrored.
 
 import copy
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
@@ -96,10 +96,13 @@ def evaluate(
         mesh=sharded.default_mesh(min(n1, n2)) if mesh is None else mesh,
     )
     run = _runs.get(call, lambda: _Run(call, traced))
+    arrays, consts = _on_device(params.arrays), _on_device(traced.consts)
+    return run(arrays, consts, _on_device(first), None if x2 is None else _on_device(second))
+
+
+def _on_device(leaves: Iterable[Any]) -> list[jax.Array]:
     # Asking JAX for an array that is one takes as long as a small kernel.
-    on_device = lambda leaves: [a if isinstance(a, jax.Array) else jnp.asarray(a) for a in leaves]  # noqa: E731
-    arrays, consts = on_device(params.arrays), on_device(traced.consts)
-    return run(arrays, consts, on_device(first), None if x2 is None else on_device(second))
+    return [leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf) for leaf in leaves]
 
 
 def lower_blocks(
@@ -117,11 +120,11 @@ def lower_blocks(
         First row, first column and entries. Several may lie at one place, a share of Θ each, to be added up. Entries
         above the diagonal are to be passed over.
     """
-    first = [jnp.asarray(a) for a in jax.tree.leaves(x)]
+    first = _on_device(jax.tree.leaves(x))
     key = (traced.key, traced.leaves, traced.dtype)
     call = _Call(key, int(first[0].shape[0]), None, "full", budget(memory_budget), None)
     run = _runs.get(call, lambda: _Run(call, traced))
-    where = [jnp.asarray(leaf) for leaf in params.arrays], [jnp.asarray(value) for value in traced.consts]
+    where = _on_device(params.arrays), _on_device(traced.consts)
     waiting: deque[tuple[Span, Span, jax.Array]] = deque()
 
     def block(rows: Span, cols: Span, tile: jax.Array) -> tuple[int, int, np.ndarray]:
@@ -148,12 +151,12 @@ def strips(
         mesh: Devices in a row, those of other processes among them.
         memory_budget: As for `kernel`, the same in every process: the program depends on it.
     """
-    first = [jnp.asarray(leaf) for leaf in jax.tree.leaves(x)]
+    first = _on_device(jax.tree.leaves(x))
     key = (traced.key, traced.leaves, traced.dtype)
     call = _Call(key, int(first[0].shape[0]), None, "full", memory_budget, mesh)
     run = copy.copy(_runs.get(call, lambda: _Run(call, traced)))
-    run.consts = [jnp.asarray(value) for value in traced.consts]
-    yield from sharded.strips(run, [jnp.asarray(leaf) for leaf in params.arrays], first)
+    run.consts = _on_device(traced.consts)
+    yield from sharded.strips(run, _on_device(params.arrays), first)
 
 
 def explain(
@@ -358,8 +361,7 @@ class _Run:
 
     def _run_tiles(self, where: _Where, first: list[jax.Array], second: list[jax.Array] | None) -> jax.Array:
         if len(self.groups) == 1 and self.groups[0].at_once and self.groups[0].tile >= max(self.sides):
-            whole = self._at_once(*where, first, second)
-            return whole if second is not None else _symmetric(whole, np.int32(0))
+            return self._at_once(*where, first, second, np.int32(0))
         shape = (self.sides[0] * self.rows, self.sides[-1] * self.rows)
         theta: HostResult | DeviceResult | None = None
         for number, group in enumerate(self.groups):
@@ -368,11 +370,13 @@ class _Run:
                 theta.add(tile, self.entries(rows), self.entries(cols), mirror=second is None, first=number == 0)
         return jnp.zeros(shape, self.dtype) if theta is None else theta.finish()
 
-    def block(self, arrays: Any, consts: Any, first: Any, second: Any) -> jax.Array:
+    def block(self, arrays: Any, consts: Any, first: Any, second: Any, start: Any) -> jax.Array:
         """Θ where one tile is all of it: for small kernels a second program costs more than it computes."""
         (group,) = self.groups
         one = self.features(group, arrays, consts, first)
-        return self.tile(group, one, one if second is None else self.features(group, arrays, consts, second))
+        if second is None:
+            return symmetric(self.tile(group, one, one), start)
+        return self.tile(group, one, self.features(group, arrays, consts, second))
 
     def tiles(
         self, group: Group, where: _Where, first: list[jax.Array], second: list[jax.Array] | None
@@ -439,7 +443,6 @@ class _Run:
 
 
 _runs = programs.Kept(32)
-_symmetric = jax.jit(symmetric)
 
 
 def workload(outputs: str, c: int, sides: tuple[int, ...]) -> Workload:

@@ -10,7 +10,7 @@ Only `jax.make_jaxpr` and `jax.extend.core` are used.
 from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
@@ -226,6 +226,34 @@ def inline(
     return [atom(var) for var in closed.jaxpr.outvars]
 
 
+class Inlined(NamedTuple):
+    """A closed jaxpr as operations on slots; fields as in `Program`."""
+
+    arguments: list[int]
+    ops: list[Op]
+    results: list[Any]
+    avals: list[jax.ShapeDtypeStruct]
+    consts: list[tuple[int, Any]]
+
+
+def inlined(closed: Any) -> Inlined:
+    """All operations of a closed jaxpr, with slots of its own."""
+    found = Inlined([], [], [], [], [])
+
+    def new(aval: Any) -> int:
+        shape, dtype = getattr(aval, "shape", ()), getattr(aval, "dtype", jnp.dtype(np.float32))
+        found.avals.append(jax.ShapeDtypeStruct(shape, dtype))
+        return len(found.avals) - 1
+
+    def hold(aval: Any, value: Any) -> int:
+        found.consts.append((new(aval), value))
+        return found.consts[-1][0]
+
+    found.arguments.extend(new(var.aval) for var in closed.jaxpr.invars)
+    found.results.extend(inline(closed, found.arguments, new, hold, found.ops))
+    return found
+
+
 def flatten(closed: Any, num_params: int) -> Program:
     """Flatten a closed jaxpr of one output whose first `num_params` arguments are parameters and the others x.
 
@@ -236,23 +264,10 @@ def flatten(closed: Any, num_params: int) -> Program:
     Returns:
         The program, with operations that the output does not depend on removed.
     """
-    avals: list[jax.ShapeDtypeStruct] = []
-    consts: list[tuple[int, Any]] = []
-    ops: list[Op] = []
-
-    def new(aval: Any) -> int:
-        avals.append(jax.ShapeDtypeStruct(getattr(aval, "shape", ()), getattr(aval, "dtype", jnp.dtype(np.float32))))
-        return len(avals) - 1
-
-    def hold(aval: Any, value: Any) -> int:
-        consts.append((new(aval), value))
-        return consts[-1][0]
-
-    arguments = [new(var.aval) for var in closed.jaxpr.invars]
-    (output,) = inline(closed, arguments, new, hold, ops)
-
-    arguments, inputs = tuple(arguments[:num_params]), tuple(arguments[num_params:])
-    return assemble(ops, avals, output, params=arguments, inputs=inputs, consts=consts)
+    found = inlined(closed)
+    params, inputs = tuple(found.arguments[:num_params]), tuple(found.arguments[num_params:])
+    (output,) = found.results
+    return assemble(found.ops, found.avals, output, params=params, inputs=inputs, consts=found.consts)
 
 
 def assemble(

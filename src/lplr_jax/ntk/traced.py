@@ -101,16 +101,31 @@ def trace(apply_fn: Callable[[Any, Any], Any], params: Any, x: Any, *, anew: boo
     return traced
 
 
-def _trace(apply_fn: Callable[[Any, Any], Any], split: Parameters, x: Any) -> Traced:
-    specs = [jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in split.arrays]
+def at_samples(apply_fn: Callable[[Any, Any], Any], params: Parameters, x: Any, count: int) -> tuple[Any, Any]:
+    """Trace a function of the arrays of its parameters and of the leaves of x, in full precision.
+
+    Args:
+        apply_fn: The function.
+        params: Its parameters.
+        x: Samples, of which only the shapes matter.
+        count: How many of them are traced.
+
+    Returns:
+        The closed jaxpr, and what the output looks like.
+    """
+    specs = [jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in params.arrays]
     samples, xdef = jax.tree.flatten(x)
-    xs = [jax.ShapeDtypeStruct((1, *np.shape(a)[1:]), jnp.result_type(a)) for a in samples]
+    xs = [jax.ShapeDtypeStruct((count, *np.shape(a)[1:]), jnp.result_type(a)) for a in samples]
 
     def flat(values: list[Any], inputs: list[Any]) -> Any:
-        return apply_fn(split.join(values), jax.tree.unflatten(xdef, inputs))
+        return apply_fn(params.join(values), jax.tree.unflatten(xdef, inputs))
 
     with jax.default_matmul_precision("highest"):
-        closed, out = jax.make_jaxpr(flat, return_shape=True)(specs, xs)
+        return jax.make_jaxpr(flat, return_shape=True)(specs, xs)
+
+
+def _trace(apply_fn: Callable[[Any, Any], Any], split: Parameters, x: Any) -> Traced:
+    closed, out = at_samples(apply_fn, split, x, 1)
     programs.refuse_tracers(closed.consts)
     if not isinstance(out, jax.ShapeDtypeStruct):
         raise ValueError(f"apply_fn must return one array (n, c) or (n,), got {jax.tree.structure(out)}")
@@ -119,9 +134,9 @@ def _trace(apply_fn: Callable[[Any, Any], Any], split: Parameters, x: Any) -> Tr
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise ValueError(f"apply_fn must return real floating-point outputs, got dtype {out.dtype}; cast them")
     c = 1 if len(out.shape) == 1 else out.shape[1]
-    wide = programs.widest(*(specs[i].dtype for i in split.theta))
-    of_theta = [i in split.theta for i in range(len(specs))] + [False] * len(xs)
-    program = flatten(closed, len(specs))
+    wide = programs.widest(*(closed.in_avals[i].dtype for i in split.theta))
+    of_theta = [i in split.theta for i in range(len(closed.in_avals))]
+    program = flatten(closed, len(split.arrays))
     return Traced(
         program=program,
         leaves=split.theta,
