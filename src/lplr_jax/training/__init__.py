@@ -4,9 +4,6 @@ from typing import Any
 
 from lplr_jax import rooms
 from lplr_jax.training.batches import (
-    BatchSteps,
-    MiniBatches,
-    Pass,
     Schedule,
     batches_of,
     evaluate_exactly,
@@ -14,6 +11,7 @@ from lplr_jax.training.batches import (
     shuffled_epoch,
     train_batches,
 )
+from lplr_jax.training.minibatches import BatchSteps, MiniBatches, Pass
 from lplr_jax.training.rules import StepRule
 from lplr_jax.training.rules import parse as step_rule
 from lplr_jax.training.steps import (
